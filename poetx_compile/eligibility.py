@@ -1,0 +1,141 @@
+"""Which `nn.Linear` can be trained through rotations, and the reason where one cannot."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from poetx_compile.config import POETXConfig
+from poetx_compile.errors import NothingToTrainError
+from poetx_compile.parametrization import equivalence_of
+
+
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """The user's own module behind `torch.compile(model)`."""
+    return getattr(model, "_orig_mod", model)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every `nn.Linear` of the model under every name it has (a shared one has several)."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _name_matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _targeted(name: str, target: str | Sequence[str] | None) -> bool:
+    if target is None or target == "all-linear":
+        return True
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(_name_matches(name, pattern) for pattern in target)
+
+
+def check_targets(names: Sequence[str], config: POETXConfig) -> None:
+    """Raise where a pattern of `target_modules` matches no `nn.Linear` at all."""
+    target = config.target_modules
+    if target is None or target == "all-linear":
+        return
+    patterns = [target] if isinstance(target, str) else list(target)
+    for pattern in patterns:
+        one = pattern if isinstance(target, str) else [pattern]
+        if not any(_targeted(name, one) for name in names):
+            shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+            raise NothingToTrainError(
+                f"target_modules pattern {pattern!r} matches no nn.Linear; there are: {shown}"
+            )
+
+
+def refusals(model: nn.Module, config: POETXConfig) -> dict[str, str | None]:
+    """For each `nn.Linear` by name: ``None`` where it is eligible, else the reason why not."""
+    owners = _weight_owners(model)
+    heads = _output_embeddings(model)
+    found = linears(model)
+    reasons: dict[str, str | None] = {}
+    first_name: dict[int, str] = {}
+    for name, module in found.items():
+        shared_with = first_name.setdefault(id(module), name)
+        if shared_with != name:
+            reasons[name] = f"shared: the same module as {shared_with}"
+        else:
+            reasons[name] = _refusal(model, name, module, config, owners, heads)
+    return reasons
+
+
+def _refusal(
+    model: nn.Module,
+    name: str,
+    module: nn.Linear,
+    config: POETXConfig,
+    owners: dict[int, list[str]],
+    heads: set[int],
+) -> str | None:
+    if equivalence_of(module) is not None:
+        return "already prepared"
+    if not _targeted(name, config.target_modules):
+        return "not in target_modules"
+    for pattern in config.exclude_modules:
+        if _name_matches(name, pattern):
+            return f"excluded by name: {pattern}"
+    if id(module) in heads:
+        return "output embedding (model.get_output_embeddings())"
+    if _is_router(model, name):
+        return "router of a mixture of experts"
+    if type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if parametrize.is_parametrized(module, "weight"):
+        return "weight has another parametrization"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "weight is no parameter"
+    others = [owner for owner in owners[id(weight)] if owner != name]
+    if others:
+        return f"tied: the weight belongs to {', '.join(others)} as well"
+    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {weight.dtype} cannot be rotated"
+    if not weight.requires_grad:
+        return "frozen by the user (requires_grad is False)"
+    if min(weight.shape) == 0 or max(weight.shape) < 2:
+        return f"shape {list(weight.shape)} has nothing to rotate"
+    return None
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """id(parameter) → the distinct modules that own it, each by its first name."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)].append(name)
+    return owners
+
+
+def _output_embeddings(model: nn.Module) -> set[int]:
+    """Identity of the output embedding, where a model says which it is (the Hugging Face way)."""
+    heads = set()
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        if callable(getter):
+            try:
+                heads.add(id(getter()))
+            except (NotImplementedError, AttributeError):
+                continue
+    return heads
+
+
+def _is_router(model: nn.Module, name: str) -> bool:
+    """A linear that is, or sits beside, the experts of a mixture: a rotation would mix experts."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    beside_experts = "experts" in parent._modules and child in ("gate", "router", "gating")
+    return beside_experts or (bool(name) and "router" in type(parent).__name__.lower())

@@ -1,0 +1,35 @@
+"""Errors of the package: one class a cause, each message says what to do.
+
+Errors about the user's input derive from `ValueError`, errors about the state of a run from
+`RuntimeError`, so that ``except ValueError`` and ``except RuntimeError`` keep their usual meaning.
+"""
+
+from __future__ import annotations
+
+
+class POETXError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(POETXError, ValueError):
+    """A field or an option has a value outside its range, or an unknown name."""
+
+
+class NothingToTrainError(POETXError, ValueError):
+    """No `nn.Linear` of the model is eligible, or a `target_modules` pattern matched nothing."""
+
+
+class IncompatibleStateError(POETXError, ValueError):
+    """A checkpoint does not fit the prepared model (block size, seed, groups)."""
+
+
+class InterruptedMergeError(POETXError, RuntimeError):
+    """A merge was cut off by an exception: some layers are merged, some are not."""
+
+
+class UnownedRotationsError(POETXError, RuntimeError):
+    """Rotations received gradients but no optimiser updates them."""
+
+
+class AdoptionError(POETXError, RuntimeError):
+    """A model that nobody prepared cannot be served as it is."""

@@ -1,0 +1,104 @@
+"""``poetx::block_product``: the diagonal blocks of ``Xᵀ Y``, the gradient of a rotation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx_compile.ops.permute import check_pair
+from poetx_compile.ops.precision import rotation_dtype, without_autocast
+
+
+def _check(x, y, blocks: int, block_size: int, gather_x, gather_y) -> None:
+    torch._check(
+        x.shape == y.shape and x.dim() >= 1,
+        lambda: f"poetx: x and y must have one shape, got {list(x.shape)} and {list(y.shape)}",
+    )
+    torch._check(
+        blocks >= 0 and block_size >= 1 and blocks * block_size <= x.shape[-1],
+        lambda: f"poetx: {blocks} blocks of {block_size} do not fit into {x.shape[-1]} columns",
+    )
+    check_pair(gather_x, x.shape[-1], "gather_x")
+    check_pair(gather_y, y.shape[-1], "gather_y")
+
+
+def _columns(x: Tensor, gather: Tensor | None, blocks: int, b: int, dtype: torch.dtype) -> Tensor:
+    """The rotated columns of x in block layout: [..., d] → [blocks, tokens, b]."""
+    if blocks * b < x.shape[-1]:
+        x = x[..., : blocks * b] if gather is None else x.index_select(-1, gather[0, : blocks * b])
+    elif gather is not None:
+        x = x.index_select(-1, gather[0])
+    return x.reshape(-1, blocks, b).transpose(0, 1).to(dtype)
+
+
+def block_product_reference(
+    x: Tensor,
+    y: Tensor,
+    blocks: int,
+    block_size: int,
+    gather_x: Tensor | None,
+    gather_y: Tensor | None,
+) -> Tensor:
+    """The definition of `block_product` in plain torch ops (also what Inductor compiles)."""
+    dtype = rotation_dtype(torch.promote_types(x.dtype, y.dtype))
+    if blocks == 0:
+        return x.new_zeros(0, block_size, block_size, dtype=dtype)
+    left = _columns(x, gather_x, blocks, block_size, dtype)
+    right = _columns(y, gather_y, blocks, block_size, dtype)
+    return torch.bmm(left.mT, right)
+
+
+@torch.library.custom_op("poetx::block_product", mutates_args=())
+@without_autocast
+def block_product(
+    x: Tensor,
+    y: Tensor,
+    blocks: int,
+    block_size: int,
+    gather_x: Tensor | None = None,
+    gather_y: Tensor | None = None,
+) -> Tensor:
+    """Blocks ``X_kᵀ Y_k`` over the tokens, for the first blocks·b gathered columns of x and y.
+
+    Args:
+        x, y: [..., d] of one shape, floating point.
+        blocks, block_size: how many blocks, and b.
+        gather_x, gather_y: permutation pairs int64 [2, d] of the columns, or ``None``.
+
+    Returns:
+        [blocks, b, b] in float32 (float64 for float64 inputs), accumulated in that dtype.
+    """
+    _check(x, y, blocks, block_size, gather_x, gather_y)
+    return block_product_reference(x, y, blocks, block_size, gather_x, gather_y)
+
+
+@block_product.register_fake
+def _(x, y, blocks, block_size, gather_x=None, gather_y=None):
+    _check(x, y, blocks, block_size, gather_x, gather_y)
+    dtype = rotation_dtype(torch.promote_types(x.dtype, y.dtype))
+    return x.new_empty(blocks, block_size, block_size, dtype=dtype)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, y, ctx.blocks, ctx.block_size, gather_x, gather_y = inputs
+    ctx.save_for_backward(x, y, gather_x, gather_y)
+
+
+def _backward(ctx, grad):
+    """``dX_k = Y_k dPᵀ`` and ``dY_k = X_k dP``; columns outside the blocks get zero."""
+    x, y, gather_x, gather_y = ctx.saved_tensors
+    blocks, b = ctx.blocks, ctx.block_size
+
+    def multiply(other, gather_other, matrix, like, gather_like):
+        columns = _columns(other, gather_other, blocks, b, grad.dtype)
+        product = torch.bmm(columns, matrix).transpose(0, 1)
+        product = product.reshape(*like.shape[:-1], blocks * b)
+        product = torch.nn.functional.pad(product, (0, like.shape[-1] - blocks * b)).to(like.dtype)
+        return product if gather_like is None else product.index_select(-1, gather_like[1])
+
+    grad_x = multiply(y, gather_y, grad.mT, x, gather_x) if ctx.needs_input_grad[0] else None
+    grad_y = multiply(x, gather_x, grad, y, gather_y) if ctx.needs_input_grad[1] else None
+    return grad_x, grad_y, None, None, None, None
+
+
+block_product.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,131 @@
+"""``poetx::cayley_neumann`` and ``poetx::cayley_exact``: packed skew parameters → rotations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx_compile.ops.packing import pack, packed_size, unpack
+from poetx_compile.ops.polynomial import polynomial, polynomial_backward
+from poetx_compile.ops.precision import without_autocast
+
+
+def rotations(skew: Tensor, block_size: int, order: int | None) -> Tensor:
+    """Rotations of packed skew blocks: Cayley-Neumann of `order`, or exact where it is ``None``."""
+    if order is None:
+        return torch.ops.poetx.cayley_exact(skew, block_size)
+    return torch.ops.poetx.cayley_neumann(skew, block_size, order)
+
+
+def _check(skew: Tensor, block_size: int, order: int = 1) -> None:
+    torch._check(block_size >= 1, lambda: f"poetx: block_size must be ≥ 1, got {block_size}")
+    torch._check(order >= 1, lambda: f"poetx: the Neumann order must be ≥ 1, got {order}")
+    torch._check(
+        skew.dim() == 2 and skew.shape[1] == packed_size(block_size),
+        lambda: (
+            f"poetx: skew must be [blocks, {packed_size(block_size)}] for block_size {block_size}, "
+            f"got {list(skew.shape)}"
+        ),
+    )
+    torch._check(
+        skew.dtype in (torch.float32, torch.float64),
+        lambda: f"poetx: skew parameters must be float32 or float64, got {skew.dtype}",
+    )
+
+
+def cayley_neumann_reference(skew: Tensor, block_size: int, order: int) -> Tensor:
+    """The definition of `cayley_neumann` in plain torch ops (also what Inductor compiles)."""
+    return polynomial(unpack(skew, block_size), order)
+
+
+def cayley_neumann_backward_reference(
+    grad: Tensor, skew: Tensor, block_size: int, order: int
+) -> Tensor:
+    """The definition of the gradient of `cayley_neumann` in plain torch ops."""
+    return pack(polynomial_backward(grad, unpack(skew, block_size), order))
+
+
+@torch.library.custom_op("poetx::cayley_neumann", mutates_args=())
+@without_autocast
+def cayley_neumann(skew: Tensor, block_size: int, order: int) -> Tensor:
+    """Rotations ``G = (I+Q)(I + Q + … + Q^k)`` of packed skew-symmetric blocks.
+
+    Args:
+        skew: [blocks, b(b−1)/2], float32 or float64: the entries of Q above the diagonal.
+        block_size: b ≥ 1.
+        order: k ≥ 1.
+
+    Returns:
+        [blocks, b, b] of the same dtype; nearly orthogonal, ``G = (I+Q)(I−Q)⁻¹(I−Q^(k+1))``.
+    """
+    _check(skew, block_size, order)
+    return cayley_neumann_reference(skew, block_size, order)
+
+
+@torch.library.custom_op("poetx::cayley_neumann_backward", mutates_args=())
+@without_autocast
+def cayley_neumann_backward(grad: Tensor, skew: Tensor, block_size: int, order: int) -> Tensor:
+    """Gradient of `cayley_neumann`: from [blocks, b, b] to the packed [blocks, b(b−1)/2]."""
+    _check(skew, block_size, order)
+    return cayley_neumann_backward_reference(grad, skew, block_size, order)
+
+
+@torch.library.custom_op("poetx::cayley_exact", mutates_args=())
+@without_autocast
+def cayley_exact(skew: Tensor, block_size: int) -> Tensor:
+    """Exactly orthogonal ``G = (I+Q)(I−Q)⁻¹`` of packed skew blocks, by a batched solve.
+
+    Shapes and dtypes as for `cayley_neumann`.
+    """
+    _check(skew, block_size)
+    q = unpack(skew, block_size)
+    eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
+    # The factors commute, so the solve may stand on the left.
+    return torch.linalg.solve(eye - q, eye + q)
+
+
+@torch.library.custom_op("poetx::cayley_exact_backward", mutates_args=())
+@without_autocast
+def cayley_exact_backward(grad: Tensor, skew: Tensor, block_size: int) -> Tensor:
+    """Gradient of `cayley_exact`: ``dQ = 2 Mᵀ dG Mᵀ`` with ``M = (I−Q)⁻¹``, packed."""
+    _check(skew, block_size)
+    q = unpack(skew, block_size)
+    eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
+    inverse = torch.linalg.inv(eye + q)  # Mᵀ, because Qᵀ = −Q
+    full = 2 * (inverse @ grad @ inverse)
+    return pack(full - full.mT)
+
+
+def _matrix_like(skew: Tensor, block_size: int, order: int = 1) -> Tensor:
+    _check(skew, block_size, order)
+    return skew.new_empty(skew.shape[0], block_size, block_size)
+
+
+def _packed_like(grad: Tensor, skew: Tensor, block_size: int, order: int = 1) -> Tensor:
+    _check(skew, block_size, order)
+    return torch.empty_like(skew, memory_format=torch.contiguous_format)
+
+
+cayley_neumann.register_fake(_matrix_like)
+cayley_exact.register_fake(_matrix_like)
+cayley_neumann_backward.register_fake(_packed_like)
+cayley_exact_backward.register_fake(_packed_like)
+
+
+def _save(ctx, inputs, output) -> None:
+    skew, *ctx.arguments = inputs
+    ctx.save_for_backward(skew)  # the packed vector and nothing else
+
+
+def _neumann_grad(ctx, grad):
+    (skew,) = ctx.saved_tensors
+    return torch.ops.poetx.cayley_neumann_backward(grad, skew, *ctx.arguments), None, None
+
+
+def _exact_grad(ctx, grad):
+    (skew,) = ctx.saved_tensors
+    return torch.ops.poetx.cayley_exact_backward(grad, skew, *ctx.arguments), None
+
+
+cayley_neumann.register_autograd(_neumann_grad, setup_context=_save)
+cayley_exact.register_autograd(_exact_grad, setup_context=_save)

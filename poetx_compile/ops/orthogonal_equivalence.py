@@ -1,0 +1,62 @@
+"""``poetx::orthogonal_equivalence``: the effective weight of a POET layer, weight-centric.
+
+The op is composite: it stays one node in Dynamo's graph, where the passes match it, and decomposes
+into the other ops under autograd and AOTAutograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx_compile.ops.cayley import rotations
+from poetx_compile.ops.permute import check_pair
+from poetx_compile.ops.precision import without_autocast
+
+_library = torch.library.Library("poetx", "FRAGMENT")
+_library.define(
+    "orthogonal_equivalence(Tensor weight, Tensor skew_in, Tensor skew_out, Tensor perm_in, "
+    "Tensor perm_out, int block_in, int block_out, int? order) -> Tensor"
+)
+
+
+@without_autocast
+def orthogonal_equivalence(
+    weight: Tensor,
+    skew_in: Tensor,
+    skew_out: Tensor,
+    perm_in: Tensor,
+    perm_out: Tensor,
+    block_in: int,
+    block_out: int,
+    order: int | None,
+) -> Tensor:
+    """``W_eff`` with ``W_eff[perm_out][:, perm_in] = D_outᵀ S D_inᵀ`` (POET, orthogonal equivalence).
+
+    Args:
+        weight: S [n, m], the frozen weight stored permuted: ``W₀[perm_out][:, perm_in]``.
+        skew_in: [blocks_in, b(b−1)/2] packed skew parameters of the input side, fp32 or fp64.
+        skew_out: the same of the output side.
+        perm_in, perm_out: permutation pairs int64 [2, m] and [2, n].
+        block_in, block_out: block size of each side.
+        order: k of the Cayley-Neumann expansion, or ``None`` for the exact transform.
+
+    Returns:
+        [n, m] of the weight's dtype, rotated in fp32 (fp64 for an fp64 weight).
+    """
+    torch._check(
+        weight.dim() == 2 and weight.is_floating_point(),
+        lambda: (
+            f"poetx: weight must be a floating point matrix, got {weight.dtype} {list(weight.shape)}"
+        ),
+    )
+    check_pair(perm_in, weight.shape[1], "perm_in")
+    check_pair(perm_out, weight.shape[0], "perm_out")
+    rotate = torch.ops.poetx.rotate_blocks
+    wide = weight.to(torch.promote_types(weight.dtype, skew_in.dtype))
+    columns = rotate(wide, rotations(skew_in, block_in, order), None, perm_in, True)
+    rows = rotate(columns.mT, rotations(skew_out, block_out, order), None, perm_out, False)
+    return rows.mT.to(weight.dtype)
+
+
+_library.impl("orthogonal_equivalence", orthogonal_equivalence, "CompositeImplicitAutograd")

@@ -1,0 +1,135 @@
+"""``poetx::rotate_blocks``: the block-diagonal product, with its columns gathered and scattered."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx_compile.ops.permute import check_pair
+from poetx_compile.ops.precision import without_autocast
+
+
+def _check(x: Tensor, rotation: Tensor, gather: Tensor | None, scatter: Tensor | None) -> None:
+    torch._check(
+        x.dim() >= 1 and x.is_floating_point(),
+        lambda: f"poetx: x must be floating point [..., d], got {x.dtype} {list(x.shape)}",
+    )
+    torch._check(
+        rotation.dim() == 3 and rotation.shape[1] == rotation.shape[2],
+        lambda: f"poetx: rotation must be [blocks, b, b], got {list(rotation.shape)}",
+    )
+    torch._check(
+        rotation.shape[0] * rotation.shape[1] <= x.shape[-1],
+        lambda: (
+            f"poetx: {rotation.shape[0]} blocks of {rotation.shape[1]} do not fit into "
+            f"{x.shape[-1]} columns"
+        ),
+    )
+    check_pair(gather, x.shape[-1], "gather")
+    check_pair(scatter, x.shape[-1], "scatter")
+
+
+def rotate_blocks_reference(
+    x: Tensor,
+    rotation: Tensor,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    transpose: bool,
+) -> Tensor:
+    """The definition of `rotate_blocks` in plain torch ops (also what Inductor compiles).
+
+    The product is evaluated as ``x + x (G − I)``: exact at G = I in any dtype and under TF32, and a
+    small rotation keeps its relative precision when it is rounded to bf16 (an entry 1 − θ²/2 of G
+    would lose it).
+    """
+    blocks, b, _ = rotation.shape
+    width = x.shape[-1]
+    if gather is not None:
+        x = x.index_select(-1, gather[0])
+    if blocks > 0:
+        eye = torch.eye(b, dtype=rotation.dtype, device=rotation.device)
+        delta = ((rotation.mT if transpose else rotation) - eye).to(x.dtype)
+        head = x[..., : blocks * b].reshape(-1, blocks, b)
+        rotated = head + torch.bmm(head.transpose(0, 1), delta).transpose(0, 1)
+        rotated = rotated.reshape(*x.shape[:-1], blocks * b)
+        x = rotated if blocks * b == width else torch.cat([rotated, x[..., blocks * b :]], dim=-1)
+    if scatter is not None:
+        x = x.index_select(-1, scatter[1])
+    return x
+
+
+@torch.library.custom_op("poetx::rotate_blocks", mutates_args=())
+@without_autocast
+def rotate_blocks(
+    x: Tensor,
+    rotation: Tensor,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    transpose: bool = False,
+) -> Tensor:
+    """``y[..., σ] = x[..., γ] · blockdiag(G₁, …)``; coordinates past the last block pass through.
+
+    Args:
+        x: [..., d], floating point. Under autocast it is cast to the autocast dtype, as the input
+            of a linear is.
+        rotation: [blocks, b, b] with blocks·b ≤ d, float32 or float64.
+        gather: permutation pair γ of the input columns, int64 [2, d], or ``None``.
+        scatter: permutation pair σ of the output columns, int64 [2, d], or ``None``.
+        transpose: multiply by the transposed blocks.
+
+    Returns:
+        [..., d], contiguous, of x's dtype.
+    """
+    _check(x, rotation, gather, scatter)
+    out = rotate_blocks_reference(x, rotation, gather, scatter, transpose).contiguous()
+    return out.clone() if out.data_ptr() == x.data_ptr() else out  # an op may not return its input
+
+
+@rotate_blocks.register_fake
+def _(x, rotation, gather=None, scatter=None, transpose=False):
+    _check(x, rotation, gather, scatter)
+    return x.new_empty(x.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, rotation, gather, scatter, ctx.transpose = inputs
+    needs_x, needs_rotation = ctx.needs_input_grad[:2]
+    # x is needed for the gradient of the rotation only, the rotation for that of x only.
+    ctx.blocks, ctx.block_size = rotation.shape[:2]
+    ctx.save_for_backward(
+        x if needs_rotation else None, rotation if needs_x else None, gather, scatter
+    )
+
+
+def _backward(ctx, grad):
+    x, rotation, gather, scatter = ctx.saved_tensors
+    grad_x = grad_rotation = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.poetx.rotate_blocks(grad, rotation, scatter, gather, not ctx.transpose)
+    if ctx.needs_input_grad[1]:
+        left, right = ((grad, scatter), (x, gather)) if ctx.transpose else ((x, gather), (grad, scatter))
+        grad_rotation = torch.ops.poetx.block_product(
+            left[0], right[0], ctx.blocks, ctx.block_size, left[1], right[1]
+        )
+    return grad_x, grad_rotation, None, None, None
+
+
+rotate_blocks.register_autograd(_backward, setup_context=_setup)
+
+
+def _autocast(device: str):
+    def cast_input(x, rotation, gather=None, scatter=None, transpose=False):
+        """Only x is cast: the rotation stays fp32 and is rounded as G − I (see the reference)."""
+        if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(
+            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+        ):
+            return torch.ops.poetx.rotate_blocks(x, rotation, gather, scatter, transpose)
+
+    return cast_input
+
+
+_library = torch.library.Library("poetx", "IMPL")
+_library.impl("rotate_blocks", _autocast("cpu"), "AutocastCPU")
+_library.impl("rotate_blocks", _autocast("cuda"), "AutocastCUDA")

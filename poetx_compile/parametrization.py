@@ -1,0 +1,177 @@
+"""`OrthogonalEquivalence`: the parametrization ``W = R W₀ P`` of one `nn.Linear` weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from poetx_compile import ops
+from poetx_compile.config import POETXConfig
+from poetx_compile.errors import InterruptedMergeError
+from poetx_compile.ops.packing import packed_size
+from poetx_compile.ops.precision import rotation_dtype
+from poetx_compile.permutation import Permutation
+
+_FORMAT = 1
+_KINDS = ("random", "chunked")
+
+
+def side_blocks(size: int, block_size: int) -> tuple[int, int]:
+    """(number of blocks, b) of a side: a side shorter than b is one block; size 1 has no block."""
+    b = min(size, block_size)
+    return (0, 1) if size < 2 else (size // b, b)
+
+
+class OrthogonalEquivalence(nn.Module):
+    """Parametrization of a weight [n, m] by two block-diagonal rotations under permutations.
+
+    ``W[perm_out][:, perm_in] = D_outᵀ S D_inᵀ``: S is the frozen weight, stored permuted once a
+    merge; the rotations come from the packed skew parameters (POET, arXiv 2603.05500).
+
+    Parameters:
+        skew_in: [blocks_in, b_in(b_in−1)/2], float32 (float64 for a float64 weight); zero is the
+            identity.
+        skew_out: the same of the output side.
+
+    Buffers:
+        layout: int64 [6], saved: format, seed, draw, group of the input side, group of the output
+            side, kind of permutation. The permutations themselves follow from it.
+    """
+
+    layout: Tensor
+
+    def __init__(
+        self, weight: Tensor, config: POETXConfig, perm_in: Permutation, perm_out: Permutation
+    ):
+        super().__init__()
+        out_features, in_features = weight.shape
+        self.blocks_in, self.block_in = side_blocks(in_features, config.block_in)
+        self.blocks_out, self.block_out = side_blocks(out_features, config.block_out)
+        self.order = config.order
+        self.merge_rotation = config.merge_rotation
+        self.interrupted = False
+        dtype = rotation_dtype(weight.dtype)
+
+        def zeros(blocks: int, b: int) -> nn.Parameter:
+            return nn.Parameter(
+                torch.zeros(blocks, packed_size(b), dtype=dtype, device=weight.device)
+            )
+
+        self.skew_in = zeros(self.blocks_in, self.block_in)
+        self.skew_out = zeros(self.blocks_out, self.block_out)
+        self.perm_in, self.perm_out = perm_in, perm_out
+        self.register_buffer("layout", torch.zeros(6, dtype=torch.int64, device=weight.device))
+        self.write_layout()
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """The effective weight [n, m] of the stored one; differentiable in the skew parameters."""
+        if self.interrupted:
+            raise InterruptedMergeError(
+                "a merge was cut off by an exception: some layers are merged, some are not. "
+                "Load the last checkpoint into the model (load_state_dict) before going on."
+            )
+        return ops.orthogonal_equivalence(
+            stored,
+            self.skew_in,
+            self.skew_out,
+            self.perm_in.pair,
+            self.perm_out.pair,
+            self.block_in,
+            self.block_out,
+            self.order,
+        )
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The stored form of a new weight; the rotations go back to the identity."""
+        with torch.no_grad():
+            self.skew_in.zero_()
+            self.skew_out.zero_()
+            return self.permuted(weight)
+
+    def permuted(self, weight: Tensor) -> Tensor:
+        """``weight[perm_out][:, perm_in]``, contiguous."""
+        rows = weight.detach().index_select(0, self.perm_out.pair[0])
+        return rows.index_select(1, self.perm_in.pair[0])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the permutations."""
+        return self.perm_in.seed
+
+    @property
+    def draw(self) -> int:
+        """Which draw of the permutations is in force: 0 is the identity, each merge adds one."""
+        return self.perm_in.draw
+
+    def write_layout(self) -> None:
+        """Bring the saved buffer up to date with the permutations."""
+        kind = _KINDS.index(self.perm_in.kind)
+        groups = (self.perm_in.group, self.perm_out.group)
+        values = [_FORMAT, self.seed, self.draw, *groups, kind]
+        self.layout.copy_(torch.tensor(values, dtype=torch.int64))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
+        # Rotations in half precision drift by tens of per cent (docs/numerics.md): a move to
+        # another device is followed, a cast below fp32 is not.
+        def keep_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            narrowed = t.is_floating_point() and moved.dtype != rotation_dtype(moved.dtype)
+            return t.to(moved.device) if narrowed else moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        saved = state_dict.get(prefix + "layout")
+        if saved is not None:
+            version, seed, draw, *rest = saved.tolist()
+            here = self.layout.tolist()[3:]
+            if version != _FORMAT:
+                errors.append(
+                    f"{prefix}layout has format {version}, this version of poetx_compile reads "
+                    f"{_FORMAT}: load it with the version that saved it, merge and export"
+                )
+                return
+            if rest != here:
+                errors.append(
+                    f"{prefix}layout: permutation groups and kind {rest} were saved, the model has "
+                    f"{here}: prepare the same model with the configuration of the checkpoint"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if saved is not None:
+            self.perm_in.redraw(seed, draw)
+            self.perm_out.redraw(seed, draw)
+            self.interrupted = False
+
+    def extra_repr(self) -> str:
+        return (
+            f"in={self.blocks_in}×{self.block_in}, out={self.blocks_out}×{self.block_out}, "
+            f"order={self.order}, draw={self.draw}"
+        )
+
+
+def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
+    """The parametrization of a prepared linear, or ``None``."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    chain = module.parametrizations["weight"]  # type: ignore[index]
+    for parametrization in chain:  # type: ignore[union-attr]
+        if isinstance(parametrization, OrthogonalEquivalence):
+            return parametrization
+    return None
+
+
+def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, OrthogonalEquivalence]]:
+    """(name, module, parametrization) of every prepared linear of `model`, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (equivalence := equivalence_of(module)) is not None:
+            yield name, module, equivalence
+
+
+def stored_weight(module: nn.Module) -> nn.Parameter:
+    """S: the frozen parameter of a prepared linear."""
+    return module.parametrizations["weight"].original  # type: ignore[index, union-attr, return-value]

@@ -1,0 +1,176 @@
+"""`prepare` and `merge_and_unload`: into the parametrized form and back to plain `nn.Linear`."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from poetx_compile.config import POETXConfig
+from poetx_compile.eligibility import check_targets, linears, refusals, unwrap_compiled
+from poetx_compile.errors import ConfigError, NothingToTrainError
+from poetx_compile.parametrization import (
+    OrthogonalEquivalence,
+    equivalence_of,
+    prepared_linears,
+    stored_weight,
+)
+from poetx_compile.permutation import Permutation
+from poetx_compile.report import LayerRow, PrepareReport
+
+M = TypeVar("M", bound=nn.Module)
+_CONFIG = "_poetx_config"
+
+
+def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareReport:
+    """Parametrize every eligible `nn.Linear` weight of `model` as ``R W₀ P``, in place.
+
+    The weights are frozen and stored permuted; packed skew parameters at zero are trained instead.
+    The outputs do not change (bitwise in eager, unless `config.normalize_rows`). Biases train as
+    before. Calling it again prepares what is new and leaves what is prepared.
+
+    Linears of one parent module with the same number of inputs (q, k, v; gate, up) form a group
+    that shares one input permutation.
+
+    Args:
+        model: any module, an `nn.Linear` itself and a compiled model included.
+        config: default `POETXConfig()`, or the configuration of an earlier `prepare`.
+
+    Returns:
+        The report: a row for each `nn.Linear` with its status and the reason.
+
+    Raises:
+        NothingToTrainError: no `nn.Linear` is eligible, or a pattern matched nothing.
+        ConfigError: the model was prepared with another configuration.
+    """
+    model = unwrap_compiled(model)
+    earlier = config_of(model)
+    if earlier is not None and config is not None and config != earlier:
+        changed = [k for k, v in config.to_dict().items() if earlier.to_dict()[k] != v]
+        raise ConfigError(
+            f"this model was prepared with another configuration (differs in {', '.join(changed)}): "
+            "merge_and_unload(model) first, or leave config out"
+        )
+    config = config or earlier or POETXConfig()
+    found = linears(model)
+    check_targets(list(found), config)
+    reasons = refusals(model, config)
+    if any(found[n].weight.is_meta for n, reason in reasons.items() if reason is None):
+        raise ConfigError(
+            "the model's weights are on the meta device: materialise and initialise them, "
+            "then call prepare"
+        )
+    if all(reason is not None and reason != "already prepared" for reason in reasons.values()):
+        raise NothingToTrainError(_nothing(reasons))
+    groups = _Groups(model, config)
+    for name, reason in reasons.items():
+        if reason is None:
+            if config.normalize_rows:
+                _normalize_rows(found[name].weight)
+            perm_in, perm_out = groups.sides(name, found[name])
+            equivalence = OrthogonalEquivalence(found[name].weight, config, perm_in, perm_out)
+            register(found[name], equivalence)
+    setattr(model, _CONFIG, config)
+    rows = [_row(name, module, reasons[name]) for name, module in found.items()]
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return PrepareReport(rows, trainable, sum(p.numel() for p in parameters))
+
+
+def register(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
+    """Put `equivalence` on a plain linear: its weight is stored permuted and frozen."""
+    equivalence.train(module.training)
+    parametrize.register_parametrization(module, "weight", equivalence, unsafe=True)
+    stored_weight(module).requires_grad_(False)
+    stored_weight(module).grad = None
+
+
+def config_of(model: nn.Module) -> POETXConfig | None:
+    """The configuration `model` was prepared with, or ``None``."""
+    return getattr(unwrap_compiled(model), _CONFIG, None)
+
+
+def merge_and_unload(model: M) -> M:
+    """Turn every prepared linear back into a plain `nn.Linear` with its effective weight, in place.
+
+    Parameter names are the original ones again, the weights train again, and the outputs are those
+    of the prepared model (to the rounding of the weight's dtype). A model that is not prepared is
+    returned as it is.
+
+    Args:
+        model: a prepared model, compiled or not.
+
+    Returns:
+        The same object.
+    """
+    plain = unwrap_compiled(model)
+    for _, module, _ in list(prepared_linears(plain)):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        module.weight.requires_grad_(True)
+    for module in plain.modules():
+        if hasattr(module, _CONFIG):
+            delattr(module, _CONFIG)
+    return model
+
+
+class _Groups:
+    """Hands out the permutation of each side; ids count up in the order of the model's modules."""
+
+    def __init__(self, model: nn.Module, config: POETXConfig):
+        self.config = config
+        self.inputs: dict[tuple[str, int], Permutation] = {}
+        self.next = 0
+        for name, module, equivalence in prepared_linears(model):
+            self.inputs[_sibling_key(name, module)] = equivalence.perm_in
+            self.next = max(self.next, 1 + equivalence.perm_in.group, 1 + equivalence.perm_out.group)
+
+    def new(self, size: int, device: torch.device) -> Permutation:
+        group, self.next = self.next, self.next + 1
+        c = self.config
+        return Permutation(size, group, seed=c.seed, draw=1, kind=c.permutation, device=device)
+
+    def sides(self, name: str, module: nn.Linear) -> tuple[Permutation, Permutation]:
+        key = _sibling_key(name, module)
+        shared = self.inputs.get(key)
+        if shared is None or shared.draw != 1 or shared.pair.device != module.weight.device:
+            shared = self.inputs[key] = self.new(module.in_features, module.weight.device)
+        return shared, self.new(module.out_features, module.weight.device)
+
+
+def _sibling_key(name: str, module: nn.Linear) -> tuple[str, int]:
+    return name.rpartition(".")[0], module.in_features
+
+
+@torch.no_grad()
+def _normalize_rows(weight: nn.Parameter) -> None:
+    rows = weight.double()
+    norm = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+    weight.copy_(rows / norm)
+
+
+def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
+    shape = (module.out_features, module.in_features)
+    equivalence = equivalence_of(module)
+    if equivalence is None:
+        return LayerRow(name, shape, "-", "skipped", reason or "")
+    e = equivalence
+    notes = [] if reason is None else [reason]
+    for side, size, blocks, b in (
+        ("in", module.in_features, e.blocks_in, e.block_in),
+        ("out", module.out_features, e.blocks_out, e.block_out),
+    ):
+        if blocks == 0:
+            notes.append(f"{side} side of size 1 is not rotated")
+        elif blocks * b < size:
+            notes.append(f"{size - blocks * b} {side} coordinates pass through until the next merge")
+    blocks_text = f"{e.blocks_in}×{e.block_in} | {e.blocks_out}×{e.block_out}"
+    return LayerRow(name, shape, blocks_text, "prepared", "; ".join(notes))
+
+
+def _nothing(reasons: dict[str, str | None]) -> str:
+    if not reasons:
+        return "the model has no nn.Linear: there is nothing to train through rotations"
+    lines = "\n".join(f"  {name or '(root)'}: {reason}" for name, reason in reasons.items())
+    return f"no nn.Linear of the model is eligible:\n{lines}"
