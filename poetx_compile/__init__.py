@@ -1,0 +1,25 @@
+"""poetx-compile: train unmodified PyTorch models with POET-X (arXiv 2603.05500).
+
+>>> import poetx_compile as poetx
+>>> model = torch.compile(model, backend=poetx.poetx_backend)
+>>> optimizer = poetx.POETXMuon(model, lr=3e-3)
+"""
+
+from __future__ import annotations
+
+from poetx_compile import ops
+from poetx_compile.backend import poetx_backend
+from poetx_compile.config import POETXConfig
+from poetx_compile.explain import explain
+from poetx_compile.prepare import merge_and_unload, prepare
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "POETXConfig",
+    "explain",
+    "merge_and_unload",
+    "ops",
+    "poetx_backend",
+    "prepare",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ class POETXConfig:
             any Q exceed it; ``None`` turns the guard off.
         merge_rotation: ``"polar"`` merges the polar factor of G (exactly orthogonal), ``"plain"``
             merges G itself.
-        moments: ``"keep"`` or ``"reset"`` the optimiser's moments of the skew parameters at a merge.
+        moments: ``"keep"`` or ``"reset"`` the optimiser's moments of the skew parameters at a
+            merge.
         permutation: ``"random"``, or ``"chunked"`` for random chunks of 16 coordinates.
         variant: what the backward keeps: ``"fast"`` what is cheapest to keep, ``"mem"`` only the
             input of each layer.
@@ -76,8 +78,8 @@ class POETXConfig:
         if isinstance(block, list):  # JSON has no tuples
             object.__setattr__(self, "block_size", tuple(block))
             block = self.block_size
-        sides = block if isinstance(block, tuple) else (block,)
-        if len(sides) not in (1, 2) or not all(_is_int(b) and b >= 2 for b in sides):
+        sides = block if isinstance(block, tuple) else (block, block)
+        if len(sides) != 2 or not all(_is_int(b) and b >= 2 for b in sides):
             raise _bad("block_size", block, "an int ≥ 2, or a pair (in, out) of them")
         for name in ("neumann_order", "merge_interval"):
             if not (_is_int(getattr(self, name)) and getattr(self, name) >= 1):
@@ -98,6 +100,12 @@ class POETXConfig:
         target = self.target_modules
         if not (target is None or isinstance(target, str) or _is_names(target)):
             raise _bad("target_modules", target, "None, a regular expression or a list of names")
+        if isinstance(target, str):
+            try:
+                re.compile(target)
+            except re.error as error:
+                allowed = f"a valid regular expression ({error})"
+                raise _bad("target_modules", target, allowed) from error
         if isinstance(target, list):
             object.__setattr__(self, "target_modules", tuple(target))
         if not _is_names(self.exclude_modules):
@@ -131,7 +139,8 @@ class POETXConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
-                f"unknown POETXConfig field(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+                f"unknown POETXConfig field(s) {', '.join(unknown)}; "
+                f"known: {', '.join(sorted(known))}"
             )
         return cls(**values)
 

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import NothingToTrainError
 from poetx_compile.parametrization import equivalence_of
+
+_ROUTER_NAMES = ("gate", "gating", "router", "shared_expert_gate")
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
@@ -61,20 +64,22 @@ def refusals(model: nn.Module, config: POETXConfig) -> dict[str, str | None]:
     owners = _weight_owners(model)
     heads = _output_embeddings(model)
     found = linears(model)
-    reasons: dict[str, str | None] = {}
-    first_name: dict[int, str] = {}
+    names: dict[int, list[str]] = defaultdict(list)
     for name, module in found.items():
-        shared_with = first_name.setdefault(id(module), name)
-        if shared_with != name:
-            reasons[name] = f"shared: the same module as {shared_with}"
+        names[id(module)].append(name)
+    reasons: dict[str, str | None] = {}
+    for name, module in found.items():
+        first = names[id(module)][0]
+        if name != first:
+            reasons[name] = f"shared: the same module as {first}"
         else:
-            reasons[name] = _refusal(model, name, module, config, owners, heads)
+            reasons[name] = _refusal(model, names[id(module)], module, config, owners, heads)
     return reasons
 
 
 def _refusal(
     model: nn.Module,
-    name: str,
+    names: list[str],
     module: nn.Linear,
     config: POETXConfig,
     owners: dict[int, list[str]],
@@ -82,14 +87,11 @@ def _refusal(
 ) -> str | None:
     if equivalence_of(module) is not None:
         return "already prepared"
-    if not _targeted(name, config.target_modules):
-        return "not in target_modules"
-    for pattern in config.exclude_modules:
-        if _name_matches(name, pattern):
-            return f"excluded by name: {pattern}"
+    if (reason := name_refusal(names, config)) is not None:
+        return reason
     if id(module) in heads:
         return "output embedding (model.get_output_embeddings())"
-    if _is_router(model, name):
+    if any(_is_router(model, name) for name in names):
         return "router of a mixture of experts"
     if type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} has a forward of its own"
@@ -98,14 +100,33 @@ def _refusal(
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "weight is no parameter"
-    others = [owner for owner in owners[id(weight)] if owner != name]
+    if nn.parameter.is_lazy(weight):
+        return "not initialised: run the model once, then call prepare"
+    if is_traceable_wrapper_subclass(weight):
+        return f"weight is a {type(weight.data).__name__}: prepare before sharding or quantising"
+    others = [owner for owner in owners[id(weight)] if owner != names[0]]
     if others:
         return f"tied: the weight belongs to {', '.join(others)} as well"
+    return weight_refusal(weight)
+
+
+def name_refusal(names: Sequence[str], config: POETXConfig) -> str | None:
+    """Why the configuration leaves a layer of these names alone, or ``None``."""
+    if not any(_targeted(name, config.target_modules) for name in names):
+        return "not in target_modules"
+    for pattern in config.exclude_modules:
+        if any(_name_matches(name, pattern) for name in names):
+            return f"excluded by name: {pattern}"
+    return None
+
+
+def weight_refusal(weight: nn.Parameter) -> str | None:
+    """Why a parameter cannot be the frozen weight of a POET layer, or ``None``."""
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {weight.dtype} cannot be rotated"
     if not weight.requires_grad:
         return "frozen by the user (requires_grad is False)"
-    if min(weight.shape) == 0 or max(weight.shape) < 2:
+    if weight.dim() != 2 or min(weight.shape) == 0 or max(weight.shape) < 2:
         return f"shape {list(weight.shape)} has nothing to rotate"
     return None
 
@@ -137,5 +158,5 @@ def _is_router(model: nn.Module, name: str) -> bool:
     """A linear that is, or sits beside, the experts of a mixture: a rotation would mix experts."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
-    beside_experts = "experts" in parent._modules and child in ("gate", "router", "gating")
+    beside_experts = "experts" in parent._modules and child in _ROUTER_NAMES
     return beside_experts or (bool(name) and "router" in type(parent).__name__.lower())

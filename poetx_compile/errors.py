@@ -27,8 +27,12 @@ class InterruptedMergeError(POETXError, RuntimeError):
     """A merge was cut off by an exception: some layers are merged, some are not."""
 
 
+class StaleOptimizerError(POETXError, RuntimeError):
+    """The model was prepared or unloaded again after its optimiser was built."""
+
+
 class UnownedRotationsError(POETXError, RuntimeError):
-    """Rotations received gradients but no optimiser updates them."""
+    """Rotations train through no optimiser: none holds them, or none updates them."""
 
 
 class AdoptionError(POETXError, RuntimeError):

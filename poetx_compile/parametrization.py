@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile import ops
 from poetx_compile.config import POETXConfig
@@ -16,8 +17,15 @@ from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.precision import rotation_dtype
 from poetx_compile.permutation import Permutation
 
+INTERRUPTED = (
+    "a merge was cut off by an exception: some layers are merged, some are not. "
+    "Load the last checkpoint into the model (load_state_dict) before going on."
+)
+
 _FORMAT = 1
 _KINDS = ("random", "chunked")
+
+_configs: Any = WeakTensorKeyDictionary()  # skew parameter → configuration, for the backend
 
 
 def side_blocks(size: int, block_size: int) -> tuple[int, int]:
@@ -51,6 +59,7 @@ class OrthogonalEquivalence(nn.Module):
         out_features, in_features = weight.shape
         self.blocks_in, self.block_in = side_blocks(in_features, config.block_in)
         self.blocks_out, self.block_out = side_blocks(out_features, config.block_out)
+        self.config = config
         self.order = config.order
         self.merge_rotation = config.merge_rotation
         self.interrupted = False
@@ -66,14 +75,20 @@ class OrthogonalEquivalence(nn.Module):
         self.perm_in, self.perm_out = perm_in, perm_out
         self.register_buffer("layout", torch.zeros(6, dtype=torch.int64, device=weight.device))
         self.write_layout()
+        self._announce()
+
+    def _announce(self) -> None:
+        """Let the backend find the configuration by the parameters it is given."""
+        _configs[self.skew_in] = _configs[self.skew_out] = self.config
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._announce()
 
     def forward(self, stored: Tensor) -> Tensor:
         """The effective weight [n, m] of the stored one; differentiable in the skew parameters."""
         if self.interrupted:
-            raise InterruptedMergeError(
-                "a merge was cut off by an exception: some layers are merged, some are not. "
-                "Load the last checkpoint into the model (load_state_dict) before going on."
-            )
+            raise InterruptedMergeError(INTERRUPTED)
         return ops.orthogonal_equivalence(
             stored,
             self.skew_in,
@@ -107,12 +122,14 @@ class OrthogonalEquivalence(nn.Module):
         """Which draw of the permutations is in force: 0 is the identity, each merge adds one."""
         return self.perm_in.draw
 
+    def _groups(self) -> list[int]:
+        """What a checkpoint must share: the groups of both sides and the kind."""
+        return [self.perm_in.group, self.perm_out.group, _KINDS.index(self.perm_in.kind)]
+
     def write_layout(self) -> None:
         """Bring the saved buffer up to date with the permutations."""
-        kind = _KINDS.index(self.perm_in.kind)
-        groups = (self.perm_in.group, self.perm_out.group)
-        values = [_FORMAT, self.seed, self.draw, *groups, kind]
-        self.layout.copy_(torch.tensor(values, dtype=torch.int64))
+        values = [_FORMAT, self.seed, self.draw, *self._groups()]
+        self.layout.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
         # Rotations in half precision drift by tens of per cent (docs/numerics.md): a move to
@@ -124,11 +141,18 @@ class OrthogonalEquivalence(nn.Module):
 
         return super()._apply(keep_precision, recurse)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.interrupted:
+            raise InterruptedMergeError(INTERRUPTED)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
         saved = state_dict.get(prefix + "layout")
         if saved is not None:
             version, seed, draw, *rest = saved.tolist()
-            here = self.layout.tolist()[3:]
+            here = self._groups()
             if version != _FORMAT:
                 errors.append(
                     f"{prefix}layout has format {version}, this version of poetx_compile reads "
@@ -141,7 +165,9 @@ class OrthogonalEquivalence(nn.Module):
                     f"{here}: prepare the same model with the configuration of the checkpoint"
                 )
                 return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
         if saved is not None:
             self.perm_in.redraw(seed, draw)
             self.perm_out.redraw(seed, draw)
@@ -152,6 +178,11 @@ class OrthogonalEquivalence(nn.Module):
             f"in={self.blocks_in}×{self.block_in}, out={self.blocks_out}×{self.block_out}, "
             f"order={self.order}, draw={self.draw}"
         )
+
+
+def config_of_skew(value: Any) -> POETXConfig | None:
+    """The configuration of the layer a skew parameter belongs to; ``None`` for anything else."""
+    return _configs.get(value) if isinstance(value, nn.Parameter) else None
 
 
 def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:

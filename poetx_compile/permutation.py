@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,23 @@ def draw_permutation(size: int, *, seed: int, draw: int, group: int, kind: str) 
         seed: `POETXConfig.seed`.
         draw: 0 is the identity; every merge takes the next number.
         group: id of the sides that share this permutation.
-        kind: ``"random"``, or ``"chunked"`` for random chunks of 16 coordinates (a remainder
-            stays at the end).
+        kind: ``"random"``, or ``"chunked"`` for random chunks of 16 coordinates. A shorter last
+            chunk takes part, and a size below two chunks is ``"random"``, so that no coordinate
+            keeps its place for ever.
 
-    A function of its arguments alone: no global generator is read or advanced.
+    A function of its arguments alone, on the CPU: no global generator is read or advanced, no
+    default device is followed.
     """
-    if draw == 0:
-        permutation = torch.arange(size)
-    else:
+    permutation = torch.arange(size, device="cpu")
+    if draw > 0:
         key = hashlib.sha256(f"{seed}/{draw}/{group}/{size}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        if kind == "chunked":
-            chunks = torch.randperm(size // CHUNK, generator=generator)
-            whole = (chunks[:, None] * CHUNK + torch.arange(CHUNK)).flatten()
-            permutation = torch.cat([whole, torch.arange(len(whole), size)])
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        if kind == "chunked" and size >= 2 * CHUNK:
+            chunks = permutation.split(CHUNK)
+            order = torch.randperm(len(chunks), generator=generator, device="cpu")
+            permutation = torch.cat([chunks[i] for i in order])
         else:
-            permutation = torch.randperm(size, generator=generator)
+            permutation = torch.randperm(size, generator=generator, device="cpu")
     return torch.stack([permutation, permutation.argsort()])
 
 
@@ -47,16 +49,23 @@ class Permutation(nn.Module):
 
     pair: Tensor
 
-    def __init__(self, size: int, group: int, *, seed: int, draw: int, kind: str, device=None):
+    def __init__(
+        self,
+        size: int,
+        group: int,
+        *,
+        seed: int,
+        draw: int,
+        kind: str,
+        device: torch.device | str | None = None,
+    ):
         super().__init__()
         self.size, self.group, self.seed, self.draw, self.kind = size, group, seed, draw, kind
         self.register_buffer("pair", self.peek(seed, draw).to(device), persistent=False)
 
     def peek(self, seed: int, draw: int) -> Tensor:
         """The pair that `redraw` would set, on the CPU."""
-        return draw_permutation(
-            self.size, seed=seed, draw=draw, group=self.group, kind=self.kind
-        )
+        return draw_permutation(self.size, seed=seed, draw=draw, group=self.group, kind=self.kind)
 
     @torch.no_grad()
     def redraw(self, seed: int, draw: int) -> None:
@@ -64,6 +73,14 @@ class Permutation(nn.Module):
         if (seed, draw) != (self.seed, self.draw):
             self.pair.copy_(self.peek(seed, draw))
             self.seed, self.draw = seed, draw
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Permutation:
+        # Only a change of device is followed, by drawing the pair again: `to_empty` leaves no
+        # garbage behind, and a cast of all buffers (`Module.type`) leaves indices.
+        device = fn(self.pair).device
+        if device != self.pair.device:
+            self.pair = self.peek(self.seed, self.draw).to(device)
+        return self
 
     def extra_repr(self) -> str:
         return f"size={self.size}, group={self.group}, draw={self.draw}"

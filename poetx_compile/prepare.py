@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from poetx_compile.adoption import adopted_state, decline, release
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import check_targets, linears, refusals, unwrap_compiled
 from poetx_compile.errors import ConfigError, NothingToTrainError
@@ -20,8 +22,8 @@ from poetx_compile.parametrization import (
 from poetx_compile.permutation import Permutation
 from poetx_compile.report import LayerRow, PrepareReport
 
+log = logging.getLogger("poetx_compile")
 M = TypeVar("M", bound=nn.Module)
-_CONFIG = "_poetx_config"
 
 
 def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareReport:
@@ -50,11 +52,12 @@ def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareRepor
     if earlier is not None and config is not None and config != earlier:
         changed = [k for k, v in config.to_dict().items() if earlier.to_dict()[k] != v]
         raise ConfigError(
-            f"this model was prepared with another configuration (differs in {', '.join(changed)}): "
-            "merge_and_unload(model) first, or leave config out"
+            "this model was prepared with another configuration "
+            f"(differs in {', '.join(changed)}): merge_and_unload(model) first, or leave config out"
         )
-    config = config or earlier or POETXConfig()
     found = linears(model)
+    adopted = _adopted(found)
+    config = config or earlier or _config_of_adopted(adopted) or POETXConfig()
     check_targets(list(found), config)
     reasons = refusals(model, config)
     if any(found[n].weight.is_meta for n, reason in reasons.items() if reason is None):
@@ -66,15 +69,18 @@ def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareRepor
         raise NothingToTrainError(_nothing(reasons))
     groups = _Groups(model, config)
     for name, reason in reasons.items():
-        if reason is None:
+        if reason is not None and reason != "already prepared":
+            _leave(found[name], name, reason)
+        elif reason is None and name in adopted:
+            _move(found[name], name, adopted[name], config, groups)
+        elif reason is None:
             if config.normalize_rows:
                 _normalize_rows(found[name].weight)
             perm_in, perm_out = groups.sides(name, found[name])
             equivalence = OrthogonalEquivalence(found[name].weight, config, perm_in, perm_out)
             register(found[name], equivalence)
-    setattr(model, _CONFIG, config)
     rows = [_row(name, module, reasons[name]) for name, module in found.items()]
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return PrepareReport(rows, trainable, sum(p.numel() for p in parameters))
 
@@ -88,8 +94,10 @@ def register(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
 
 
 def config_of(model: nn.Module) -> POETXConfig | None:
-    """The configuration `model` was prepared with, or ``None``."""
-    return getattr(unwrap_compiled(model), _CONFIG, None)
+    """The configuration `model`, or the part of it that is prepared, was prepared with."""
+    for _, _, equivalence in prepared_linears(unwrap_compiled(model)):
+        return equivalence.config
+    return None
 
 
 def merge_and_unload(model: M) -> M:
@@ -109,10 +117,61 @@ def merge_and_unload(model: M) -> M:
     for _, module, _ in list(prepared_linears(plain)):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         module.weight.requires_grad_(True)
-    for module in plain.modules():
-        if hasattr(module, _CONFIG):
-            delattr(module, _CONFIG)
+        # The weight comes back as the last parameter; optimiser states and others go by position.
+        for name in [name for name in module._parameters if name != "weight"]:
+            module._parameters[name] = module._parameters.pop(name)
     return model
+
+
+def _adopted(found: dict[str, nn.Linear]) -> dict[str, OrthogonalEquivalence]:
+    """The states that compiled graphs created for linears of this model, by name."""
+    states = {n: adopted_state(m.weight) for n, m in found.items() if equivalence_of(m) is None}
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def _config_of_adopted(adopted: dict[str, OrthogonalEquivalence]) -> POETXConfig | None:
+    configs = [state.config for state in adopted.values()]
+    if any(config != configs[0] for config in configs):
+        raise ConfigError(
+            "parts of this model were compiled with different POET-X options: give prepare (or the "
+            "optimiser) the configuration to use"
+        )
+    return configs[0] if configs else None
+
+
+def _move(
+    module: nn.Linear,
+    name: str,
+    state: OrthogonalEquivalence,
+    config: POETXConfig,
+    groups: _Groups,
+) -> None:
+    """Make an adopted state the parametrization of its linear, gradients included."""
+    if state.config == config:
+        groups.number(state)
+    elif state.skew_in.grad is None and state.skew_out.grad is None:
+        state = OrthogonalEquivalence(module.weight, config, *groups.sides(name, module))
+    else:
+        raise ConfigError(
+            f"{name} was compiled with other POET-X options and holds gradients for them: leave "
+            "config out here, or prepare the model before its first backward"
+        )
+    release(module.weight)
+    register(module, state)
+
+
+def _leave(module: nn.Linear, name: str, reason: str) -> None:
+    """A linear that stays as it is; compiled graphs may not adopt its weight either."""
+    weight = module.weight
+    if release(weight) is not None:
+        log.warning(
+            "%s was adopted by a compiled graph but is not trained through rotations (%s): its "
+            "weight trains densely from now on",
+            name or "(root)",
+            reason,
+        )
+    if isinstance(weight, nn.Parameter):
+        decline(weight, reason)
 
 
 class _Groups:
@@ -122,9 +181,20 @@ class _Groups:
         self.config = config
         self.inputs: dict[tuple[str, int], Permutation] = {}
         self.next = 0
+        self.numbered: dict[int, Permutation] = {}
         for name, module, equivalence in prepared_linears(model):
             self.inputs[_sibling_key(name, module)] = equivalence.perm_in
-            self.next = max(self.next, 1 + equivalence.perm_in.group, 1 + equivalence.perm_out.group)
+            self.next = max(
+                self.next, 1 + equivalence.perm_in.group, 1 + equivalence.perm_out.group
+            )
+
+    def number(self, state: OrthogonalEquivalence) -> None:
+        """Give the permutations of an adopted state ids of this model."""
+        for side in (state.perm_in, state.perm_out):
+            if id(side) not in self.numbered:
+                self.numbered[id(side)] = side
+                side.group, self.next = self.next, self.next + 1
+        state.write_layout()
 
     def new(self, size: int, device: torch.device) -> Permutation:
         group, self.next = self.next, self.next + 1
@@ -144,7 +214,7 @@ def _sibling_key(name: str, module: nn.Linear) -> tuple[str, int]:
 
 
 @torch.no_grad()
-def _normalize_rows(weight: nn.Parameter) -> None:
+def _normalize_rows(weight: Tensor) -> None:
     rows = weight.double()
     norm = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
     weight.copy_(rows / norm)
@@ -157,6 +227,7 @@ def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
         return LayerRow(name, shape, "-", "skipped", reason or "")
     e = equivalence
     notes = [] if reason is None else [reason]
+    left_over = []
     for side, size, blocks, b in (
         ("in", module.in_features, e.blocks_in, e.block_in),
         ("out", module.out_features, e.blocks_out, e.block_out),
@@ -164,7 +235,9 @@ def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
         if blocks == 0:
             notes.append(f"{side} side of size 1 is not rotated")
         elif blocks * b < size:
-            notes.append(f"{size - blocks * b} {side} coordinates pass through until the next merge")
+            left_over.append(f"{size - blocks * b} {side}")
+    if left_over:
+        notes.append(f"left over until the next merge: {', '.join(left_over)}")
     blocks_text = f"{e.blocks_in}×{e.block_in} | {e.blocks_out}×{e.block_out}"
     return LayerRow(name, shape, blocks_text, "prepared", "; ".join(notes))
 

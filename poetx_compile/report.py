@@ -36,15 +36,21 @@ class PrepareReport:
         return len(self.rows)
 
     def __str__(self) -> str:
-        cells = [(r.name or "(root)", f"{r.shape[0]}×{r.shape[1]}", r.blocks, r.status, r.reason)
-                 for r in self.rows]
+        cells = [
+            (r.name or "(root)", f"{r.shape[0]}×{r.shape[1]}", r.blocks, r.status, r.reason)
+            for r in self.rows
+        ]
         prepared = sum(r.status == "prepared" for r in self.rows)
         summary = (
             f"{prepared} of {len(self.rows)} nn.Linear prepared; "
             f"{self.trainable:,} of {self.total:,} parameters train "
             f"({100 * self.trainable / max(self.total, 1):.1f} %)"
         )
-        return format_table(("layer", "shape", "blocks in|out", "status", "reason"), cells) + "\n" + summary
+        return (
+            format_table(("layer", "shape", "blocks in|out", "status", "reason"), cells)
+            + "\n"
+            + summary
+        )
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from poetx_compile.ops import kernels
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import rotation_dtype, without_autocast
 
@@ -69,6 +70,8 @@ def block_product(
         [blocks, b, b] in float32 (float64 for float64 inputs), accumulated in that dtype.
     """
     _check(x, y, blocks, block_size, gather_x, gather_y)
+    if kernels.applies("block_product", x, y, blocks, block_size, gather_x, gather_y):
+        return kernels.run("block_product", x, y, blocks, block_size, gather_x, gather_y)
     return block_product_reference(x, y, blocks, block_size, gather_x, gather_y)
 
 
@@ -84,12 +87,15 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, y, gather_x, gather_y)
 
 
+@without_autocast
 def _backward(ctx, grad):
     """``dX_k = Y_k dPᵀ`` and ``dY_k = X_k dP``; columns outside the blocks get zero."""
     x, y, gather_x, gather_y = ctx.saved_tensors
     blocks, b = ctx.blocks, ctx.block_size
 
     def multiply(other, gather_other, matrix, like, gather_like):
+        if blocks == 0:
+            return torch.zeros_like(like)
         columns = _columns(other, gather_other, blocks, b, grad.dtype)
         product = torch.bmm(columns, matrix).transpose(0, 1)
         product = product.reshape(*like.shape[:-1], blocks * b)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from poetx_compile.ops import kernels
 from poetx_compile.ops.packing import pack, packed_size, unpack
 from poetx_compile.ops.polynomial import polynomial, polynomial_backward
-from poetx_compile.ops.precision import without_autocast
+from poetx_compile.ops.precision import ieee_fp32, without_autocast
 
 
 def rotations(skew: Tensor, block_size: int, order: int | None) -> Tensor:
@@ -47,6 +48,7 @@ def cayley_neumann_backward_reference(
 
 @torch.library.custom_op("poetx::cayley_neumann", mutates_args=())
 @without_autocast
+@ieee_fp32()
 def cayley_neumann(skew: Tensor, block_size: int, order: int) -> Tensor:
     """Rotations ``G = (I+Q)(I + Q + … + Q^k)`` of packed skew-symmetric blocks.
 
@@ -59,19 +61,25 @@ def cayley_neumann(skew: Tensor, block_size: int, order: int) -> Tensor:
         [blocks, b, b] of the same dtype; nearly orthogonal, ``G = (I+Q)(I−Q)⁻¹(I−Q^(k+1))``.
     """
     _check(skew, block_size, order)
+    if kernels.applies("cayley_neumann", skew, block_size, order):
+        return kernels.run("cayley_neumann", skew, block_size, order)
     return cayley_neumann_reference(skew, block_size, order)
 
 
 @torch.library.custom_op("poetx::cayley_neumann_backward", mutates_args=())
 @without_autocast
+@ieee_fp32()
 def cayley_neumann_backward(grad: Tensor, skew: Tensor, block_size: int, order: int) -> Tensor:
     """Gradient of `cayley_neumann`: from [blocks, b, b] to the packed [blocks, b(b−1)/2]."""
     _check(skew, block_size, order)
+    if kernels.applies("cayley_neumann_backward", grad, skew, block_size, order):
+        return kernels.run("cayley_neumann_backward", grad, skew, block_size, order)
     return cayley_neumann_backward_reference(grad, skew, block_size, order)
 
 
 @torch.library.custom_op("poetx::cayley_exact", mutates_args=())
 @without_autocast
+@ieee_fp32()
 def cayley_exact(skew: Tensor, block_size: int) -> Tensor:
     """Exactly orthogonal ``G = (I+Q)(I−Q)⁻¹`` of packed skew blocks, by a batched solve.
 
@@ -81,11 +89,12 @@ def cayley_exact(skew: Tensor, block_size: int) -> Tensor:
     q = unpack(skew, block_size)
     eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
     # The factors commute, so the solve may stand on the left.
-    return torch.linalg.solve(eye - q, eye + q)
+    return torch.linalg.solve(eye - q, eye + q).contiguous()
 
 
 @torch.library.custom_op("poetx::cayley_exact_backward", mutates_args=())
 @without_autocast
+@ieee_fp32()
 def cayley_exact_backward(grad: Tensor, skew: Tensor, block_size: int) -> Tensor:
     """Gradient of `cayley_exact`: ``dQ = 2 Mᵀ dG Mᵀ`` with ``M = (I−Q)⁻¹``, packed."""
     _check(skew, block_size)

@@ -21,7 +21,7 @@ _library.define(
 
 
 @without_autocast
-def orthogonal_equivalence(
+def _compose(
     weight: Tensor,
     skew_in: Tensor,
     skew_out: Tensor,
@@ -31,7 +31,7 @@ def orthogonal_equivalence(
     block_out: int,
     order: int | None,
 ) -> Tensor:
-    """``W_eff`` with ``W_eff[perm_out][:, perm_in] = D_outᵀ S D_inᵀ`` (POET, orthogonal equivalence).
+    """``W_eff`` with ``W_eff[perm_out][:, perm_in] = D_outᵀ S D_inᵀ`` (POET).
 
     Args:
         weight: S [n, m], the frozen weight stored permuted: ``W₀[perm_out][:, perm_in]``.
@@ -47,16 +47,37 @@ def orthogonal_equivalence(
     torch._check(
         weight.dim() == 2 and weight.is_floating_point(),
         lambda: (
-            f"poetx: weight must be a floating point matrix, got {weight.dtype} {list(weight.shape)}"
+            "poetx: weight must be a floating point matrix, "
+            f"got {weight.dtype} {list(weight.shape)}"
         ),
     )
     check_pair(perm_in, weight.shape[1], "perm_in")
     check_pair(perm_out, weight.shape[0], "perm_out")
     rotate = torch.ops.poetx.rotate_blocks
     wide = weight.to(torch.promote_types(weight.dtype, skew_in.dtype))
-    columns = rotate(wide, rotations(skew_in, block_in, order), None, perm_in, True)
-    rows = rotate(columns.mT, rotations(skew_out, block_out, order), None, perm_out, False)
-    return rows.mT.to(weight.dtype)
+    # The input side comes last: the weight is contiguous, as that of a plain linear, and BLAS gives
+    # the same bits for it.
+    rows = rotate(wide.mT, rotations(skew_out, block_out, order), None, perm_out, False)
+    columns = rotate(rows.mT, rotations(skew_in, block_in, order), None, perm_in, True)
+    return columns.to(weight.dtype)
 
 
-_library.impl("orthogonal_equivalence", orthogonal_equivalence, "CompositeImplicitAutograd")
+_library.impl("orthogonal_equivalence", _compose, "CompositeImplicitAutograd")
+
+
+def orthogonal_equivalence(
+    weight: Tensor,
+    skew_in: Tensor,
+    skew_out: Tensor,
+    perm_in: Tensor,
+    perm_out: Tensor,
+    block_in: int,
+    block_out: int,
+    order: int | None,
+) -> Tensor:
+    return torch.ops.poetx.orthogonal_equivalence(
+        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order
+    )
+
+
+orthogonal_equivalence.__doc__ = _compose.__doc__

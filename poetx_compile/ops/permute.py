@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from poetx_compile.ops import kernels
+
 
 def check_pair(pair: Tensor | None, width: int, name: str) -> None:
     """Raise unless `pair` is ``None`` or an int64 permutation pair [2, width]."""
@@ -44,6 +46,8 @@ def permute_columns(x: Tensor, pair: Tensor, inverse: bool = False) -> Tensor:
         [..., d], contiguous, of x's dtype.
     """
     check_pair(pair, x.shape[-1], "pair")
+    if kernels.applies("permute_columns", x, pair, inverse):
+        return kernels.run("permute_columns", x, pair, inverse)
     return permute_columns_reference(x, pair, inverse)
 
 

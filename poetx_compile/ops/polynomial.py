@@ -28,7 +28,7 @@ def coefficients(order: int) -> list[float]:
 
 
 def _stride(degree: int) -> int:
-    """The s of Paterson-Stockmeyer with the fewest products: (s−1) for powers, ⌈d/s⌉−1 for Horner."""
+    """The s of Paterson-Stockmeyer with the fewest products: s−1 powers and ⌈d/s⌉−1 of Horner."""
     return min(range(1, degree + 1), key=lambda s: (s - 1 + -(-degree // s) - 1, s))
 
 

@@ -38,10 +38,17 @@ def without_autocast(function: F) -> F:
 
 @contextmanager
 def ieee_fp32() -> Iterator[None]:
-    """fp32 products in IEEE fp32, whatever the user allows elsewhere (TF32, bf16x3)."""
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """fp32 products in IEEE fp32, whatever the user allows elsewhere (TF32, bf16).
+
+    The settings are those of each backend: `torch.get_float32_matmul_precision` raises where the
+    user has set one of them.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    previous = [backend.fp32_precision for backend in backends]
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(previous)
+        for backend, precision in zip(backends, previous, strict=True):
+            backend.fp32_precision = precision

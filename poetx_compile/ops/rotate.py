@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from poetx_compile.ops import kernels
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
 
@@ -17,6 +18,10 @@ def _check(x: Tensor, rotation: Tensor, gather: Tensor | None, scatter: Tensor |
     torch._check(
         rotation.dim() == 3 and rotation.shape[1] == rotation.shape[2],
         lambda: f"poetx: rotation must be [blocks, b, b], got {list(rotation.shape)}",
+    )
+    torch._check(
+        rotation.dtype in (torch.float32, torch.float64),
+        lambda: f"poetx: rotation must be float32 or float64, got {rotation.dtype}",
     )
     torch._check(
         rotation.shape[0] * rotation.shape[1] <= x.shape[-1],
@@ -81,6 +86,8 @@ def rotate_blocks(
         [..., d], contiguous, of x's dtype.
     """
     _check(x, rotation, gather, scatter)
+    if kernels.applies("rotate_blocks", x, rotation, gather, scatter, transpose):
+        return kernels.run("rotate_blocks", x, rotation, gather, scatter, transpose)
     out = rotate_blocks_reference(x, rotation, gather, scatter, transpose).contiguous()
     return out.clone() if out.data_ptr() == x.data_ptr() else out  # an op may not return its input
 
@@ -101,13 +108,16 @@ def _setup(ctx, inputs, output) -> None:
     )
 
 
+@without_autocast
 def _backward(ctx, grad):
     x, rotation, gather, scatter = ctx.saved_tensors
     grad_x = grad_rotation = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.poetx.rotate_blocks(grad, rotation, scatter, gather, not ctx.transpose)
     if ctx.needs_input_grad[1]:
-        left, right = ((grad, scatter), (x, gather)) if ctx.transpose else ((x, gather), (grad, scatter))
+        left, right = (
+            ((grad, scatter), (x, gather)) if ctx.transpose else ((x, gather), (grad, scatter))
+        )
         grad_rotation = torch.ops.poetx.block_product(
             left[0], right[0], ctx.blocks, ctx.block_size, left[1], right[1]
         )

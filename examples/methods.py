@@ -1,0 +1,122 @@
+"""The two ways to train the same model: through POET-X, or densely with AdamW.
+
+Everything else of a run is the same for both; what differs between them stands here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import poetx_compile as poetx
+from failure import RunError
+from llama import LlamaConfig
+from options import Options
+from poetx_compile.diagnostics import diagnostics
+
+BETAS = (0.9, 0.95)
+_LABELS = {"muon": "POET-X (Muon)", "adamw": "POET-X (AdamW)"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A model made ready to train.
+
+    Attributes:
+        label: name of the method in the plots.
+        model: the plain module, which owns the parameters.
+        forward: the compiled model: ``forward(tokens, targets)`` gives the loss.
+        optimizer: trains what the method trains.
+        trainable: trained parameters in per cent of the dense model's.
+        summary: what was prepared, for the log; empty for dense training.
+    """
+
+    label: str
+    model: nn.Module
+    forward: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    trainable: float
+    summary: str = ""
+
+    def angle_and_error(self) -> tuple[float | None, float | None]:
+        """(largest angle θ in radians, largest ‖GᵀG − I‖); None, None without rotations."""
+        if not self.summary:
+            return None, None
+        figures = diagnostics(self.model)
+        return figures["angle_max"], figures["orthogonality_error"]
+
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate in force, for each parameter group by its name."""
+        groups = self.optimizer.param_groups
+        return {g.get("name", f"group{i}"): float(g["lr"]) for i, g in enumerate(groups)}
+
+
+def poetx_config(options: Options, shapes: LlamaConfig) -> poetx.POETXConfig:
+    """The configuration of POET-X: rows normalised, because the weights are fresh."""
+    block_size = options.block_size or min(256, shapes.hidden_size // 2)
+    return poetx.POETXConfig(
+        block_size=block_size,
+        merge_interval=options.merge_interval,
+        variant=options.variant,
+        seed=options.seed,
+        normalize_rows=True,
+    )
+
+
+def build(model: nn.Module, options: Options, config: poetx.POETXConfig) -> Method:
+    """Make `model` ready to train by `options.method`."""
+    dense = sum(p.numel() for p in model.parameters())
+    label, summary = "AdamW", ""
+    backend: Any = options.stage
+    compile_options: dict[str, Any] | None = None
+    if options.method == "poetx":
+        report = poetx.prepare(model, config)
+        label, summary = _LABELS[options.optimizer], str(report).splitlines()[-1]
+        backend = poetx.poetx_backend
+        compile_options = {"stage": options.stage}
+        optimizer = _poetx_optimizer(model, options)
+    else:
+        optimizer = _dense_optimizer(model, options)
+    forward: Any = model
+    if not options.no_compile:
+        forward = torch.compile(model, backend=backend, options=compile_options)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Method(label, model, forward, optimizer, 100 * trained / dense, summary)
+
+
+def _poetx_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    kind = poetx.POETXMuon if options.optimizer == "muon" else poetx.POETXAdamW
+    return kind(model, lr=options.lr, poetx_lr=options.poetx_lr, betas=BETAS, weight_decay=0.0)
+
+
+def _dense_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    group = {"params": list(model.parameters()), "name": "dense"}
+    return torch.optim.AdamW([group], lr=options.lr, betas=BETAS, weight_decay=0.0, fused=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; ``"auto"`` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RunError(f"--device {name} is no device: use cpu, cuda or cuda:<number>") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise RunError(f"--device {name}: use cpu, cuda or cuda:<number>")
+    return device
+
+
+def pick_dtypes(name: str, device: torch.device) -> tuple[torch.dtype, bool]:
+    """(dtype of the weights, whether the products run in bfloat16 under autocast)."""
+    if name == "auto":
+        name = "autocast" if device.type == "cuda" else "float32"
+    return (torch.bfloat16 if name == "bfloat16" else torch.float32), name == "autocast"

@@ -1,0 +1,96 @@
+"""metrics.jsonl: one JSON object a line, with the same fields in every line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from failure import RunError
+from files import write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The state of a run after `step` optimiser steps; ``None`` where a field does not apply.
+
+    Attributes:
+        step: optimiser steps done.
+        loss: mean training loss since the last row, nats per byte.
+        val_loss: validation loss, nats per byte; in the rows of evaluations.
+        lr: the learning rate of the last step, for each parameter group.
+        tokens_per_s: training tokens per second since the last row, without compilation and
+            evaluation.
+        peak_memory_mib: peak so far: allocated on the CUDA device, else resident in the process.
+        max_angle: largest angle θ (spectral norm of Q) since the last merge, in radians; in the
+            rows of evaluations of a POET-X run.
+        orthogonality_error: largest ‖GᵀG − I‖ of a rotation, in the same rows.
+    """
+
+    step: int
+    loss: float | None
+    val_loss: float | None
+    lr: dict[str, float]
+    tokens_per_s: float | None
+    peak_memory_mib: float
+    max_angle: float | None = None
+    orthogonality_error: float | None = None
+
+
+class MetricsFile:
+    """Appends rows to metrics.jsonl; each line is complete once `append` returns.
+
+    Args:
+        path: the file.
+        last_step: rows after this step are dropped: a resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, last_step: int):
+        self.path = path
+        self.rows = [r for r in read_rows(path) if r["step"] <= last_step] if path.exists() else []
+        write_text(path, "".join(map(_line, self.rows)))
+
+    def append(self, row: Row) -> None:
+        values = {k: _finite(v) for k, v in dataclasses.asdict(row).items()}
+        self.rows.append(values)
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(_line(values))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise RunError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+    return rows
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory in MiB: allocated on a CUDA device, else the resident set of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,165 @@
+"""The command line of `pretrain.py`: every option once, with its default and its help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from failure import RunError
+from llama import PRESETS
+
+
+def _option(default: Any, help: str, **extra: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, **extra})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a run is. Options marked `free` may change when the run is resumed."""
+
+    preset: str = _option("tiny", "size of the model", choices=tuple(PRESETS))
+    steps: int = _option(300, "optimiser steps", least=1, free=True)
+    batch_size: int = _option(16, "sequences in a batch", least=1)
+    seq_len: int = _option(128, "bytes in a sequence", least=2)
+    vocab_size: int = _option(256, "size of the vocabulary; bytes use the first 256", least=256)
+    seed: int = _option(0, "seed of the weights, the data order and the permutations", least=0)
+    device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one", free=True)
+    dtype: str = _option(
+        "auto",
+        "float32; autocast: float32 weights, bfloat16 products; bfloat16: weights too; "
+        "auto: autocast on CUDA, float32 elsewhere",
+        choices=("auto", "float32", "autocast", "bfloat16"),
+    )
+    method: str = _option("poetx", "POET-X, or dense training", choices=("poetx", "adamw"))
+    optimizer: str = _option("muon", "optimiser of the rotations", choices=("muon", "adamw"))
+    lr: float = _option(3e-3, "peak learning rate of everything that is not a rotation", above=0)
+    poetx_lr: float | None = _option(
+        None, "peak learning rate of the rotations (default: the optimiser's own)", above=0
+    )
+    warmup: int | None = _option(
+        None, "steps of linear warm-up (default: a tenth of the steps, at most 100)", least=0
+    )
+    clip: float = _option(1.0, "largest norm of the gradients", above=0)
+    block_size: int | None = _option(
+        None, "b, size of the rotation blocks (default: half the width, at most 256)", least=2
+    )
+    merge_interval: int = _option(200, "steps between merges", least=1)
+    variant: str = _option("fast", "what the backward keeps", choices=("fast", "mem"))
+    activation_checkpointing: bool = _option(False, "recompute each block in the backward")
+    stage: str = _option(
+        "inductor",
+        "what runs the compiled graphs",
+        choices=("inductor", "aot_eager", "eager"),
+        free=True,
+    )
+    no_compile: bool = _option(False, "run the model without torch.compile", free=True)
+    data: tuple[str, ...] = _option(
+        (),
+        'files to train on: text, .jsonl or .jsonl.gz with a "text" in each line '
+        "(default: the Python standard library's sources)",
+        metavar="FILE",
+    )
+    out: str | None = _option(
+        None,
+        "run folder, created (default: runs/<time>-<preset>-<method>)",
+        metavar="RUN",
+        free=True,
+    )
+    resume: bool = _option(False, "continue the run in --out from its checkpoint", free=True)
+    compare: str | None = _option(
+        None, "draw another finished run into the plots", metavar="RUN", free=True
+    )
+    log_every: int = _option(10, "steps between rows of metrics.jsonl", least=1, free=True)
+    eval_every: int = _option(100, "steps between validations", least=1, free=True)
+    eval_batches: int = _option(16, "batches of a validation", least=1)
+    save_every: int = _option(100, "steps between checkpoints", least=1, free=True)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(100, self.steps // 10) if self.warmup is None else min(self.warmup, self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict of JSON values."""
+        return {**dataclasses.asdict(self), "data": list(self.data)}
+
+
+def parse(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """The options that were given on the command line, and only those."""
+    parser = _Parser(
+        prog="pretrain.py",
+        description="Pretrain a byte-level Llama with POET-X (or densely) on text.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for field in dataclasses.fields(Options):
+        meta = dict(field.metadata)
+        kwargs: dict[str, Any] = {k: meta[k] for k in ("choices", "metavar") if k in meta}
+        kwargs["help"] = meta["help"]
+        if field.default is False:
+            kwargs["action"] = "store_true"
+        elif field.name == "data":
+            kwargs["nargs"] = "+"
+        else:
+            kwargs["type"] = _type_of(field)
+            if field.default is not None:
+                kwargs["help"] += f" (default: {field.default})"
+        kwargs["help"] = kwargs["help"].replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), **kwargs)
+    given = vars(parser.parse_args(arguments))
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    return given
+
+
+def resumed(saved: dict[str, Any], given: dict[str, Any]) -> Options:
+    """The options of a run that goes on: the saved ones, with the free ones of the command line.
+
+    Raises:
+        RunError: an option that defines the run was given with another value.
+    """
+    known = {field.name: field for field in dataclasses.fields(Options)}
+    values: dict[str, Any] = {
+        k: tuple(v) if k == "data" else v for k, v in saved.items() if k in known
+    }
+    for name, value in given.items():
+        if known[name].metadata.get("free"):
+            values[name] = value
+        elif value != values.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise RunError(
+                f"the run was started with {flag} {values.get(name)}, not {value}: leave {flag} "
+                "out, or start a new run"
+            )
+    if "warmup" not in given and values.get("warmup") is None and "steps" in given:
+        # A longer run must not change the warm-up that is already behind it.
+        values["warmup"] = Options(steps=saved["steps"]).warmup_steps
+    return Options(**values)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def _type_of(field: dataclasses.Field[Any]) -> type:
+    """str, int or float of an annotation such as ``"int | None"``."""
+    return {"str": str, "int": int, "float": float}[str(field.type).split(" ")[0]]
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    meta, flag = field.metadata, "--" + field.name.replace("_", "-")
+    if value is None:
+        return
+    if "choices" in meta and value not in meta["choices"]:
+        raise RunError(f"{flag} {value}: use one of {', '.join(meta['choices'])}")
+    if "least" in meta and value < meta["least"]:
+        raise RunError(f"{flag} {value}: use a whole number of at least {meta['least']}")
+    if "above" in meta and not (math.isfinite(value) and value > meta["above"]):
+        raise RunError(f"{flag} {value}: use a number above {meta['above']}")

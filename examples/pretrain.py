@@ -1,0 +1,233 @@
+"""Pretrain a byte-level Llama on text, with POET-X or densely, from one command.
+
+    python examples/pretrain.py                        # a small run on the CPU, a few minutes
+    python examples/pretrain.py --method adamw         # the same, every weight trained
+    python examples/pretrain.py --preset 20m --data corpus.jsonl.gz --steps 2000 --out runs/a
+    python examples/pretrain.py --out runs/a --resume  # goes on from the last checkpoint
+
+The run folder holds config.json, metrics.jsonl, checkpoint.safetensors, loss.png, spectrum.png and,
+in export/, the trained model with plain weights (`llama.load` reads it). A run that cannot start or
+go on says why in one line and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import poetx_compile as poetx
+from batches import window_count
+from checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from corpus import Corpus, load_corpus
+from failure import RunError
+from files import read_json, write_atomically, write_json
+from llama import PRESETS, Llama, LlamaConfig
+from methods import Method, build, pick_device, pick_dtypes, poetx_config
+from metrics import MetricsFile
+from options import Options, parse, resumed
+from plots import draw, read_run
+from poetx_compile.diagnostics import spectrum
+from poetx_compile.errors import POETXError
+from training import Training
+
+WATCHED = "layers.0.self_attn.q_proj"
+"""The layer whose singular values spectrum.png shows."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell gives it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = parse(arguments)
+    try:
+        return pretrain(given)
+    except (RunError, POETXError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def pretrain(given: dict[str, Any]) -> int:
+    """Train by the options that were `given`; returns the exit code."""
+    options, checkpoint = _options_and_checkpoint(given)
+    device = pick_device(options.device)
+    dtype, autocast = pick_dtypes(options.dtype, device)
+    if options.compare is not None:
+        read_run(Path(options.compare))
+    corpus = load_corpus(options.data)
+    window_count(corpus.validation, options.seq_len, "validation")
+    unigram_bpb = corpus.unigram_bpb()
+
+    shapes = LlamaConfig(
+        **PRESETS[options.preset], vocab_size=options.vocab_size, max_seq_len=options.seq_len
+    )
+    torch.manual_seed(options.seed)
+    with device:
+        model = Llama(shapes, activation_checkpointing=options.activation_checkpointing)
+    model.to(dtype)
+    poetx_settings = poetx_config(options, shapes)
+    method = build(model, options, poetx_settings)
+    training = Training(options, method, corpus, device, autocast=autocast)
+
+    if checkpoint is None:
+        spectra: dict[str, Any] = {"layer": WATCHED, "before": _spectrum(model), "after": []}
+        folder = _new_folder(options)
+        write_json(folder / "spectrum.json", spectra)
+    else:
+        training.load(checkpoint)
+        set_random_state(checkpoint["random"])
+        folder = Path(str(options.out))
+        spectra = read_json(folder / "spectrum.json")
+    write_json(
+        folder / "config.json",
+        {
+            "label": method.label,
+            "options": options.to_dict(),
+            "model": dataclasses.asdict(shapes),
+            "poetx": poetx_settings.to_dict() if options.method == "poetx" else None,
+            "corpus": {
+                "name": corpus.name,
+                "documents": list(corpus.documents),
+                "train_bytes": len(corpus.train),
+                "validation_bytes": len(corpus.validation),
+                "fingerprint": corpus.fingerprint,
+                "unigram_bpb": unigram_bpb,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+            },
+        },
+    )
+    _announce(options, corpus, method, device, dtype, autocast, folder)
+    metrics = MetricsFile(folder / "metrics.jsonl", training.step)
+    if not options.no_compile:
+        print(f"compiled in {training.compile():.0f} s", flush=True)
+    done = training.run(metrics, lambda: _save(folder, training))
+    if not done:
+        print(f"stopped at step {training.step}; go on with --out {folder} --resume")
+        return INTERRUPTED
+
+    spectra["after"] = _spectrum(model)
+    write_json(folder / "spectrum.json", spectra)
+    draw(folder, None if options.compare is None else Path(options.compare))
+    export(model, shapes, folder / "export")
+    _conclude(training, unigram_bpb, folder)
+    return 0
+
+
+def export(model: Llama, shapes: LlamaConfig, folder: Path) -> None:
+    """Merge the rotations into plain weights and write a model that `llama.load` reads."""
+    state = poetx.merge_and_unload(model).state_dict()
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", dataclasses.asdict(shapes))
+    write_atomically(
+        folder / "model.safetensors",
+        lambda temporary: save_file(plain, temporary, {"format": "pt"}),
+    )
+
+
+def _spectrum(model: Llama) -> list[float]:
+    weight = model.get_submodule(WATCHED).weight
+    assert isinstance(weight, torch.Tensor)
+    return spectrum(weight).tolist()
+
+
+def _options_and_checkpoint(given: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
+    """The options of the run, and where it goes on, its checkpoint; nothing is written yet."""
+    out = Path(given["out"]) if "out" in given else None
+    if not given.get("resume"):
+        options = Options(**given)
+        if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(f"{out} exists already: --resume goes on with it, or name another --out")
+        return options, None
+    if out is None:
+        raise RunError("--resume needs --out, the folder of the run")
+    saved = read_json(out / "config.json")
+    if not isinstance(saved, dict) or not isinstance(saved.get("options"), dict):
+        raise RunError(f"{out} is no run folder of this script")
+    options = resumed(saved["options"], given)
+    checkpoint = load_checkpoint(out / "checkpoint.safetensors")
+    if checkpoint["step"] >= options.steps:
+        raise RunError(
+            f"the run in {out} is finished at step {checkpoint['step']}: "
+            "give a larger --steps to train on"
+        )
+    return options, checkpoint
+
+
+def _new_folder(options: Options) -> Path:
+    """The folder of a new run, created."""
+    if options.out is not None:
+        folder = Path(options.out)
+    else:
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{options.preset}-{options.method}"
+        folder, count = Path("runs") / name, 1
+        while folder.exists():
+            folder, count = Path("runs") / f"{name}-{count}", count + 1
+    try:
+        folder.mkdir(parents=True, exist_ok=options.out is not None)
+    except OSError as error:
+        raise RunError(f"cannot create {folder}: {error.strerror}") from error
+    return folder
+
+
+def _save(folder: Path, training: Training) -> None:
+    save_checkpoint(
+        folder / "checkpoint.safetensors", {**training.state(), "random": random_state()}
+    )
+
+
+def _announce(
+    options: Options,
+    corpus: Corpus,
+    method: Method,
+    device: torch.device,
+    dtype: torch.dtype,
+    autocast: bool,
+    folder: Path,
+) -> None:
+    parameters = sum(p.numel() for p in method.model.parameters())
+    precision = str(dtype).removeprefix("torch.") + (" with bfloat16 autocast" if autocast else "")
+    print(f"run folder: {folder}")
+    print(
+        f"corpus: {corpus.name}, {len(corpus.train):,} bytes in {corpus.documents[0]} documents "
+        f"to train, {len(corpus.validation):,} in {corpus.documents[1]} to validate"
+    )
+    print(f"model: {options.preset}, {parameters:,} parameters, {precision}, on {device}")
+    if method.summary:
+        print(f"{method.label}: {method.summary}")
+    sys.stdout.flush()
+
+
+def _conclude(training: Training, unigram_bpb: float, folder: Path) -> None:
+    """The summary; the last line is made for scripts."""
+    bpb = training.val_loss / math.log(2)
+    share = 100 * (1 - bpb / unigram_bpb)
+    print(f"plots, checkpoint and export are in {folder}")
+    print(
+        f"a byte costs {bpb:.3f} bits; byte frequencies alone (unigram) need {unigram_bpb:.3f}: "
+        + (f"{share:.0f} % below" if share > 0 else "NOT below: train longer")
+    )
+    print(
+        f"final step={training.step} val_loss={training.val_loss:.4f} val_bpb={bpb:.4f} "
+        f"unigram_bpb={unigram_bpb:.4f} tokens_per_s={training.tokens_per_s:.0f} "
+        f"trainable={training.method.trainable:.1f}%",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The training loop: the same for every method."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from batches import TrainBatches, validation_batches
+from corpus import Corpus
+from failure import RunError
+from methods import Method
+from metrics import MetricsFile, Row, peak_memory_mib
+from options import Options
+from schedule import lr_factor
+
+
+class Training:
+    """A run in memory: what it trains, how far it is, and how fast.
+
+    Attributes:
+        step: optimiser steps done.
+        val_loss: the last validation loss, in nats per byte.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        method: Method,
+        corpus: Corpus,
+        device: torch.device,
+        *,
+        autocast: bool,
+    ):
+        self.options, self.method, self.corpus = options, method, corpus
+        self.device, self.autocast = device, autocast
+        self.batches = TrainBatches(corpus.train, options.seq_len, options.batch_size, options.seed)
+        self.peak_lr = [float(group["lr"]) for group in method.optimizer.param_groups]
+        self.trained = [p for p in method.model.parameters() if p.requires_grad]
+        self.step, self.val_loss = 0, math.nan
+        self._tokens, self._seconds = 0, 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Training tokens per second of this process, without compilation and evaluation."""
+        return self._tokens / self._seconds if self._seconds else math.nan
+
+    def state(self) -> dict[str, Any]:
+        """Everything the run needs to continue, beside the generators' state."""
+        return {
+            "step": self.step,
+            "position": self.batches.position,
+            "corpus": self.corpus.fingerprint,
+            "model": dict(self.method.model.state_dict()),
+            "optimizer": self.method.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a `state`; raises `RunError` where it does not fit this run."""
+        if state["corpus"] != self.corpus.fingerprint:
+            raise RunError("the data is not the data that the run was started with")
+        try:
+            self.method.model.load_state_dict(state["model"])
+            self.method.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(f"the checkpoint does not fit this model: {error}") from error
+        self.step, self.batches.position = state["step"], state["position"]
+
+    def compile(self) -> float:
+        """Run forward and backward once, so that no training step pays for it; seconds taken."""
+        begun = time.perf_counter()
+        position = self.batches.position
+        self._loss(*self.batches.next()).backward()
+        self.batches.position = position
+        self.method.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return time.perf_counter() - begun
+
+    def run(self, metrics: MetricsFile, save: Callable[[], None]) -> bool:
+        """Train to the last step; False where the user interrupted it (the state is saved)."""
+        bar = tqdm(
+            total=self.options.steps,
+            initial=self.step,
+            unit="step",
+            file=sys.stderr,
+            desc=self.method.label,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )
+        with bar, stop_request() as stopped:
+            while self.step < self.options.steps and not stopped():
+                row = self._window(bar, stopped)
+                metrics.append(row)
+                if row.loss is None or not math.isfinite(row.loss):
+                    raise RunError(
+                        f"the loss is not finite at step {self.step}: use a smaller --lr"
+                    )
+                if stopped() or self._is_due("save_every"):
+                    save()
+        return self.step == self.options.steps
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Validation loss in nats per byte, over the same windows every time."""
+        o = self.options
+        pairs = validation_batches(self.corpus.validation, o.seq_len, o.batch_size, o.eval_batches)
+        losses = [self._loss(tokens, targets) for tokens, targets in pairs]
+        return float(torch.stack(losses).double().mean())
+
+    def _window(self, bar: tqdm, stopped: Callable[[], bool]) -> Row:
+        """The steps up to the next row of metrics.jsonl."""
+        losses: list[Tensor] = []
+        begun = time.perf_counter()
+        while True:
+            losses.append(self._step())
+            bar.update()
+            due = any(map(self._is_due, ("log_every", "eval_every", "save_every")))
+            if due or stopped():
+                break
+        loss = float(torch.stack(losses).double().mean())  # waits for the device
+        seconds = time.perf_counter() - begun
+        tokens = len(losses) * self.options.batch_size * self.options.seq_len
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
+        lr = self.method.learning_rates()
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, lr {' '.join(f'{v:.1e}' for v in lr.values())}, "
+            f"{tokens / seconds:,.0f} tok/s"
+        )
+        angle = error = val_loss = None
+        if self._is_due("eval_every"):
+            self.val_loss = val_loss = self.evaluate()
+            angle, error = self.method.angle_and_error()
+        return Row(
+            step=self.step,
+            loss=loss,
+            val_loss=val_loss,
+            lr=lr,
+            tokens_per_s=tokens / seconds,
+            peak_memory_mib=peak_memory_mib(self.device),
+            max_angle=angle,
+            orthogonality_error=error,
+        )
+
+    def _step(self) -> Tensor:
+        """One optimiser step; the loss as a tensor, so that the device is not waited for."""
+        optimizer, o = self.method.optimizer, self.options
+        factor = lr_factor(self.step, o.steps, o.warmup_steps)
+        for group, peak in zip(optimizer.param_groups, self.peak_lr, strict=True):
+            group["lr"] = peak * factor
+        loss = self._loss(*self.batches.next())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, o.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.detach()
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        tokens = tokens.to(self.device, non_blocking=True)
+        targets = targets.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.method.forward(tokens, targets)
+
+    def _is_due(self, option: str) -> bool:
+        return self.step % getattr(self.options, option) == 0 or self.step == self.options.steps
+
+
+@contextmanager
+def stop_request() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C asks for a stop after the step; the second one interrupts."""
+    requested = False
+
+    def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested:
+            raise KeyboardInterrupt
+        requested = True
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: requested
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,224 @@
+"""Pass `adopt_linear`: a plain linear becomes one over an orthogonal-equivalence weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from poetx_compile.passes import graphs
+from poetx_compile.passes.contract import GraphPass, Refusal
+
+STATE = ("skew_in", "skew_out", "perm_in", "perm_out")
+"""The tensors of an adopted weight, in the order of the op's arguments."""
+
+
+@dataclasses.dataclass
+class Use:
+    """The calls of ``F.linear`` with one weight inside one graph module."""
+
+    module: fx.GraphModule
+    weight: fx.Node  # the weight's placeholder in that module
+    call: fx.Node | None  # the checkpoint call in the enclosing graph; None at the root
+    linears: list[fx.Node]
+
+
+@dataclasses.dataclass
+class WeightSite:
+    """One weight of the graph, everything that reads it, and its position among the inputs."""
+
+    placeholder: fx.Node
+    index: int
+    uses: list[Use]
+    others: list[str]
+
+    @property
+    def linears(self) -> list[fx.Node]:
+        return [node for use in self.uses for node in use.linears]
+
+    @property
+    def layer(self) -> str:
+        return graphs.layer_of(self.linears[0]).name
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """An adopted weight: the tensors of its state follow the graph's own inputs, slot by slot."""
+
+    index: int
+    layer: str
+    siblings: int
+    """Slots with one number read the same tensor and share an input permutation."""
+    tensors: tuple[str, ...]
+    """Which of `STATE` follow for this slot: a later sibling brings no ``perm_in`` of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """What the pass has to know of a state: its tensors by name, and the op's integer arguments."""
+
+    tensors: Mapping[str, Tensor]
+    block_in: int
+    block_out: int
+    order: int | None
+
+
+class AdoptLinear(GraphPass[WeightSite]):
+    """Plain linear of a model nobody prepared → linear over an orthogonal-equivalence weight.
+
+    Before (W an input of the graph, a parameter)::
+
+        y: [..., n] = linear(x, W, bias)
+
+    After (four new inputs at the end: the state of W)::
+
+        S: [n, m] = W.detach()
+        w: [n, m] = poetx.orthogonal_equivalence(S, skew_in, skew_out, perm_in, perm_out, b, b', k)
+        y: [..., n] = linear(x, w, bias)
+
+    The same value (the rotations start at the identity); W gets no gradient, the skew parameters
+    do. The state comes from outside (`create`) and is looked up by the identity of W at every call
+    of the compiled code. Handles weights inside activation checkpoints: the new inputs are handed
+    on as operands. Refuses a weight with any other reader (a tied embedding), one inside another
+    higher-order op, and whatever `refuse` names (excluded, frozen, no parameter).
+
+    Args:
+        refuse: (layer name, position of the weight among the inputs) → reason, or ``None``.
+        create: slot → the state of its weight.
+    """
+
+    name = "adopt_linear"
+    into_checkpoints = False  # it follows the weights into them by itself
+
+    def __init__(
+        self, refuse: Callable[[str, int], str | None], create: Callable[[Slot], StateSpec]
+    ):
+        self.refuse = refuse
+        self.create = create
+        self.slots: list[Slot] = []
+        self._sources: dict[Any, int] = {}
+        self._perm_in: dict[int, fx.Node] = {}
+        self._handed_on: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+
+    def sites(self, graph: fx.Graph) -> Iterable[WeightSite]:
+        root = graph.owning_module
+        assert root is not None
+        placeholders = graph.find_nodes(op="placeholder")
+        found = []
+        for index, placeholder in enumerate(placeholders):
+            site = WeightSite(placeholder, index, [], [])
+            _follow(root, placeholder, None, site)
+            if site.linears:
+                found.append(site)
+        return found
+
+    def describe(self, site: WeightSite) -> dict[str, Any]:
+        shape = graphs.shape_of(site.placeholder)
+        return {
+            "layers": graphs.layers_of(site.linears),
+            "shape": None if shape is None else (int(shape[0]), int(shape[1])),
+        }
+
+    def decide(self, site: WeightSite) -> str:
+        if site.others:
+            raise Refusal(f"the weight is read by {', '.join(site.others)} as well (tied?)")
+        if reason := self.refuse(site.layer, site.index):
+            raise Refusal(reason)
+        return "adopted"
+
+    def apply(self, graph: fx.Graph, site: WeightSite) -> None:
+        source = graphs.linear_arguments(site.linears[0])[0]
+        siblings = self._sources.setdefault(source, len(self._sources))
+        shared = self._perm_in.get(siblings)
+        own = STATE if shared is None else tuple(n for n in STATE if n != "perm_in")
+        slot = Slot(site.index, site.layer, siblings, own)
+        spec = self.create(slot)
+        self.slots.append(slot)
+        inputs = {} if shared is None else {"perm_in": shared}
+        for name in own:
+            value = _fake(site.placeholder, spec.tensors[name])
+            inputs[name] = _add_input(graph, f"{site.placeholder.name}{name}", value)
+        self._perm_in[siblings] = inputs["perm_in"]
+        for use in site.uses:
+            operands = [self._operand(use, inputs[name]) for name in STATE]
+            body = use.module.graph
+            first = min(use.linears, key=list(body.nodes).index)
+            with body.inserting_before(first):
+                stored = body.call_method("detach", (use.weight,))
+                weight = body.call_function(
+                    graphs.EQUIVALENCE[1],
+                    (stored, *operands, spec.block_in, spec.block_out, spec.order),
+                )
+            graphs.inherit(weight, first)
+            for linear in use.linears:
+                linear.replace_input_with(use.weight, weight)
+            if use.call is not None:
+                graphs.refresh(use.module)
+
+    def _operand(self, use: Use, outer: fx.Node) -> fx.Node:
+        """`outer` as seen inside the module of `use`: handed on to a checkpoint once."""
+        if use.call is None:
+            return outer
+        key = use.call, outer
+        if key not in self._handed_on:
+            use.call.args = (*use.call.args, outer)
+            value = outer.meta[graphs.VALUE]
+            self._handed_on[key] = _add_input(use.module.graph, outer.name, value)
+        return self._handed_on[key]
+
+
+def _follow(module: fx.GraphModule, weight: fx.Node, call: fx.Node | None, site: WeightSite) -> None:
+    """Collect the linears that read `weight`, also inside activation checkpoints."""
+    linears = []
+    for user in weight.users:
+        if graphs.is_linear(user) and graphs.linear_arguments(user)[1] is weight:
+            x, _, bias = graphs.linear_arguments(user)
+            if x is weight or bias is weight:
+                site.others.append(user.name)
+            else:
+                linears.append(user)
+        elif user.op == "call_function" and user.target is graphs.CHECKPOINT and call is None:
+            _follow_operand(module, weight, user, site)
+        else:
+            site.others.append(getattr(user.target, "__name__", str(user.target)))
+    if linears:
+        site.uses.append(Use(module, weight, call, linears))
+
+
+def _follow_operand(
+    module: fx.GraphModule, weight: fx.Node, call: fx.Node, site: WeightSite
+) -> None:
+    body_node, *operands = call.args
+    assert isinstance(body_node, fx.Node) and isinstance(body_node.target, str)
+    body = getattr(module, body_node.target)
+    calls = [
+        u
+        for n in module.graph.find_nodes(op="get_attr", target=body_node.target)
+        for u in n.users
+    ]
+    if len(calls) > 1:
+        site.others.append("a checkpointed function that is called more than once")
+        return
+    placeholders = body.graph.find_nodes(op="placeholder")
+    for position, operand in enumerate(operands):
+        if operand is weight:
+            _follow(body, placeholders[position], call, site)
+
+
+def _add_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
+    """A new last placeholder, static for CUDA graphs as a parameter is."""
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta[graphs.VALUE] = value
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
+
+
+def _fake(like: fx.Node, tensor: Tensor) -> Tensor:
+    mode = like.meta[graphs.VALUE].fake_mode
+    return mode.from_tensor(tensor, static_shapes=True)

@@ -1,0 +1,112 @@
+"""What a graph pass is, and the runner that applies any of them.
+
+A pass works on Dynamo's graph, before AOTAutograd: it sees the whole model, forward only, in the
+user's own terms. Each pass decides, then applies: `sites` finds the candidates, `decide` returns
+what to do at a site or raises `Refusal` with the reason, `apply` rewrites. The runner catches
+refusals, keeps the metadata true and the graph linted, and knows nothing of any pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import fx
+
+from poetx_compile.passes import graphs
+
+S = TypeVar("S")
+
+
+class Refusal(Exception):
+    """A site is left as it is; `reason` is shown by `explain`."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One decision of one pass about one layer (or several, for a pass over groups)."""
+
+    pass_name: str
+    layers: tuple[graphs.Layer, ...]
+    applied: bool
+    detail: str
+    shape: tuple[int, int] | None = None
+    blocks: str = "-"
+
+
+class Record:
+    """What the passes did to one graph: read by `explain`."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def applied(self, pass_name: str) -> list[Event]:
+        """The rewrites of one pass."""
+        return [e for e in self.events if e.pass_name == pass_name and e.applied]
+
+    def refused(self, pass_name: str) -> list[Event]:
+        """The refusals of one pass."""
+        return [e for e in self.events if e.pass_name == pass_name and not e.applied]
+
+
+class GraphPass(ABC, Generic[S]):
+    """One rewrite. Its docstring is its specification: the graph before, the graph after."""
+
+    name: ClassVar[str]
+    into_checkpoints: ClassVar[bool] = True
+    """Whether the bodies of activation checkpoints are rewritten as well."""
+
+    @abstractmethod
+    def sites(self, graph: fx.Graph) -> Iterable[S]:
+        """The candidates in graph order."""
+
+    @abstractmethod
+    def describe(self, site: S) -> dict[str, Any]:
+        """The fields ``layers``, ``shape`` and ``blocks`` of the site's event."""
+
+    @abstractmethod
+    def decide(self, site: S) -> str:
+        """What will be done, in a few words. Raises `Refusal` where the site is left alone."""
+
+    @abstractmethod
+    def apply(self, graph: fx.Graph, site: S) -> None:
+        """Rewrite one decided site."""
+
+
+def run(
+    passes: Sequence[GraphPass[Any]], root: fx.GraphModule, record: Record, *, verify: bool = False
+) -> None:
+    """Apply `passes` in order to `root` and to the checkpointed bodies nested in it.
+
+    Args:
+        root: a graph of our own (`graphs.clone`), never Dynamo's.
+        record: takes what was done and what was refused.
+        verify: after each pass, lint and check every node's metadata against a fresh propagation.
+    """
+    for graph_pass in passes:
+        for module in graphs.nested(root) if graph_pass.into_checkpoints else [root]:
+            _run_one(graph_pass, module, record)
+        if verify:
+            graphs.verify(root)
+
+
+def _run_one(graph_pass: GraphPass[Any], module: fx.GraphModule, record: Record) -> None:
+    decided = []
+    for site in graph_pass.sites(module.graph):
+        described = graph_pass.describe(site)
+        try:
+            detail, applied = graph_pass.decide(site), True
+            decided.append(site)
+        except Refusal as refusal:
+            detail, applied = refusal.reason, False
+        record.events.append(Event(graph_pass.name, applied=applied, detail=detail, **described))
+    for site in decided:
+        graph_pass.apply(module.graph, site)
+    if decided:
+        graphs.refresh(module)

@@ -1,0 +1,217 @@
+"""FX helpers shared by the passes: copies, nesting, names, metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+VALUE = "example_value"
+"""Where Dynamo keeps the fake value of a node."""
+
+ROLE = "poetx_role"
+"""Where a pass says what a node it made is for: one of the two roles below."""
+
+ROTATION = "rotation"
+"""A rotation, or a step of building it from the packed skew parameters."""
+
+INTERMEDIATE = "intermediate"
+"""A value inside a layer, between its input and its output rotation."""
+
+LINEAR = torch._C._nn.linear
+EQUIVALENCE = (torch.ops.poetx.orthogonal_equivalence, torch.ops.poetx.orthogonal_equivalence.default)
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+_ENTER = torch.amp.autocast_mode._enter_autocast
+_EXIT = torch.amp.autocast_mode._exit_autocast
+
+
+def clone(gm: fx.GraphModule, _memo: dict[int, fx.GraphModule] | None = None) -> fx.GraphModule:
+    """A copy of Dynamo's graph module that may be edited; a child used twice is copied once.
+
+    Dynamo keeps its own graph and reads it again after the backend returned, so that one must
+    not be touched.
+    """
+    memo = {} if _memo is None else _memo
+    if id(gm) in memo:
+        return memo[id(gm)]
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    graph.output(output)
+    for old, new in mapping.items():
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph, gm.__class__.__name__)
+    copy.meta = dict(gm.meta)
+    for key, value in gm.__dict__.items():
+        if key not in copy.__dict__:
+            copy.__dict__[key] = value
+    memo[id(gm)] = copy
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule) and hasattr(copy, name):
+            setattr(copy, name, clone(child, memo))
+    return copy
+
+
+def nested(root: fx.GraphModule) -> list[fx.GraphModule]:
+    """`root` and every graph module below it, each once."""
+    found: dict[int, fx.GraphModule] = {id(root): root}
+    for child in root.children():
+        if isinstance(child, fx.GraphModule):
+            found.update((id(g), g) for g in nested(child))
+    return list(found.values())
+
+
+def linear_arguments(node: fx.Node) -> tuple[Any, Any, Any]:
+    """(input, weight, bias) of an ``F.linear`` call, however it was spelled."""
+    values = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    return values["input"], values["weight"], values.get("bias")
+
+
+def is_linear(node: Any) -> bool:
+    """Whether a node is a call of ``F.linear``."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is LINEAR
+
+
+def is_op(node: Any, *targets: Any) -> bool:
+    """Whether a node calls one of `targets` (op packets match their default overload too)."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return False
+    return any(
+        node.target is t or node.target is getattr(t, "default", None) for t in targets
+    )
+
+
+class Layer(NamedTuple):
+    """Where a node comes from: the module's name as seen from the compiled frame, and its id."""
+
+    name: str
+    module_id: int | None
+
+
+def layer_of(node: fx.Node) -> Layer:
+    """The innermost module a node came from; a node of no module gives its own name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return Layer(node.name, None)
+    key, (path, *_) = next(reversed(stack.items()))
+    path = re.sub(r"^L\['[^']*'\]\.?", "", path)
+    path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
+    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
+    path = re.sub(r"\.{2,}", ".", path).strip(".")
+    name = re.sub(r"\.?parametrizations\.weight\.\d+$", "", path) or "(root)"
+    module_id = key.split("@")[0]
+    return Layer(name, int(module_id) if module_id.isdigit() else None)
+
+
+def layers_of(nodes: Iterable[fx.Node]) -> tuple[Layer, ...]:
+    """The layers of several nodes, each once, in order."""
+    return tuple(dict.fromkeys(map(layer_of, nodes)))
+
+
+def inherit(new: fx.Node, old: fx.Node, role: str | None = None) -> fx.Node:
+    """Give a new node the origin (module stack, stack trace) of the node it replaces."""
+    if role is not None:
+        new.meta[ROLE] = role
+    for key in ("nn_module_stack", "source_fn_stack", "stack_trace", "creation_timestamp"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+    return new
+
+
+def shape_of(node: Any) -> torch.Size | None:
+    """Shape of a node's value, or ``None`` where it is unknown."""
+    value = node.meta.get(VALUE) if isinstance(node, fx.Node) else None
+    return value.shape if isinstance(value, torch.Tensor) else None
+
+
+def refresh(module: fx.GraphModule) -> None:
+    """Give every new node its fake value, lint, and recompile."""
+    with _autocast_regions() as step:
+        for node in module.graph.nodes:
+            if not step(node) and _computes(node) and VALUE not in node.meta:
+                node.meta[VALUE] = _evaluate(node)
+    module.graph.lint()
+    module.recompile()
+
+
+def verify(root: fx.GraphModule) -> None:
+    """Raise `AssertionError` where a node's metadata differs from a fresh propagation."""
+    for module in nested(root):
+        module.graph.lint()
+        with _autocast_regions() as step:
+            for node in module.graph.nodes:
+                if step(node) or not _computes(node):
+                    continue
+                stale = _signature(node.meta[VALUE])
+                fresh = _signature(_evaluate(node))
+                assert stale == fresh, f"stale metadata at {node.format_node()}: {stale} is {fresh}"
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether a node is a call whose inputs all have known values."""
+    return node.op in ("call_function", "call_method") and all(
+        VALUE in n.meta for n in node.all_input_nodes
+    )
+
+
+def _evaluate(node: fx.Node) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE])
+    mode = _fake_mode(args, kwargs)
+    # Symbolic sizes need the Python decompositions of composite ops, as in Dynamo itself.
+    with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake_mode(*values: Any) -> FakeTensorMode | None:
+    found = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, FakeTensor)]
+    return found[0].fake_mode if found else None
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(map(str, value.shape)), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(_signature(v) for v in value)
+    return type(value)
+
+
+@contextlib.contextmanager
+def _autocast_regions() -> Iterator[Any]:
+    """Yields a function that enters and leaves the graph's autocast regions as nodes pass by."""
+    entered: dict[fx.Node, Any] = {}
+
+    def step(node: fx.Node) -> bool:
+        if node.op == "call_function" and node.target is _ENTER:
+            entered[node] = _ENTER(*node.args)
+            return True
+        if node.op == "call_function" and node.target is _EXIT:
+            _EXIT(entered.pop(node.args[0]))  # type: ignore[arg-type, index]
+            return True
+        # Nothing with a side effect on global state is run again.
+        return node.op == "call_function" and node.target in (
+            torch._C._set_grad_enabled,
+            torch.set_grad_enabled,
+        )
+
+    try:
+        yield step
+    finally:
+        for context in reversed(entered.values()):
+            _EXIT(context)
+
+
+def getitem(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
+    """``node[index]`` as a node."""
+    return graph.call_function(operator.getitem, (node, index))

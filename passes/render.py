@@ -1,0 +1,110 @@
+"""Graphs as short text that a person can review: names normalised, every value with its type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from poetx_compile.passes import graphs
+
+_DTYPES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "b8",
+}
+
+
+def render(root: fx.GraphModule) -> str:
+    """The graph, one line a node, checkpointed bodies indented below their call.
+
+    The same graph gives the same text on every torch version: inputs are named after the module
+    they belong to, values are numbered, symbolic sizes are named in order of appearance. Nodes
+    whose result nobody reads and the nodes of symbolic sizes are left out.
+    """
+    return "\n".join(_lines(root, {}, ""))
+
+
+def _lines(module: fx.GraphModule, sizes: dict[str, str], indent: str) -> Iterator[str]:
+    names: dict[fx.Node, str] = {}
+    for node in module.graph.nodes:
+        value = node.meta.get(graphs.VALUE)
+        if node.op == "placeholder":
+            names[node] = input_name(node.name)
+            if isinstance(value, torch.Tensor) and node.users:
+                yield f"{indent}{names[node]}: {_type(value, sizes)}"
+        elif node.op == "get_attr":
+            names[node] = str(node.target)
+        elif node.op == "output":
+            yield f"{indent}return {_argument(node.args[0], names, sizes)}"
+        else:
+            names[node] = f"%{sum(n.startswith('%') for n in names.values()) + 1}"
+            arguments = [_argument(a, names, sizes) for a in node.args]
+            arguments += [f"{k}={_argument(v, names, sizes)}" for k, v in node.kwargs.items()]
+            kind = f": {_type(value, sizes)}" if value is not None else ""
+            tags = " [recompute]" if "recompute" in node.meta else ""
+            yield f"{indent}{names[node]}{kind} = {_target(node)}({', '.join(arguments)}){tags}"
+            for child in node.all_input_nodes:
+                body = getattr(module, str(child.target), None) if child.op == "get_attr" else None
+                if isinstance(body, fx.GraphModule):
+                    yield from _lines(body, sizes, indent + "    ")
+
+
+def input_name(placeholder: str) -> str:
+    """``l_self_modules_q_…_weight_modules_0_parameters_skew_in_`` → ``q.skew_in``."""
+    parts = re.split(r"_(?:modules|parameters|buffers)_", placeholder.strip("_"))
+    head, *path = parts
+    for noise in (["pair"], ["parametrizations", "weight"]):
+        for i in range(len(path) - len(noise) + 1):
+            if path[i : i + len(noise)] == noise:
+                path[i : i + len(noise)] = []
+                break
+    if len(path) > 1 and path[-2] == "0" and path[-1] in ("skew_in", "skew_out", "perm_in", "perm_out"):
+        path.pop(-2)
+    if path:  # inputs that adopt_linear added are named after the weight
+        path[-1] = re.sub(r"^weight_(?=skew_|perm_)", "", path[-1])
+    return ".".join(path) if path else re.sub(r"^l_", "", head)
+
+
+def _target(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return f".{node.target}"
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return str(target)
+    return getattr(target, "__name__", str(target))
+
+
+def _type(value: Any, sizes: dict[str, str]) -> str:
+    if isinstance(value, torch.Tensor):
+        shape = ", ".join(_size(s, sizes) for s in value.shape)
+        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{shape}]"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(_type(v, sizes) for v in value)})"
+    return type(value).__name__
+
+
+def _size(size: Any, sizes: dict[str, str]) -> str:
+    if not isinstance(size, torch.SymInt):
+        return str(size)
+    return sizes.setdefault(str(size), f"s{len(sizes)}")
+
+
+def _argument(value: Any, names: dict[fx.Node, str], sizes: dict[str, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, list | tuple):
+        inner = ", ".join(_argument(v, names, sizes) for v in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+    if isinstance(value, torch.SymInt):
+        return _size(value, sizes)
+    return str(value)

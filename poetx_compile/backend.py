@@ -1,0 +1,155 @@
+"""`poetx_backend`: from Dynamo's graph through the passes to Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from poetx_compile import passes
+from poetx_compile.adoption import Adopter
+from poetx_compile.config import POETXConfig
+from poetx_compile.errors import ConfigError
+from poetx_compile.options import COMPILE_TIME, BackendOptions
+from poetx_compile.parametrization import config_of_skew
+from poetx_compile.passes import graphs
+
+log = logging.getLogger("poetx_compile")
+
+
+def poetx_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """The `torch.compile` backend: ``torch.compile(model, backend=poetx_backend)``.
+
+    Rewrites the linears of a prepared model into input-centric subgraphs and compiles the result.
+    A model that nobody prepared is served as well: its linears are adopted (`adopt_linear`) with
+    the configuration given in `options`.
+
+    Args:
+        mode: as for Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, …).
+        options: fields of `POETXConfig`; ``stage``, ``disable_passes``, ``verify_passes``,
+            ``cayley_batch_bytes`` (see `BackendOptions`); any option of Inductor.
+
+    Raises:
+        ConfigError: an unknown option, a value out of range, or an option that contradicts the
+            configuration the model was prepared with.
+        AdoptionError: an unprepared model under DDP or FSDP2.
+    """
+    parsed = BackendOptions.parse(mode, options)
+    graph, extra, bind, _ = rewrite(gm, example_inputs, parsed)
+    compiled = _compile(graph, [*example_inputs, *extra], parsed, _choice(gm, example_inputs, parsed))
+    return bind(compiled)
+
+
+def rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: BackendOptions,
+    states: Any = None,
+) -> tuple[fx.GraphModule, list[Any], Callable[[Any], Any], passes.Record]:
+    """Run the passes over a copy of Dynamo's graph.
+
+    Args:
+        states: where adopted states live; the process-wide registry by default.
+
+    Returns:
+        The rewritten graph, its additional inputs, the function that binds a compiled graph to
+        them, and the record of what the passes did.
+    """
+    graph = graphs.clone(gm)
+    record = passes.Record()
+    adopter = None
+    if not _is_prepared(graph) and "adopt_linear" not in options.disable_passes:
+        adopter = Adopter(POETXConfig.from_dict(options.config), example_inputs, states)
+        passes.run([adopter.graph_pass], graph, record, verify=options.verify_passes)
+    rest = passes.pipeline(
+        variant=_choice(gm, example_inputs, options).variant,
+        max_bytes=options.cayley_batch_bytes,
+        disabled=options.disable_passes,
+    )
+    passes.run(rest, graph, record, verify=options.verify_passes)
+    log.debug("rewritten graph:\n%s", graph.graph)
+    if adopter is None or not adopter.graph_pass.slots:
+        return graph, [], lambda compiled: compiled, record
+    return graph, adopter.extra_inputs(), adopter.bind, record
+
+
+def _is_prepared(gm: fx.GraphModule) -> bool:
+    return any(
+        graphs.is_op(node, *graphs.EQUIVALENCE)
+        for module in graphs.nested(gm)
+        for node in module.graph.nodes
+    )
+
+
+def _choice(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions
+) -> POETXConfig:
+    """The configuration in force: that of `prepare`, with the compile-time options on top.
+
+    Raises `ConfigError` where an option contradicts what the model was prepared with.
+    """
+    prepared = next((c for x in example_inputs if (c := config_of_skew(x)) is not None), None)
+    if prepared is None:
+        return POETXConfig.from_dict(options.config)
+    before = prepared.to_dict()
+    asked = POETXConfig.from_dict(options.config).to_dict()
+    wrong = [k for k in options.config if k not in COMPILE_TIME and asked[k] != before[k]]
+    if wrong:
+        shown = ", ".join(f"{k}: {before[k]!r} at prepare, {asked[k]!r} here" for k in wrong)
+        raise ConfigError(
+            f"options of poetx_backend contradict the prepared model ({shown}): drop them here, "
+            "or merge_and_unload(model) and prepare it again"
+        )
+    choices = {k: asked[k] for k in options.config if k in COMPILE_TIME}
+    return POETXConfig.from_dict(before | choices)
+
+
+def _compile(
+    graph: fx.GraphModule, inputs: list[Any], options: BackendOptions, config: POETXConfig
+) -> Callable[..., Any]:
+    if options.stage == "eager":
+        return graph
+    with _memory_budget(config.memory_budget):
+        if options.stage == "aot_eager":
+            return _aot_eager(graph, inputs)
+        from torch._inductor.compile_fx import compile_fx
+
+        from poetx_compile.lowerings import ExpandOps, chain_passes
+
+        identity = options.identity() | {"config_in_force": config.to_dict()}
+        settings = dict(options.inductor)
+        users = settings.get("post_grad_custom_pre_pass", _configured_pre_pass())
+        settings["post_grad_custom_pre_pass"] = chain_passes(users, ExpandOps(identity))
+        return compile_fx(graph, inputs, config_patches=settings)
+
+
+def _configured_pre_pass() -> Any:
+    return torch._inductor.config.post_grad_custom_pre_pass
+
+
+def _aot_eager(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def as_it_is(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        return make_boxed_func(module.forward)
+
+    return aot_autograd(fw_compiler=as_it_is, partition_fn=min_cut_rematerialization_partition)(
+        graph, inputs
+    )
+
+
+def _memory_budget(fraction: float | None) -> Any:
+    if fraction is None:
+        return contextlib.nullcontext()
+    return torch._functorch.config.patch(activation_memory_budget=fraction)

@@ -1,0 +1,15 @@
+"""What Inductor is told about the ops of namespace ``poetx``.
+
+The ops stay opaque through AOTAutograd, so that the partitioner sees one node with a packed input
+and saves nothing else. After partitioning `ExpandOps`, an Inductor ``post_grad_custom_pre_pass``,
+replaces each of them by what should be compiled: the reference as aten nodes, which Inductor fuses,
+or the launches of a Triton kernel where one applies.
+"""
+
+from __future__ import annotations
+
+from poetx_compile.lowerings.chain import chain_passes
+from poetx_compile.lowerings.expand import ExpandOps
+from poetx_compile.lowerings.identity import source_digest
+
+__all__ = ["ExpandOps", "chain_passes", "source_digest"]

@@ -1,0 +1,157 @@
+"""Merge-then-reinitialise: the rotations go into the frozen weights and start again at zero.
+
+For each layer, in permuted coordinates and IEEE fp32 (`docs/numerics.md`):
+
+1. ``S ← R_outᵀ S R_inᵀ``, where R are the polar factors of the rotations (or the rotations as they
+   are, ``merge_rotation="plain"``);
+2. the old permutations are undone and the next draw is applied, in one gather;
+3. the packed skew parameters go back to zero.
+
+Everything is written in place: the addresses stay, so a compiled model is not recompiled and CUDA
+graphs stay valid. Nothing is communicated: permutations follow from (seed, draw, group) and the
+arithmetic is the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from poetx_compile.eligibility import unwrap_compiled
+from poetx_compile.errors import InterruptedMergeError
+from poetx_compile.ops import rotations
+from poetx_compile.ops.precision import ieee_fp32, without_autocast
+from poetx_compile.parametrization import (
+    INTERRUPTED,
+    OrthogonalEquivalence,
+    prepared_linears,
+    stored_weight,
+)
+from poetx_compile.permutation import Permutation
+
+POLAR_STEPS = 4
+"""Newton-Schulz steps of `polar_factor`. Each takes an error δ of a singular value to 1.5 δ²: from
+θ = 0.25 (δ = θ⁴ = 0.004) two reach fp32, four do so from θ = 0.6. They cost less than the merge."""
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Merge all prepared layers of `model` and draw their next permutations, in one transaction.
+
+    The outputs of the model move by the rounding of the weights' dtype and, with polar factors, by
+    about 2θ⁴ where θ is the largest angle. Besides the model itself at most one layer's weight is
+    alive, twice in fp32.
+
+    Args:
+        model: the whole prepared model (layers share permutations), compiled or not.
+
+    Raises:
+        InterruptedMergeError: an earlier merge was cut off. If this one is (any exception, an
+            interrupt included), every layer is marked: forward, `state_dict` and the optimiser
+            refuse until a checkpoint has been loaded.
+    """
+    layers = [(m, e) for _, m, e in prepared_linears(unwrap_compiled(model))]
+    check_whole(e for _, e in layers)
+    for _, equivalence in layers:
+        equivalence.interrupted = True
+    try:
+        old_pairs = _redraw(e for _, e in layers)
+        for module, equivalence in layers:
+            _merge_layer(stored_weight(module), equivalence, old_pairs)
+    except BaseException as error:
+        error.add_note(f"poetx: {INTERRUPTED}")
+        raise
+    for _, equivalence in layers:
+        equivalence.interrupted = False
+
+
+def check_whole(equivalences: Iterable[OrthogonalEquivalence]) -> None:
+    """Raise `InterruptedMergeError` where a layer belongs to a merge that was cut off."""
+    if any(e.interrupted for e in equivalences):
+        raise InterruptedMergeError(INTERRUPTED)
+
+
+def _redraw(equivalences: Iterable[OrthogonalEquivalence]) -> dict[Permutation, Tensor]:
+    """Set the next draw of every permutation, each once; returns the pairs in force before."""
+    old: dict[Permutation, Tensor] = {}
+    for equivalence in equivalences:
+        for permutation in (equivalence.perm_in, equivalence.perm_out):
+            if permutation not in old:
+                old[permutation] = permutation.pair.clone()
+                permutation.redraw(permutation.seed, permutation.draw + 1)
+    return old
+
+
+def _merge_layer(
+    stored: Tensor, equivalence: OrthogonalEquivalence, old_pairs: dict[Permutation, Tensor]
+) -> None:
+    e = equivalence
+    with ieee_fp32():
+        rotated = rotate_weight(
+            stored,
+            merged_rotation(e.skew_in, e.block_in, e.order, e.merge_rotation),
+            merged_rotation(e.skew_out, e.block_out, e.order, e.merge_rotation),
+        )
+    # weight = rotated[old inverse], then [new]: one gather a side, in the narrow dtype.
+    rows = old_pairs[e.perm_out][1].index_select(0, e.perm_out.pair[0])
+    columns = old_pairs[e.perm_in][1].index_select(0, e.perm_in.pair[0])
+    stored.copy_(rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
+    e.skew_in.zero_()
+    e.skew_out.zero_()
+    e.write_layout()
+
+
+@without_autocast
+def rotate_weight(weight: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> Tensor:
+    """``D_outᵀ S D_inᵀ`` in the rotations' dtype.
+
+    Args:
+        weight: S [n, m], any floating dtype.
+        rotation_in: [blocks, b, b] with blocks·b ≤ m, fp32 or fp64; what is past them stays.
+        rotation_out: the same for the n rows.
+
+    Returns:
+        [n, m], a new tensor.
+    """
+    n, m = weight.shape
+    wide = weight.to(rotation_in.dtype, copy=True)
+    # x + x (G − I): a small rotation keeps its relative precision, none changes no bit.
+    blocks, b, _ = rotation_in.shape
+    if blocks:
+        columns = wide[:, : blocks * b].view(n, blocks, b).transpose(0, 1)
+        columns += torch.bmm(columns, _minus_identity(rotation_in).mT)
+    blocks, b, _ = rotation_out.shape
+    if blocks:
+        rows = wide[: blocks * b].view(blocks, b, m)
+        rows += torch.bmm(_minus_identity(rotation_out).mT, rows)
+    return wide
+
+
+@without_autocast
+def merged_rotation(skew: Tensor, block_size: int, order: int | None, how: str) -> Tensor:
+    """The rotations a merge applies, [blocks, b, b], from packed skew [blocks, b(b−1)/2].
+
+    Args:
+        order: k of the Cayley-Neumann expansion, ``None`` for the exact transform.
+        how: ``"polar"`` or ``"plain"`` (`POETXConfig.merge_rotation`).
+    """
+    rotation = rotations(skew, block_size, order)
+    return polar_factor(rotation) if how == "polar" and order is not None else rotation
+
+
+def polar_factor(matrix: Tensor, steps: int = POLAR_STEPS) -> Tensor:
+    """The nearest orthogonal matrix by Newton-Schulz, ``X ← X(3I − XᵀX)/2``.
+
+    Args:
+        matrix: [..., b, b] with singular values in (0, √3).
+        steps: see `POLAR_STEPS`.
+    """
+    for _ in range(steps):
+        matrix = 1.5 * matrix - 0.5 * (matrix @ (matrix.mT @ matrix))
+    return matrix
+
+
+def _minus_identity(rotation: Tensor) -> Tensor:
+    return rotation - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)

@@ -1,0 +1,146 @@
+"""The angle guard: merge early rather than let the largest angle of a rotation pass `max_angle`.
+
+The angle of a block is the spectral norm θ of its Q: an eigenvalue ±iθ turns its plane by 2·atan θ,
+and the Cayley-Neumann expansion of order 3 shrinks that plane by θ⁴. Measuring θ costs the device a
+few reads of Q, so most steps are covered by a bound that is arithmetic on the host:
+
+``θ(now) ≤ θ(measured) + turn · (sum of the learning rates since)``
+
+with `turn`, the largest turn of a step per unit of learning rate, taken from the first step after
+each merge (there Q is that step) and from the growth between measurements. A measurement is
+launched where the bound has moved by a sixteenth of the limit or nears it, and is read one step
+later, when the device has finished it and is busy with the next step: nothing waits. Which step
+reads which measurement does not depend on timing, so all ranks decide alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx_compile.optim.spectral_norm import largest_norms
+
+UNDERESTIMATE = 1.02
+"""The Lanczos estimate may lie this much below the norm."""
+
+SAFETY = 1.25
+"""Allowance for steps that turn further than those measured."""
+
+RESOLUTION = 1 / 16
+"""A measurement is renewed when the bound has moved by this fraction of the limit: steps that
+suddenly double their turn overshoot the limit by about as much."""
+
+MAX_AGE = 16
+"""A measurement is renewed after this many steps, however little they seem to turn."""
+
+ANGLE = "poetx_angle"
+ANGLE_STEP = "poetx_angle_step"
+TRAVEL = "poetx_travel"
+TURN = "poetx_turn"
+
+Ledger = MutableMapping[str, Any]
+
+
+class AngleGuard:
+    """Decides after each optimiser step whether the next one could pass the limit.
+
+    All it knows, but for a measurement under way, are four numbers in a ledger that is saved with
+    the optimiser: the last measured angle, its step, the sum of the learning rates since (travel)
+    and the turn per unit of learning rate.
+
+    Args:
+        skews: (packed skew parameter, block size) of every rotated side.
+        limit: `POETXConfig.max_angle`, radians.
+    """
+
+    def __init__(self, skews: Sequence[tuple[Tensor, int]], limit: float):
+        self._skews, self._limit = skews, limit
+        self._pending: _Measurement | None = None
+
+    @staticmethod
+    def fresh() -> dict[str, float]:
+        """The ledger of a guard that has seen nothing."""
+        return {ANGLE: 0.0, ANGLE_STEP: 0, TRAVEL: 0.0, TURN: 0.0}
+
+    def after_step(self, ledger: Ledger, step: int, lr: float) -> bool:
+        """Whether a merge is due: the angle could pass the limit in the next step.
+
+        Args:
+            ledger: updated in place.
+            step: number of this optimiser step, from 1.
+            lr: the largest learning rate of the skew parameters in this step, > 0.
+        """
+        self.collect(ledger)
+        ledger[TRAVEL] += lr
+        if self._should_measure(ledger, step, lr):
+            self._pending = _Measurement(self._skews, ledger, step)
+            if ledger[TURN] == 0.0:  # nothing to predict from yet: only now is it waited for
+                self.collect(ledger)
+        return self._bound(ledger, lr) > self._limit
+
+    def merged(self, ledger: Ledger, step: int) -> None:
+        """Start again from zero; a measurement under way still tells how far a step turns."""
+        if self._pending is not None:
+            self._pending.before_merge = True
+        ledger.update({ANGLE: 0.0, ANGLE_STEP: step, TRAVEL: 0.0})
+
+    def collect(self, ledger: Ledger) -> None:
+        """Enter the measurement under way, if there is one, into the ledger."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        angle = pending.read()
+        turn = (angle - pending.known) / pending.travel
+        ledger[TURN] = turn if pending.known == 0.0 else max(ledger[TURN], turn)
+        if not pending.before_merge:
+            ledger.update({ANGLE: angle, ANGLE_STEP: pending.step, TRAVEL: 0.0})
+
+    def forget(self) -> None:
+        """Drop the measurement under way: another state has been loaded."""
+        self._pending = None
+
+    def _should_measure(self, ledger: Ledger, step: int, lr: float) -> bool:
+        age = step - ledger[ANGLE_STEP]
+        # Read in the next step at the earliest, where the one after that has to be decided.
+        then = self._bound(ledger, 2 * lr)
+        return (
+            ledger[TURN] == 0.0
+            or (ledger[ANGLE] == 0.0 and age == 1)
+            or then - UNDERESTIMATE * ledger[ANGLE] > RESOLUTION * self._limit
+            or then > self._limit
+            or age >= MAX_AGE
+        )
+
+    def _bound(self, ledger: Ledger, ahead: float) -> float:
+        """Upper bound of the angle after `ahead` more learning rate."""
+        return UNDERESTIMATE * ledger[ANGLE] + SAFETY * ledger[TURN] * (ledger[TRAVEL] + ahead)
+
+
+class _Measurement:
+    """The largest angle at a step, on its way from the device to the host."""
+
+    def __init__(self, skews: Sequence[tuple[Tensor, int]], ledger: Ledger, step: int):
+        self.step = step
+        self.known: float = ledger[ANGLE]
+        self.travel: float = ledger[TRAVEL]
+        self.before_merge = False
+        self._values: list[Tensor] = []
+        self._events: list[torch.cuda.Event] = []
+        for value in largest_norms(skews):
+            if value.is_cuda:
+                host = torch.empty((), dtype=value.dtype, pin_memory=True)
+                host.copy_(value, non_blocking=True)
+                with torch.cuda.device(value.device):
+                    event = torch.cuda.Event()
+                    event.record()
+                self._events.append(event)
+                value = host
+            self._values.append(value)
+
+    def read(self) -> float:
+        for event in self._events:
+            event.synchronize()
+        return max(float(value) for value in self._values)

@@ -1,0 +1,68 @@
+"""The skew blocks of a model in batches: blocks of one size together, in bounded bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from poetx_compile.parametrization import OrthogonalEquivalence
+
+CHUNK_BYTES = 64 * 2**20
+"""Bytes of unpacked fp32 blocks in one batch: 256 blocks of 256×256, enough to fill a GPU."""
+
+
+class BlockKind(NamedTuple):
+    """What blocks must share to be in one batch."""
+
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+def sides(equivalence: OrthogonalEquivalence) -> list[tuple[nn.Parameter, int]]:
+    """(packed skew parameter, b) of the rotated sides; a side of size 1 has none."""
+    e = equivalence
+    pairs = [(e.skew_in, e.block_in), (e.skew_out, e.block_out)]
+    return [(skew, b) for skew, b in pairs if skew.numel() > 0]
+
+
+def by_kind(pairs: Sequence[tuple[Tensor, int]]) -> dict[BlockKind, list[Tensor]]:
+    """The packed tensors [blocks, b(b−1)/2] of each kind, in their order."""
+    kinds: dict[BlockKind, list[Tensor]] = {}
+    for skew, b in pairs:
+        kinds.setdefault(BlockKind(b, skew.device, skew.dtype), []).append(skew)
+    return kinds
+
+
+def chunks(
+    tensors: Sequence[Tensor], block_size: int, limit: int = CHUNK_BYTES
+) -> Iterator[list[tuple[int, slice]]]:
+    """Split the blocks of several packed tensors into batches of at most `limit` unpacked bytes.
+
+    Yields:
+        Lists of (index of the tensor, slice of its blocks): concatenated, a batch. Every block is
+        in exactly one; a block larger than `limit` is a batch of its own.
+    """
+    capacity = max(1, limit // (4 * block_size * block_size))
+    batch: list[tuple[int, slice]] = []
+    room = capacity
+    for index, tensor in enumerate(tensors):
+        start, blocks = 0, tensor.shape[0]
+        while start < blocks:
+            take = min(room, blocks - start)
+            batch.append((index, slice(start, start + take)))
+            start, room = start + take, room - take
+            if room == 0:
+                yield batch
+                batch, room = [], capacity
+    if batch:
+        yield batch
+
+
+def gather(tensors: Sequence[Tensor], batch: Sequence[tuple[int, slice]]) -> Tensor:
+    """The blocks of one batch of `chunks`: packed [blocks, b(b−1)/2]."""
+    parts = [tensors[index][rows] for index, rows in batch]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,126 @@
+"""Param groups for any torch optimiser: dense parameters, and skew parameters by block size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from poetx_compile.config import POETXConfig
+from poetx_compile.eligibility import unwrap_compiled
+from poetx_compile.errors import ConfigError
+from poetx_compile.parametrization import prepared_linears
+from poetx_compile.prepare import prepare
+
+BLOCK = "poetx_block"
+"""Key of a param group that holds skew parameters: their block size."""
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    poetx_lr: float | None = None,
+    weight_decay: float = 0.01,
+    rule: str = "adamw",
+) -> list[dict[str, Any]]:
+    """Param groups of a prepared model; every trainable parameter is in exactly one.
+
+    ===================  ============================================  ==========  ============
+    name                 parameters                                    lr          weight decay
+    ===================  ============================================  ==========  ============
+    ``dense``            two dimensions or more (embeddings, heads)    `lr`        as given
+    ``dense no decay``   norms and biases                              `lr`        0
+    ``poetx b=…``        packed skew parameters, a group a block size  `poetx_lr`  0
+    ===================  ============================================  ==========  ============
+
+    Args:
+        model: a prepared model, compiled or not.
+        lr: learning rate of the dense parameters.
+        poetx_lr: learning rate of the skew parameters; default ``lr · 64/b`` for ``rule="adamw"``,
+            ``2 · lr`` for ``rule="muon"``, where it is an angle and independent of b.
+        weight_decay: of the group ``dense``.
+        rule: ``"adamw"``, or ``"muon"`` for an optimiser that orthogonalises its steps.
+
+    Returns:
+        A list of dicts for `torch.optim.Optimizer`. `attach` makes the optimiser merge.
+
+    Raises:
+        ConfigError: the model is not prepared, or an argument is out of range.
+    """
+    if rule not in ("adamw", "muon"):
+        raise ConfigError(f"rule = {rule!r} is not allowed: use 'adamw' or 'muon'")
+    if poetx_lr is not None and not poetx_lr >= 0:
+        raise ConfigError(f"poetx_lr = {poetx_lr!r} is not allowed: use None, or a number ≥ 0")
+    model = unwrap_compiled(model)
+    prepared_config(model)
+    block_of = dict(_skew_blocks(model))
+    dense: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    skew: dict[int, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter in block_of:
+            skew.setdefault(block_of[parameter], []).append(parameter)
+        else:
+            (dense if parameter.ndim >= 2 else no_decay).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"name": "dense", "params": dense, "lr": lr, "weight_decay": weight_decay},
+        {"name": "dense no decay", "params": no_decay, "lr": lr, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    for b, parameters in sorted(skew.items(), reverse=True):
+        rate = poetx_lr
+        if rate is None:
+            rate = 2 * lr if rule == "muon" else lr * 64 / b
+        name = f"poetx b={b}"
+        groups.append(
+            {"name": name, "params": parameters, "lr": rate, "weight_decay": 0.0, BLOCK: b}
+        )
+    return groups
+
+
+def _skew_blocks(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
+    """(skew parameter, b) of every prepared layer, each once.
+
+    The empty parameter of a side of size 1 counts to the block size of the other side.
+    """
+    for _, _, e in prepared_linears(model):
+        yield e.skew_in, e.block_in if e.blocks_in else e.block_out
+        yield e.skew_out, e.block_out if e.blocks_out else e.block_in
+
+
+def prepared_config(model: nn.Module, config: POETXConfig | None = None) -> POETXConfig:
+    """The configuration a model, or its parts, were prepared with.
+
+    Raises:
+        ConfigError: nobody has prepared it; its parts differ; or `config` is given and differs.
+    """
+    found = {e.config for _, _, e in prepared_linears(unwrap_compiled(model))}
+    if not found:
+        raise ConfigError("the model is not prepared: call poetx_compile.prepare(model) first")
+    if len(found) > 1:
+        raise ConfigError(
+            "parts of this model were prepared with different configurations: "
+            "give each part an optimiser of its own, or prepare the whole model once"
+        )
+    (earlier,) = found
+    if config is not None and config != earlier:
+        given, had = config.to_dict(), earlier.to_dict()
+        changed = ", ".join(key for key in given if given[key] != had[key])
+        raise ConfigError(
+            f"this model was prepared with another configuration (differs in {changed}): "
+            "merge_and_unload(model) first, or leave config out"
+        )
+    return earlier
+
+
+def ensure_prepared(model: nn.Module, config: POETXConfig | None = None) -> nn.Module:
+    """The user's module behind `model`, prepared with `config` if nobody has prepared it."""
+    model = unwrap_compiled(model)
+    if not any(True for _ in prepared_linears(model)):
+        prepare(model, config)
+    prepared_config(model, config)
+    return model

@@ -1,0 +1,151 @@
+"""`POETXMuon`: orthogonalised momentum on the skew blocks, AdamW on everything else."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poetx_compile.config import POETXConfig
+from poetx_compile.errors import ConfigError
+from poetx_compile.ops.packing import pack, unpack
+from poetx_compile.ops.precision import without_autocast
+from poetx_compile.optim.adamw import fusible
+from poetx_compile.optim.blocks import by_kind, chunks, gather
+from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
+from poetx_compile.optim.schedule import MergeSchedule, attach
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton-Schulz step, from Muon (Jordan et al., 2024): steep at zero, so that five
+steps bring every singular value above about 0.01 of the norm into 0.7 … 1.2."""
+
+STEPS = 5
+
+# Without torch's wrappers: the hooks of all optimisers shall see one step, not two.
+_adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+
+
+class POETXMuon(torch.optim.Optimizer):
+    """Orthogonalised momentum on the skew blocks, and AdamW for the rest; merges in `step()`.
+
+    For each skew block: ``m ← m + (1 − μ)(g − m)``, ``n = g + μ(m − g)`` (Nesterov), n unpacked to
+    a skew matrix N, ``Q ← Q − lr · msign(N)``. Every plane of a block turns by about the same
+    angle, ``2 · lr`` ± 30 %, and one moment is stored instead of two. All blocks of a size are
+    orthogonalised in one batch, in bf16 on CUDA and in fp32 elsewhere.
+
+    Args:
+        model: prepared here, with `config`, if nobody has; compiled or not.
+        lr: learning rate of the dense parameters.
+        poetx_lr: of the skew parameters: radians a step; default ``2 · lr``.
+        config: ``None``, or the configuration of the model.
+        momentum: μ in [0, 1).
+        betas, eps, weight_decay: of AdamW; `weight_decay` for dense parameters with two dimensions
+            or more.
+        fused: default: AdamW's fused kernel where every dense parameter is on a CUDA device.
+
+    Attributes:
+        schedule: the `MergeSchedule`.
+
+    Raises:
+        ConfigError: `config` is not the one the model was prepared with; `momentum` out of range.
+    """
+
+    schedule: MergeSchedule
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        poetx_lr: float | None = None,
+        config: POETXConfig | None = None,
+        *,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        fused: bool | None = None,
+    ):
+        if not 0 <= momentum < 1:
+            raise ConfigError(f"momentum = {momentum!r} is not allowed: use a number in [0, 1)")
+        model = ensure_prepared(model, config)
+        groups = param_groups(
+            model, lr=lr, poetx_lr=poetx_lr, weight_decay=weight_decay, rule="muon"
+        )
+        dense = [group for group in groups if BLOCK not in group]
+        # The inner optimiser has no groups or state of its own: `step` lends it ours.
+        self._adamw = torch.optim.AdamW(
+            [dict(group) for group in dense] or [{"params": []}],
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            fused=fused if fused is not None else fusible(dense),
+        )
+        super().__init__(groups, {**self._adamw.defaults, "momentum": momentum})
+        self.schedule = attach(self, model, config)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; with a closure it is called first, with gradients enabled, and returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if BLOCK in group:
+                self._turn(group)
+        self._adamw.param_groups = [g for g in self.param_groups if BLOCK not in g]
+        self._adamw.state = self.state
+        _adamw_step(self._adamw)
+        return loss
+
+    def _turn(self, group: dict[str, Any]) -> None:
+        skews = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+        if not skews:
+            return
+        gradients = [p.grad for p in skews]
+        momenta = []
+        for skew in skews:
+            state = self.state[skew]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(skew)
+            momenta.append(state["momentum_buffer"])
+        mu = group["momentum"]
+        torch._foreach_lerp_(momenta, gradients, 1 - mu)
+        directions = torch._foreach_lerp(gradients, momenta, mu)
+        if group["weight_decay"]:
+            torch._foreach_mul_(skews, 1 - group["lr"] * group["weight_decay"])
+        b = group[BLOCK]
+        directions_of = by_kind([(direction, b) for direction in directions])
+        for kind, turned in by_kind([(skew, b) for skew in skews]).items():
+            for batch in chunks(turned, b):
+                update = orthogonalize(unpack(gather(directions_of[kind], batch), b))
+                update = pack(update).to(kind.dtype).mul_(group["lr"])
+                counts = [rows.stop - rows.start for _, rows in batch]
+                for (index, rows), part in zip(batch, update.split(counts), strict=True):
+                    turned[index][rows].sub_(part)
+
+
+@without_autocast
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Roughly the orthogonal polar factor, ``msign``, of each block, by five Newton-Schulz steps.
+
+    Args:
+        matrix: [blocks, b, b]; fp32 is computed in bf16 on CUDA. Skew blocks give skew blocks.
+
+    Returns:
+        The same shape: singular values in 0.7 … 1.2, but for those that were below about 0.01 of
+        the Frobenius norm; a zero block stays zero.
+    """
+    a, b, c = COEFFICIENTS
+    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
+    x = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+    if x.is_cuda and x.dtype == torch.float32:
+        x = x.bfloat16()
+    for _ in range(STEPS):
+        square = torch.bmm(x, x.mT)
+        x = torch.baddbmm(a * x, torch.baddbmm(b * square, square, square, alpha=c).to(x.dtype), x)
+    return x

@@ -1,0 +1,229 @@
+"""`attach`: an optimiser that counts its steps and merges, through torch's own optimiser hooks."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from poetx_compile.config import POETXConfig
+from poetx_compile.eligibility import unwrap_compiled
+from poetx_compile.errors import (
+    ConfigError,
+    IncompatibleStateError,
+    StaleOptimizerError,
+    UnownedRotationsError,
+)
+from poetx_compile.merge import check_whole, merge
+from poetx_compile.optim.angle import ANGLE, AngleGuard
+from poetx_compile.optim.blocks import sides
+from poetx_compile.optim.groups import prepared_config
+from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linears
+
+STEP = "poetx_step"
+LAST_MERGE = "poetx_last_merge"
+_ATTRIBUTE = "_poetx_schedule"
+
+
+def attach(
+    optimizer: Optimizer, model: nn.Module, config: POETXConfig | None = None
+) -> MergeSchedule:
+    """Make `optimizer` merge the rotations of `model` as its steps go by.
+
+    After every `merge_interval` optimiser steps, or earlier where the angle guard says so, all
+    rotations are merged and start again at zero; the skew parameters' optimiser state is kept or
+    zeroed (`POETXConfig.moments`). Steps are counted where `optimizer.step` really ran: gradient
+    accumulation and steps that a `GradScaler` skips do not count. The counters are in the param
+    groups of the skew parameters, hence in `optimizer.state_dict()`.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer` that holds every trainable skew parameter
+            (`param_groups` makes such groups).
+        model: the prepared model, compiled or not.
+        config: ``None``, or the configuration of `prepare`.
+
+    Returns:
+        The schedule, to look at.
+
+    Raises:
+        ConfigError: the optimiser is attached already, or the model is not prepared, or prepared
+            with another configuration.
+        UnownedRotationsError: skew parameters that no group of the optimiser holds.
+    """
+    model = unwrap_compiled(model)
+    config = prepared_config(model, config)
+    if getattr(optimizer, _ATTRIBUTE, None) is not None:
+        raise ConfigError(
+            "this optimiser is attached already: POETXAdamW and POETXMuon attach themselves, "
+            "any other optimiser is attached once"
+        )
+    schedule = MergeSchedule(optimizer, model, config)
+    setattr(optimizer, _ATTRIBUTE, schedule)
+    optimizer.register_step_pre_hook(schedule._before_step)
+    optimizer.register_step_post_hook(schedule._after_step)
+    optimizer.register_state_dict_pre_hook(schedule._before_state_dict)
+    optimizer.register_load_state_dict_pre_hook(schedule._before_load)
+    return schedule
+
+
+class MergeSchedule:
+    """When the rotations of a model are merged; made by `attach`.
+
+    Attributes:
+        merges: number of merges done by this object (not saved).
+        early_merges: those of them that the angle guard asked for.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, config: POETXConfig):
+        self._model, self._config = model, config
+        self._optimizer = weakref.ref(optimizer)
+        self._layers = [(m, e) for _, m, e in prepared_linears(model)]
+        self._skews = {p for _, e in self._layers for p in (e.skew_in, e.skew_out)}
+        self._guard: AngleGuard | None = None
+        if config.max_angle is not None:
+            pairs = [pair for _, e in self._layers for pair in sides(e)]
+            self._guard = AngleGuard(pairs, config.max_angle)
+        self.merges = self.early_merges = 0
+        self._adopt_groups(optimizer)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps so far."""
+        return self._ledger()[STEP]
+
+    @property
+    def last_merge(self) -> int:
+        """The step of the last merge; 0 before the first."""
+        return self._ledger()[LAST_MERGE]
+
+    @property
+    def angle(self) -> float | None:
+        """The guard's last measurement of the largest angle, in radians; ``None`` without a guard.
+
+        A few steps old; `diagnostics` computes the present one exactly.
+        """
+        return self._ledger().get(ANGLE) if self._guard is not None else None
+
+    def _adopt_groups(self, optimizer: Optimizer) -> None:
+        owned = {p for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for p in self._skews - owned if p.requires_grad]
+        if missing:
+            raise UnownedRotationsError(
+                f"{len(missing)} of {len(self._skews)} skew parameters are in no group of the "
+                "optimiser and would never train: build it from param_groups(model, lr=...) "
+                "after prepare"
+            )
+        fresh: dict[str, float] = {STEP: 0, LAST_MERGE: 0}
+        if self._guard is not None:
+            fresh |= self._guard.fresh()
+        for group in optimizer.param_groups:
+            if any(p in self._skews for p in group["params"]):
+                for key, value in fresh.items():
+                    group.setdefault(key, value)
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return (group for group in optimizer.param_groups if STEP in group)
+
+    def _ledger(self) -> dict[str, Any]:
+        """The counters: the same numbers in every skew group, so that each is saved whole."""
+        return next(self._groups())
+
+    def _write(self, ledger: dict[str, Any]) -> None:
+        values = {key: ledger[key] for key in (STEP, LAST_MERGE)}
+        if self._guard is not None:
+            values |= {key: ledger[key] for key in self._guard.fresh()}
+        for group in self._groups():
+            group.update(values)
+
+    # --- hooks of the optimiser -------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._check_layers()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if _skipped(optimizer):
+            return
+        ledger = dict(self._ledger())
+        ledger[STEP] += 1
+        lr = max(float(group["lr"]) for group in self._groups())
+        due = early = False
+        # A learning rate of zero turns nothing. Tools that only want the optimiser's state made
+        # (torch.distributed.checkpoint) take such a step, on a model that must not change.
+        if lr > 0:
+            due = ledger[STEP] - ledger[LAST_MERGE] >= self._config.merge_interval
+            if self._guard is not None:
+                early = self._guard.after_step(ledger, ledger[STEP], lr) and not due
+        if due or early:
+            self._merge(optimizer, ledger)
+            self.early_merges += early
+        self._write(ledger)
+
+    def _before_state_dict(self, optimizer: Optimizer) -> None:
+        if self._guard is not None:
+            ledger = dict(self._ledger())
+            self._guard.collect(ledger)
+            self._write(ledger)
+
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+            missing = [key for key in (STEP, LAST_MERGE) if key in group and key not in saved]
+            if missing:
+                raise IncompatibleStateError(
+                    f"the optimiser state has no {missing[0]!r}: it was saved by an optimiser that "
+                    "did not merge. Load the model's weights only and start a new optimiser."
+                )
+            if self._guard is not None:  # saved without the guard: it starts anew
+                for key, value in self._guard.fresh().items():
+                    if key in group:
+                        saved.setdefault(key, value)
+        if self._guard is not None:
+            self._guard.forget()
+
+    # --- the transaction --------------------------------------------------------------------------
+
+    def _merge(self, optimizer: Optimizer, ledger: dict[str, Any]) -> None:
+        self._check_layers(thoroughly=True)
+        merge(self._model)
+        if self._config.moments == "reset":
+            for skew in self._skews:
+                _reset_state(optimizer.state.get(skew, {}))
+        ledger[LAST_MERGE] = ledger[STEP]
+        if self._guard is not None:
+            self._guard.merged(ledger, ledger[STEP])
+        self.merges += 1
+
+    def _check_layers(self, thoroughly: bool = False) -> None:
+        equivalences: list[OrthogonalEquivalence] = [e for _, e in self._layers]
+        check_whole(equivalences)
+        first_module, first = self._layers[0]
+        here = [e for _, _, e in prepared_linears(self._model if thoroughly else first_module)]
+        if here != (equivalences if thoroughly else [first]):
+            raise StaleOptimizerError(
+                "the prepared layers of the model are no longer those this optimiser was built "
+                "for (prepare or merge_and_unload was called since): build a new optimiser"
+            )
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a `GradScaler` has made the step a no-op.
+
+    With a fused optimiser the scaler calls `step` in any case and leaves the decision, a tensor,
+    in `found_inf`. Reading it waits for the device, as the scaler does with other optimisers.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def _reset_state(state: dict[str, Any]) -> None:
+    """Zero an optimiser's state of one parameter in place, its step counter included."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            state[key] = 0

@@ -1,0 +1,94 @@
+"""The options of `poetx_backend`: POET-X's own beside Inductor's, unknown ones refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from poetx_compile.config import POETXConfig
+from poetx_compile.errors import ConfigError
+from poetx_compile.passes import NAMES
+from poetx_compile.passes.batch_cayley import DEFAULT_BYTES
+
+STAGES = ("inductor", "aot_eager", "eager")
+COMPILE_TIME = ("variant", "formulation", "memory_budget")
+"""Fields of `POETXConfig` that a compiled graph may choose apart from what `prepare` was given."""
+
+_CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)}
+_OWN = ("stage", "disable_passes", "verify_passes", "cayley_batch_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendOptions:
+    """Options of one `torch.compile(model, backend=poetx_backend, mode=..., options={...})`.
+
+    Args:
+        config: the fields of `POETXConfig` that were given: the configuration of adopted weights,
+            and the compile-time choices (variant, formulation, memory_budget) of prepared ones.
+        stage: what compiles the graph after the passes: ``"inductor"``, ``"aot_eager"`` or
+            ``"eager"`` (for debugging).
+        disable_passes: names of passes that are left out.
+        verify_passes: lint and check all metadata after each pass.
+        cayley_batch_bytes: byte budget of one batch of rotations (`batch_cayley`).
+        inductor: Inductor's own settings, with those of `mode`.
+    """
+
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stage: str = "inductor"
+    disable_passes: tuple[str, ...] = ()
+    verify_passes: bool = False
+    cayley_batch_bytes: int = DEFAULT_BYTES
+    inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, mode: str | None, options: dict[str, Any] | None) -> BackendOptions:
+        """Split and check what `torch.compile` hands over. Raises `ConfigError`."""
+        given = dict(options or {})
+        config = {k: given.pop(k) for k in list(given) if k in _CONFIG_FIELDS}
+        POETXConfig.from_dict(config)  # raises where a value is out of range
+        own = {k: given.pop(k) for k in list(given) if k in _OWN}
+        stage = own.setdefault("stage", "inductor")
+        if stage not in STAGES:
+            raise ConfigError(f"option stage = {stage!r} is not allowed: use one of {STAGES}")
+        own["disable_passes"] = _pass_names(own.get("disable_passes", ()))
+        budget = own.get("cayley_batch_bytes", DEFAULT_BYTES)
+        if not isinstance(budget, int) or budget < 1:
+            raise ConfigError(f"option cayley_batch_bytes = {budget!r} is not allowed: bytes ≥ 1")
+        inductor = _inductor_settings(mode, given)
+        if inductor and stage != "inductor":
+            raise ConfigError(
+                f"mode and Inductor's options ({', '.join(sorted(inductor))}) have no effect at "
+                f"stage {stage!r}: leave them out, or use stage 'inductor'"
+            )
+        return cls(config=config, inductor=inductor, **own)
+
+    def identity(self) -> dict[str, Any]:
+        """JSON-able values that tell compiled artefacts of different options apart."""
+        values = dataclasses.asdict(self)
+        values.pop("inductor")  # Inductor's caches hash its settings themselves
+        return values
+
+
+def _pass_names(names: Iterable[str]) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [n for n in names if n not in NAMES]
+    if unknown:
+        raise ConfigError(f"unknown pass(es) {', '.join(unknown)}; there are: {', '.join(NAMES)}")
+    return names
+
+
+def _inductor_settings(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    import torch._inductor as inductor
+
+    settings: dict[str, Any] = dict(inductor.list_mode_options(mode)) if mode else {}
+    known = set(inductor.list_options())
+    names = {k.replace("-", "_"): v for k, v in options.items()}
+    unknown = sorted(k for k in names if k not in known)
+    if unknown:
+        raise ConfigError(
+            f"unknown option(s) {', '.join(unknown)}: neither an option of poetx_backend "
+            f"({', '.join((*_OWN, *sorted(_CONFIG_FIELDS)))}) nor one of "
+            "torch._inductor.list_options()"
+        )
+    return settings | names

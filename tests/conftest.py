@@ -1,0 +1,65 @@
+"""Every test starts alike: seeded, few threads, no compiled code or Inductor cache left over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+_THREADS = min(2, os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(_THREADS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The session's own cache folder: nothing stale is hit, nothing is left behind."""
+    folder = str(tmp_path_factory.mktemp("inductor"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
+        patch.setenv("TRITON_CACHE_DIR", os.path.join(folder, "triton"))
+        yield folder
+
+
+@pytest.fixture
+def fresh_inductor_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty Inductor cache for one test (for tests of the cache itself)."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    return str(tmp_path / "inductor")
+
+
+@pytest.fixture(autouse=True)
+def _isolated() -> Iterator[None]:
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision("highest")
+    # Importing Dynamo costs seconds: only a test that compiled has it loaded.
+    dynamo = getattr(torch, "_dynamo", None)
+    if dynamo is not None and hasattr(dynamo, "reset"):
+        dynamo.reset()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN: a kernel that leaves an entry unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,88 @@
+"""`recompute`: what the forward really keeps for the backward, read off AOTAutograd's graphs."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import poetx_compile as poetx
+from poetx_compile.backend import rewrite
+from poetx_compile.options import BackendOptions
+from tests.models import Block, SwiGLU
+from tests.passes.graph_of import explained, prepared
+
+
+def saved_activations(model: nn.Module, x: torch.Tensor, variant: str) -> list[tuple[str, tuple]]:
+    """(op, shape) of each value the forward hands to the backward, graph inputs left out."""
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    saved: list[tuple[str, tuple]] = []
+
+    def backend(gm, inputs):
+        graph, extra, bind, _ = rewrite(gm, inputs, BackendOptions(config={"variant": variant}))
+
+        def forward(module, _):
+            (results,) = module.graph.find_nodes(op="output")[0].args
+            saved.extend(
+                (str(n.target), tuple(n.meta["val"].shape))
+                for n in results[1:]
+                if n.op != "placeholder"
+            )
+            return module.forward
+
+        compiled = aot_autograd(
+            fw_compiler=forward,
+            bw_compiler=lambda module, _: module.forward,
+            partition_fn=min_cut_rematerialization_partition,
+        )(graph, [*inputs, *extra])
+        return bind(compiled)
+
+    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
+    return saved
+
+
+@pytest.mark.parametrize("variant", ["fast", "mem"])
+def test_rotations_are_never_kept(variant):
+    saved = saved_activations(prepared(SwiGLU()), torch.randn(2, 16), variant)
+    assert saved, "something is always kept"
+    assert not [shape for _, shape in saved if shape[-2:] == (8, 8)]
+
+
+def test_fast_keeps_u_and_mem_keeps_only_the_input():
+    model = prepared(nn.Linear(16, 40, bias=False))
+    x = torch.randn(3, 16)
+    fast, mem = (saved_activations(model, x, variant) for variant in ("fast", "mem"))
+    assert (3, 40) in [shape for _, shape in fast]
+    assert mem == []  # x is an input of the graph
+
+
+def test_mem_keeps_less_in_a_block():
+    model = prepared(Block())
+    x = torch.randn(2, 6, 16)
+    count = {}
+    for variant in ("fast", "mem"):
+        torch._dynamo.reset()
+        saved = saved_activations(model, x, variant)
+        count[variant] = sum(torch.Size(shape).numel() for _, shape in saved)
+        if variant == "mem":
+            assert not [op for op, _ in saved if "mm" in op], "no u is kept"
+    assert count["mem"] < count["fast"]
+
+
+def test_the_variant_of_prepare_is_used_and_an_option_overrides_it():
+    model = prepared(nn.Linear(16, 40), variant="mem")
+    x = torch.randn(3, 16)
+    intermediate = re.compile(r"rotate_blocks\(\w+, %\d+, perm_in.*\[recompute\]")
+    assert intermediate.search(explained(model, x).after)
+    assert not intermediate.search(explained(model, x, variant="fast").after)
+
+
+def test_disabled_nothing_is_tagged():
+    model = prepared(nn.Linear(16, 40))
+    graph = explained(model, torch.randn(3, 16), disable_passes=["recompute"]).after
+    assert "[recompute]" not in graph
+    assert poetx.POETXConfig().variant == "fast"
