@@ -73,7 +73,7 @@ def _shape(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str,
 
 
 PRESETS: dict[str, dict[str, int]] = {
-    "tiny": _shape(128, 384, 4, 4),
+    "tiny": _shape(128, 384, 2, 4),
     "20m": _shape(512, 1536, 6, 8),
     "60m": _shape(768, 2048, 8, 12),
     "130m": _shape(1024, 2816, 10, 16),

@@ -112,10 +112,14 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Validation loss in nats per byte, over the same windows every time."""
+        """Validation loss in nats per byte, over the same windows every time.
+
+        The plain module runs, not the compiled one: a graph without gradients would cost a second
+        compilation, longer than all evaluations of a short run.
+        """
         o = self.options
         pairs = validation_batches(self.corpus.validation, o.seq_len, o.batch_size, o.eval_batches)
-        losses = [self._loss(tokens, targets) for tokens, targets in pairs]
+        losses = [self._loss(*pair, forward=self.method.model) for pair in pairs]
         return float(torch.stack(losses).double().mean())
 
     def _window(self, bar: tqdm, stopped: Callable[[], bool]) -> Row:
@@ -166,11 +170,16 @@ class Training:
         self.step += 1
         return loss.detach()
 
-    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def _loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        forward: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
         tokens = tokens.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.method.forward(tokens, targets)
+            return (forward or self.method.forward)(tokens, targets)
 
     def _is_due(self, option: str) -> bool:
         return self.step % getattr(self.options, option) == 0 or self.step == self.options.steps

@@ -1,12 +1,12 @@
 """The graph passes, one a file, in the order they run.
 
-=======================  ============================================================================
-`adopt_linear`           plain linears of a model nobody prepared get the orthogonal-equivalence form
-`input_centric`          linear over such a weight → rotate, linear with the frozen weight, rotate
-`share_permutations`     one gather for the layers fed by the same tensor
-`batch_cayley`           rotations of several layers in one launch, within a byte budget
-`recompute`              what the backward builds again instead of keeping (variants fast and mem)
-=======================  ============================================================================
+======================  ========================================================================
+`adopt_linear`          plain linears of an unprepared model get the orthogonal-equivalence form
+`input_centric`         linear over such a weight → rotate, linear with the frozen weight, rotate
+`share_permutations`    one gather for the layers fed by the same tensor
+`batch_cayley`          rotations of several layers in one launch, within a byte budget
+`recompute`             what the backward builds again (variants fast and mem)
+======================  ========================================================================
 
 Passes know FX and the names and shapes of the ops; they import no kernel.
 """

@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
+from torch import Tensor, fx
 
 STATE = ("skew_in", "skew_out", "perm_in", "perm_out")
 """The tensors of an adopted weight, in the order of the op's arguments."""
@@ -170,7 +168,9 @@ class AdoptLinear(GraphPass[WeightSite]):
         return self._handed_on[key]
 
 
-def _follow(module: fx.GraphModule, weight: fx.Node, call: fx.Node | None, site: WeightSite) -> None:
+def _follow(
+    module: fx.GraphModule, weight: fx.Node, call: fx.Node | None, site: WeightSite
+) -> None:
     """Collect the linears that read `weight`, also inside activation checkpoints."""
     linears = []
     for user in weight.users:
@@ -192,12 +192,11 @@ def _follow_operand(
     module: fx.GraphModule, weight: fx.Node, call: fx.Node, site: WeightSite
 ) -> None:
     body_node, *operands = call.args
-    assert isinstance(body_node, fx.Node) and isinstance(body_node.target, str)
+    assert isinstance(body_node, fx.Node)
+    assert isinstance(body_node.target, str)
     body = getattr(module, body_node.target)
     calls = [
-        u
-        for n in module.graph.find_nodes(op="get_attr", target=body_node.target)
-        for u in n.users
+        u for n in module.graph.find_nodes(op="get_attr", target=body_node.target) for u in n.users
     ]
     if len(calls) > 1:
         site.others.append("a checkpointed function that is called more than once")

@@ -13,9 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import fx
-
 from poetx_compile.passes import graphs
+from torch import fx
 
 S = TypeVar("S")
 

@@ -26,7 +26,10 @@ INTERMEDIATE = "intermediate"
 """A value inside a layer, between its input and its output rotation."""
 
 LINEAR = torch._C._nn.linear
-EQUIVALENCE = (torch.ops.poetx.orthogonal_equivalence, torch.ops.poetx.orthogonal_equivalence.default)
+EQUIVALENCE = (
+    torch.ops.poetx.orthogonal_equivalence,
+    torch.ops.poetx.orthogonal_equivalence.default,
+)
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -86,9 +89,7 @@ def is_op(node: Any, *targets: Any) -> bool:
     """Whether a node calls one of `targets` (op packets match their default overload too)."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
-    return any(
-        node.target is t or node.target is getattr(t, "default", None) for t in targets
-    )
+    return any(node.target is t or node.target is getattr(t, "default", None) for t in targets)
 
 
 class Layer(NamedTuple):

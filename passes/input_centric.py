@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx
-
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
+from torch import fx
 
 
 class InputCentric(GraphPass[fx.Node]):
@@ -87,11 +86,13 @@ class InputCentric(GraphPass[fx.Node]):
         graph.erase_node(site)
 
     @staticmethod
-    def _rotation(graph: fx.Graph, skew: fx.Node, block: Any, order: Any, origin: fx.Node) -> Any:
+    def _rotation(graph: fx.Graph, skew: Any, block: Any, order: Any, origin: fx.Node) -> Any:
         """The rotations of one side, or ``None`` where the side has no block."""
         shape = graphs.shape_of(skew)
         if shape is not None and shape[0] == 0:
             return None
+        target: Any
+        args: tuple[Any, ...]
         if order is None:
             target, args = torch.ops.poetx.cayley_exact.default, (skew, block)
         else:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import fx
-from torch.utils.checkpoint import CheckpointPolicy
-
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 _REGION = 2**31
 """One checkpoint region for all tags: the partitioner saves what passes from a region to a later
@@ -26,9 +25,10 @@ class Recompute(GraphPass[fx.Node]):
     ``mem``     rotations, gathers, z and u       x alone
     ==========  ================================  =====================================
 
-    The earlier passes say which node is what (``meta["poetx_role"]``). The tag is `CheckpointPolicy.MUST_RECOMPUTE`, as selective activation checkpointing sets it;
-    AOTAutograd carries it into the joint graph and its partitioner obeys. Bodies of activation
-    checkpoints are recomputed as a whole already and are left alone.
+    The earlier passes say which node is what (``meta["poetx_role"]``). The tag is
+    `CheckpointPolicy.MUST_RECOMPUTE`, as selective activation checkpointing sets it; AOTAutograd
+    carries it into the joint graph and its partitioner obeys. Bodies of activation checkpoints are
+    recomputed as a whole already and are left alone.
     """
 
     name = "recompute"
@@ -50,4 +50,3 @@ class Recompute(GraphPass[fx.Node]):
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
         site.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         site.meta["ac_graph_id"] = _REGION
-

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
-
 from poetx_compile.passes import graphs
+from torch import fx
 
 _DTYPES = {
     torch.float64: "f64",
@@ -66,7 +65,11 @@ def input_name(placeholder: str) -> str:
             if path[i : i + len(noise)] == noise:
                 path[i : i + len(noise)] = []
                 break
-    if len(path) > 1 and path[-2] == "0" and path[-1] in ("skew_in", "skew_out", "perm_in", "perm_out"):
+    if (
+        len(path) > 1
+        and path[-2] == "0"
+        and path[-1] in ("skew_in", "skew_out", "perm_in", "perm_out")
+    ):
         path.pop(-2)
     if path:  # inputs that adopt_linear added are named after the weight
         path[-1] = re.sub(r"^weight_(?=skew_|perm_)", "", path[-1])

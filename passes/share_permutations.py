@@ -8,10 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import fx
-
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
+from torch import fx
 
 
 @dataclasses.dataclass
@@ -47,7 +46,9 @@ class SharePermutations(GraphPass[Readers]):
     name = "share_permutations"
 
     def sites(self, graph: fx.Graph) -> Iterable[Readers]:
-        readers: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
+        readers: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
         for node in graph.nodes:
             if graphs.is_op(node, torch.ops.poetx.rotate_blocks) and node.args[2] is not None:
                 readers[node.args[0]][node.args[2]].append(node)

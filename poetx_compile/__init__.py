@@ -10,16 +10,23 @@ from __future__ import annotations
 from poetx_compile import ops
 from poetx_compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
+from poetx_compile.diagnostics import diagnostics
 from poetx_compile.explain import explain
+from poetx_compile.optim import POETXAdamW, POETXMuon, attach, param_groups
 from poetx_compile.prepare import merge_and_unload, prepare
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "POETXAdamW",
     "POETXConfig",
+    "POETXMuon",
+    "attach",
+    "diagnostics",
     "explain",
     "merge_and_unload",
     "ops",
+    "param_groups",
     "poetx_backend",
     "prepare",
 ]

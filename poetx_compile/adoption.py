@@ -90,7 +90,11 @@ class Adopter:
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled` with the states of its weights looked up at each call."""
-        slots, states, self.inputs = self.graph_pass.slots, self.states, ()  # the example inputs are not kept alive
+        slots, states, self.inputs = (
+            self.graph_pass.slots,
+            self.states,
+            (),
+        )  # the example inputs are not kept alive
 
         def run(*args: Any) -> Any:
             extra: list[Tensor] = []

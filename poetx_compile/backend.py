@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -46,7 +46,9 @@ def poetx_backend(
     """
     parsed = BackendOptions.parse(mode, options)
     graph, extra, bind, _ = rewrite(gm, example_inputs, parsed)
-    compiled = _compile(graph, [*example_inputs, *extra], parsed, _choice(gm, example_inputs, parsed))
+    compiled = _compile(
+        graph, [*example_inputs, *extra], parsed, _choice(gm, example_inputs, parsed)
+    )
     return bind(compiled)
 
 
@@ -130,7 +132,7 @@ def _compile(
         settings = dict(options.inductor)
         users = settings.get("post_grad_custom_pre_pass", _configured_pre_pass())
         settings["post_grad_custom_pre_pass"] = chain_passes(users, ExpandOps(identity))
-        return compile_fx(graph, inputs, config_patches=settings)
+        return cast("Callable[..., Any]", compile_fx(graph, inputs, config_patches=settings))
 
 
 def _configured_pre_pass() -> Any:

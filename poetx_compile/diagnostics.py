@@ -76,5 +76,7 @@ def spectrum_drift(weight: Tensor, reference: Tensor) -> float:
 
 
 def _symmetric_norm(matrices: Tensor) -> Tensor:
-    """Spectral norms of symmetric [blocks, b, b]."""
-    return torch.linalg.eigvalsh(matrices).abs().amax(-1)
+    """Spectral norms of symmetric [blocks, b, b]; NaN where a matrix is not finite."""
+    finite = matrices.isfinite().all(-1).all(-1)
+    norms = torch.linalg.eigvalsh(matrices.where(finite[:, None, None], 0)).abs().amax(-1)
+    return norms.where(finite, torch.nan)

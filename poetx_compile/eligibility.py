@@ -100,10 +100,6 @@ def _refusal(
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "weight is no parameter"
-    if nn.parameter.is_lazy(weight):
-        return "not initialised: run the model once, then call prepare"
-    if is_traceable_wrapper_subclass(weight):
-        return f"weight is a {type(weight.data).__name__}: prepare before sharding or quantising"
     others = [owner for owner in owners[id(weight)] if owner != names[0]]
     if others:
         return f"tied: the weight belongs to {', '.join(others)} as well"
@@ -122,6 +118,10 @@ def name_refusal(names: Sequence[str], config: POETXConfig) -> str | None:
 
 def weight_refusal(weight: nn.Parameter) -> str | None:
     """Why a parameter cannot be the frozen weight of a POET layer, or ``None``."""
+    if nn.parameter.is_lazy(weight):
+        return "not initialised: run the model once, then call prepare"
+    if is_traceable_wrapper_subclass(weight):
+        return f"weight is a {type(weight.data).__name__}: prepare before sharding or quantising"
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {weight.dtype} cannot be rotated"
     if not weight.requires_grad:

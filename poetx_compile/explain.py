@@ -69,7 +69,14 @@ class Explanation:
     def __str__(self) -> str:
         header = ("layer", "shape", "blocks in|out", "formulation", "status", "reason")
         cells = [
-            (r.name or "(root)", f"{r.shape[0]}×{r.shape[1]}", r.blocks, r.formulation, r.status, r.reason)
+            (
+                r.name or "(root)",
+                f"{r.shape[0]}×{r.shape[1]}",
+                r.blocks,
+                r.formulation,
+                r.status,
+                r.reason,
+            )
             for r in self.rows
         ]
         rewritten = sum(r.status == "rewritten" for r in self.rows)
@@ -121,7 +128,9 @@ def explain(
     def record(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         before = render(gm), len(gm.graph.nodes)
         graph, _, bind, made = rewrite(gm, example_inputs, parsed, states)
-        seen.append(ExplainedGraph(before[0], render(graph), before[1], len(graph.graph.nodes), made))
+        seen.append(
+            ExplainedGraph(before[0], render(graph), before[1], len(graph.graph.nodes), made)
+        )
         return bind(graph)
 
     with torch.random.fork_rng(device_type=_device_type(plain)):
@@ -132,19 +141,16 @@ def explain(
 
 
 def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> list[ExplainRow]:
-    by_module: dict[int | None, Event] = {}
+    by_module: dict[int, Event] = {}
     by_name: dict[str, Event] = {}
     for graph in seen:
         for event in graph.record.events:
             if event.pass_name not in ("adopt_linear", "input_centric"):
                 continue
             for layer in event.layers:
-                for known, key in ((by_module, layer.module_id), (by_name, layer.name)):
-                    earlier = known.get(key)  # type: ignore[attr-defined]
-                    # A weight that is read twice shows the reading that was refused.
-                    refused = earlier is not None and not earlier.applied
-                    if not (refused and earlier.pass_name == event.pass_name):
-                        known[key] = event  # type: ignore[index]
+                _note(by_name, layer.name, event)
+                if layer.module_id is not None:
+                    _note(by_module, layer.module_id, event)
     reasons = refusals(model, config)
     rows = []
     for name, module in linears(model).items():
@@ -154,6 +160,13 @@ def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> 
         event = event or by_name.get(name or "(root)")
         rows.append(_row(name, shape, event, reasons[name]))
     return rows
+
+
+def _note(events: dict[Any, Event], key: Any, event: Event) -> None:
+    """Keep the last word on a layer; where its weight is read twice, the reading refused."""
+    earlier = events.get(key)
+    if earlier is None or earlier.applied or earlier.pass_name != event.pass_name:
+        events[key] = event
 
 
 def _row(name: str, shape: tuple[int, int], event: Event | None, reason: str | None) -> ExplainRow:
@@ -174,21 +187,26 @@ def _device_type(model: nn.Module) -> str:
 
 
 def _count_kernels(
-    model: nn.Module, options: dict[str, Any] | None, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module,
+    options: dict[str, Any] | None,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> int:
     """Compile afresh and read Inductor's own counter; gradients are computed but not stored."""
+    from torch._inductor import config as inductor_config
     from torch._inductor import metrics
 
-    fresh = dict(options or {}) | {"stage": "inductor", "force_disable_caches": True}
+    fresh = dict(options or {}) | {"stage": "inductor"}
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         return poetx_backend(gm, example_inputs, options=fresh)
 
     before = metrics.generated_kernel_count
-    out = torch.compile(model, backend=backend)(*inputs, **kwargs)
-    leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-    loss = [t.float().sum() for t in leaves if t.requires_grad]
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    if loss and wanted:
-        torch.autograd.grad(torch.stack(loss).sum(), wanted, allow_unused=True)
+    with inductor_config.patch(force_disable_caches=True):
+        out = torch.compile(model, backend=backend)(*inputs, **kwargs)
+        leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        loss = [t.float().sum() for t in leaves if t.requires_grad]
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        if loss and wanted:
+            torch.autograd.grad(torch.stack(loss).sum(), wanted, allow_unused=True)
     return metrics.generated_kernel_count - before

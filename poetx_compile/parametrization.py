@@ -46,8 +46,9 @@ class OrthogonalEquivalence(nn.Module):
         skew_out: the same of the output side.
 
     Buffers:
-        layout: int64 [6], saved: format, seed, draw, group of the input side, group of the output
-            side, kind of permutation. The permutations themselves follow from it.
+        layout: int64 [7], saved: format, seed, draw, group of the input side, group of the output
+            side, kind of permutation, order of the expansion (0: exact). The permutations themselves
+            follow from it.
     """
 
     layout: Tensor
@@ -73,7 +74,7 @@ class OrthogonalEquivalence(nn.Module):
         self.skew_in = zeros(self.blocks_in, self.block_in)
         self.skew_out = zeros(self.blocks_out, self.block_out)
         self.perm_in, self.perm_out = perm_in, perm_out
-        self.register_buffer("layout", torch.zeros(6, dtype=torch.int64, device=weight.device))
+        self.register_buffer("layout", torch.zeros(7, dtype=torch.int64, device=weight.device))
         self.write_layout()
         self._announce()
 
@@ -122,13 +123,14 @@ class OrthogonalEquivalence(nn.Module):
         """Which draw of the permutations is in force: 0 is the identity, each merge adds one."""
         return self.perm_in.draw
 
-    def _groups(self) -> list[int]:
-        """What a checkpoint must share: the groups of both sides and the kind."""
-        return [self.perm_in.group, self.perm_out.group, _KINDS.index(self.perm_in.kind)]
+    def _shared(self) -> list[int]:
+        """What a checkpoint must share: groups of both sides, kind, order of the expansion."""
+        kind = _KINDS.index(self.perm_in.kind)
+        return [self.perm_in.group, self.perm_out.group, kind, self.order or 0]
 
     def write_layout(self) -> None:
         """Bring the saved buffer up to date with the permutations."""
-        values = [_FORMAT, self.seed, self.draw, *self._groups()]
+        values = [_FORMAT, self.seed, self.draw, *self._shared()]
         self.layout.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
@@ -152,7 +154,7 @@ class OrthogonalEquivalence(nn.Module):
         saved = state_dict.get(prefix + "layout")
         if saved is not None:
             version, seed, draw, *rest = saved.tolist()
-            here = self._groups()
+            here = self._shared()
             if version != _FORMAT:
                 errors.append(
                     f"{prefix}layout has format {version}, this version of poetx_compile reads "
@@ -161,8 +163,8 @@ class OrthogonalEquivalence(nn.Module):
                 return
             if rest != here:
                 errors.append(
-                    f"{prefix}layout: permutation groups and kind {rest} were saved, the model has "
-                    f"{here}: prepare the same model with the configuration of the checkpoint"
+                    f"{prefix}layout: permutation groups, kind and order {rest} were saved, the model "
+                    f"has {here}: prepare the same model with the configuration of the checkpoint"
                 )
                 return
         super()._load_from_state_dict(
@@ -175,7 +177,7 @@ class OrthogonalEquivalence(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"in={self.blocks_in}×{self.block_in}, out={self.blocks_out}×{self.block_out}, "
+            f"in={self.blocks_in}x{self.block_in}, out={self.blocks_out}x{self.block_out}, "
             f"order={self.order}, draw={self.draw}"
         )
 

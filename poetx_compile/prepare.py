@@ -238,7 +238,7 @@ def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
             left_over.append(f"{size - blocks * b} {side}")
     if left_over:
         notes.append(f"left over until the next merge: {', '.join(left_over)}")
-    blocks_text = f"{e.blocks_in}×{e.block_in} | {e.blocks_out}×{e.block_out}"
+    blocks_text = f"{e.blocks_in}x{e.block_in} | {e.blocks_out}x{e.block_out}"
     return LayerRow(name, shape, blocks_text, "prepared", "; ".join(notes))
 
 

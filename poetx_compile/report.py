@@ -37,7 +37,7 @@ class PrepareReport:
 
     def __str__(self) -> str:
         cells = [
-            (r.name or "(root)", f"{r.shape[0]}×{r.shape[1]}", r.blocks, r.status, r.reason)
+            (r.name or "(root)", f"{r.shape[0]}x{r.shape[1]}", r.blocks, r.status, r.reason)
             for r in self.rows
         ]
         prepared = sum(r.status == "prepared" for r in self.rows)
@@ -54,10 +54,10 @@ class PrepareReport:
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Left-aligned columns with a rule under the header; no trailing blanks."""
+    """Left-aligned columns with a rule under the header; no trailing blanks, plain ASCII."""
     table = [list(header), *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    table.insert(1, ["─" * width for width in widths])
+    table.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table

@@ -12,10 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import poetx_compile as poetx
 from poetx_compile import merge as merge_module
-from poetx_compile.diagnostics import diagnostics, spectrum, spectrum_drift
+from poetx_compile.diagnostics import spectrum, spectrum_drift
 from poetx_compile.errors import InterruptedMergeError
 from poetx_compile.merge import merge, merged_rotation, polar_factor
-from poetx_compile.ops.packing import packed_size, unpack
+from poetx_compile.ops.packing import unpack
 from poetx_compile.parametrization import equivalence_of, prepared_linears, stored_weight
 from tests.tolerances import assert_close, relative_error, tolerance
 
@@ -268,13 +268,22 @@ torch.save(model.state_dict(), {path!r})
 
 def test_two_processes_merge_to_the_same_bits(tmp_path) -> None:
     """Whatever the global generators hold: nothing but the seed decides."""
-    saved = []
-    for seed in (1, 99):
-        path = str(tmp_path / f"{seed}.pt")
-        code = _OTHER_PROCESS.format(seed=seed, path=path)
-        subprocess.run([sys.executable, "-c", code], check=True)
-        saved.append(torch.load(path, weights_only=True))
+    paths = [str(tmp_path / f"{seed}.pt") for seed in (1, 99)]
+    codes = [_OTHER_PROCESS.format(seed=len(path), path=path) for path in paths]
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    assert [process.wait() for process in processes] == [0, 0]
+    saved = [torch.load(path, weights_only=True) for path in paths]
     assert saved[0].keys() == saved[1].keys()
     for name, value in saved[0].items():
         assert torch.equal(value, saved[1][name]), name
-    assert diagnostics(nn.Linear(2, 2))["angle_max"] == 0.0
+
+
+@pytest.mark.parametrize("angle", [0.99, 1.2, 3.0])
+def test_angles_no_expansion_holds_still_merge_to_orthogonal_matrices(angle: float) -> None:
+    """Without the guard nothing bounds θ: Newton-Schulz would diverge there."""
+    linear = nn.Linear(32, 32)
+    poetx.prepare(linear, config(max_angle=None))
+    turn(linear, angle)
+    reference = spectrum(linear.parametrizations["weight"].original)
+    merge(linear)
+    assert spectrum_drift(linear.weight, reference) < 1e-5

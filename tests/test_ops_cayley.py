@@ -83,9 +83,11 @@ def test_gradient_is_autograds_through_the_direct_formula(order: int | None) -> 
     assert_close(*gradients)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 6, None])
-@pytest.mark.parametrize(("blocks", "b"), [(0, 3), (2, 1), (3, 5)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [1, 3, 6, None])
+@pytest.mark.parametrize(
+    ("blocks", "b", "dtype"),
+    [(0, 3, torch.float32), (2, 1, torch.float32), (3, 5, torch.float32), (3, 5, torch.float64)],
+)
 def test_opcheck(blocks: int, b: int, order: int | None, dtype) -> None:
     skew = random_skew(blocks, b, dtype=dtype).requires_grad_()
     if order is None:

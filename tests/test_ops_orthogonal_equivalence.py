@@ -73,7 +73,8 @@ def test_gradcheck(case, order: int | None) -> None:
         return ops.orthogonal_equivalence(*tensors, *rest, order)
 
     leaves = tuple(t.requires_grad_() for t in (weight, skew_in, skew_out))
-    assert torch.autograd.gradcheck(function, leaves)
+    # Along random directions: every entry of the ops it is made of is checked in their own tests.
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("case", CASES)

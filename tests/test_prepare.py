@@ -1,4 +1,4 @@
-"""`prepare` and `merge_and_unload`: identity at step 0, eligibility, the report, and the way back."""
+"""`prepare` and `merge_and_unload`: identity at step 0, eligibility, report, and the way back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from tests.test_parametrization import turn
 from tests.tolerances import assert_close
 
 CONFIG = POETXConfig(block_size=4)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Shared(nn.Module):
@@ -87,8 +86,15 @@ def _status(report) -> dict[str, tuple[str, str]]:
 
 
 @zoo
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [4, 256, (3, 5)])
+@pytest.mark.parametrize(
+    ("dtype", "block_size"),
+    [
+        (torch.float32, 4),
+        (torch.float32, 256),
+        (torch.bfloat16, (3, 5)),
+        (torch.float16, 4),
+    ],
+)
 def test_step_zero_is_bitwise_the_original(name: str, dtype, block_size) -> None:
     model, x = _make(name, dtype)
     expected = model(x)
@@ -410,7 +416,7 @@ def test_target_modules_match_whole_names(target, expected: set[str]) -> None:
 @pytest.mark.parametrize("target", ["gate", ["up", "gate"], r".*\.up"])
 def test_a_pattern_that_matches_nothing_raises_and_changes_nothing(target) -> None:
     model = MLP()
-    with pytest.raises(NothingToTrainError, match="matches no nn.Linear; there are: up, down"):
+    with pytest.raises(NothingToTrainError, match=r"matches no nn\.Linear; there are: up, down"):
         prepare(model, POETXConfig(block_size=4, target_modules=target))
     assert not list(prepared_linears(model))
 
@@ -523,8 +529,10 @@ def test_merge_and_unload_gives_the_original_model_back(name: str, dtype) -> Non
 
 
 @zoo
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cayley", ["neumann", "exact"])
+@pytest.mark.parametrize(
+    ("dtype", "cayley"),
+    [(torch.float32, "neumann"), (torch.float32, "exact"), (torch.bfloat16, "neumann")],
+)
 def test_merge_and_unload_keeps_the_outputs_of_rotated_layers(name, dtype, cayley) -> None:
     model, x = _make(name, dtype)
     original, reference = model(x), copy.deepcopy(model)
@@ -604,5 +612,16 @@ def test_the_report_prints_as_a_table() -> None:
     assert_expected_inline(
         str(prepare(model, CONFIG)),
         """\
-""",
+layer               shape  blocks in|out  status    reason
+------------------  -----  -------------  --------  -----------------------------------------------------------------------
+odd.chain.0         13x7   1x4 | 3x4      prepared  left over until the next merge: 3 in, 1 out
+odd.chain.1         1x13   3x4 | 0x1      prepared  out side of size 1 is not rotated; left over until the next merge: 1 in
+odd.chain.2         5x1    0x1 | 1x4      prepared  in side of size 1 is not rotated; left over until the next merge: 1 out
+odd.chain.3         2x5    1x4 | 1x2      prepared  left over until the next merge: 1 in
+odd.chain.4         3x2    1x2 | 1x3      prepared
+odd.chain.5         19x3   1x3 | 4x4      prepared  left over until the next merge: 3 out
+odd.chain.6         7x19   4x4 | 1x4      prepared  left over until the next merge: 3 in, 3 out
+attention.out_proj  12x12  3x4 | 3x4      prepared
+lm_head             24x8   -              skipped   excluded by name: lm_head
+8 of 9 nn.Linear prepared; 876 of 1,335 parameters train (65.6 %)""",  # noqa: E501
     )

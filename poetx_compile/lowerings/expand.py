@@ -14,23 +14,26 @@ kernels between them remain::
     inner       = …                                               # pointwise kernel 2
     product     = bmm(square, inner)
     rotation    = …                                               # pointwise kernel 3
+
+After, where a kernel applies: its launches as ``triton_kernel_wrapper_functional`` nodes. Inductor
+compiles and launches them itself, without the dispatch of an op in Python, and plans their buffers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from poetx_compile import ops  # noqa: F401  (defines the ops)
 from poetx_compile.lowerings.identity import cache_identity
+from poetx_compile.lowerings.trace import trace_launches, trace_reference
 from poetx_compile.ops import kernels
 from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
@@ -44,7 +47,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "block_product": block_product_reference,
     "permute_columns": permute_columns_reference,
 }
-"""Ops that are expanded. `cayley_exact` and its backward call a solver: nothing to fuse, they stay."""
+"""Ops that are expanded. `cayley_exact` and its backward call a solver: nothing to fuse there."""
 
 # Kept from the replaced node: where it came from, and what the partitioner said about it.
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "from_node")
@@ -68,10 +71,27 @@ class ExpandOps(CustomGraphPass):
         return cache_identity("ExpandOps", identity=self.identity, precision=precision)
 
     def __call__(self, graph: fx.Graph) -> None:
+        # A model repeats a few shapes hundreds of times: each is traced once a graph.
+        traces: dict[Hashable, fx.GraphModule | None] = {}
         for node in list(graph.nodes):
             name = _op_name(node)
-            if name is not None and not _stays(name, node):
-                _inline(graph, node, REFERENCES[name])
+            if name is None:
+                continue
+            args = _arguments(node)
+            key = (name, *map(_signature, args))
+            if key not in traces:
+                traces[key] = _expansion(name, args)
+            expansion = traces[key]
+            if expansion is not None:
+                _inline(graph, node, expansion)
+
+
+def _expansion(name: str, args: tuple[Any, ...]) -> fx.GraphModule | None:
+    """The graph that replaces op `name` at `args`; ``None`` where the op stays a call."""
+    values = map_arg(args, lambda n: n.meta["val"])
+    if kernels.applies(name, *values):
+        return trace_launches(name, values)
+    return None if _needs_ieee(name, values) else trace_reference(REFERENCES[name], values)
 
 
 def _op_name(node: fx.Node) -> str | None:
@@ -83,17 +103,15 @@ def _op_name(node: fx.Node) -> str | None:
     return name if target.namespace == "poetx" and name in REFERENCES else None
 
 
-def _stays(name: str, node: fx.Node) -> bool:
-    """Whether the op itself should run: for its kernel, or for its precision.
+def _needs_ieee(name: str, values: tuple[Any, ...]) -> bool:
+    """Whether the op has to stay a call to keep its precision.
 
     The products of the rotations are IEEE fp32 whatever the user allows elsewhere. The op sees to
     that when it runs; as products of the graph they would follow the user's setting.
     """
-    args = map_arg(_arguments(node), lambda n: n.meta["val"])
-    if kernels.applies(name, *args):
-        return True
-    ieee = node.meta["val"].dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
-    return name.startswith("cayley") and not ieee
+    exact = torch.get_float32_matmul_precision() == "highest"
+    fp32 = values[0].dtype == torch.float32
+    return name.startswith("cayley") and fp32 and not exact
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -110,45 +128,36 @@ def _arguments(node: fx.Node) -> tuple[Any, ...]:
     return tuple(values)
 
 
-def _inline(graph: fx.Graph, node: fx.Node, reference: Callable[..., Tensor]) -> None:
-    """Replace `node` by the aten graph of `reference` at its arguments."""
-    args = _arguments(node)
-    inputs = [a for a in args if isinstance(a, fx.Node)]
-    traced = _trace(reference, args, [n.meta["val"] for n in inputs])
-    environment = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
+def _signature(argument: Any) -> Hashable:
+    """What a trace depends on: the metadata of a tensor, a symbolic size by its expression."""
+    value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
+    if isinstance(value, Tensor):
+        sizes = tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+        return (*sizes, value.dtype, value.device)
+    return type(value), str(value)
+
+
+def _inline(graph: fx.Graph, node: fx.Node, expansion: fx.GraphModule) -> None:
+    """Replace `node` by a copy of `expansion` over its arguments."""
+    inputs = [a for a in _arguments(node) if isinstance(a, fx.Node)]
+    environment = dict(zip(expansion.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    fake_mode = detect_fake_mode([n.meta["val"] for n in inputs])
+    assert fake_mode is not None, "a post-grad graph carries fake tensors"
+    with graph.inserting_before(node), fake_mode:
+        for inner in expansion.graph.nodes:
             if inner.op == "placeholder":
                 continue
             if inner.op == "output":
                 result = environment[inner.args[0]]
-            else:
-                assert inner.op == "call_function", inner.op
-                copy = graph.node_copy(inner, environment.__getitem__)
-                copy.meta.update({k: node.meta[k] for k in _INHERITED if k in node.meta})
-                environment[inner] = copy
+                continue
+            assert inner.op == "call_function", inner.op
+            assert callable(inner.target), inner.target
+            copy = graph.node_copy(inner, environment.__getitem__)
+            copy.meta.update({k: node.meta[k] for k in _INHERITED if k in node.meta})
+            # A value of its own: Inductor tells aliases by the storage of the values.
+            args, kwargs = map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
+            copy.meta["val"] = inner.target(*args, **kwargs)
+            copy.meta.pop("tensor_meta", None)
+            environment[inner] = copy
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-
-
-def _trace(
-    reference: Callable[..., Tensor], args: tuple[Any, ...], values: list[Any]
-) -> fx.GraphModule:
-    """The aten graph of ``reference(*args)`` over the fake values of the arguments that are nodes."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    def function(*inputs: Any) -> Tensor:
-        given = iter(inputs)
-        out = reference(*(next(given) if isinstance(a, fx.Node) else a for a in args))
-        # The op promises a contiguous result of its own; nodes behind it were traced with that.
-        # Aliasing an input cannot be left to chance either.
-        contiguous = out.contiguous()
-        aliased = any(contiguous is i for i in inputs)
-        return contiguous.clone() if aliased else contiguous
-
-    fake_mode = detect_fake_mode(values)
-    assert fake_mode is not None, "a post-grad graph carries fake tensors"
-    with fake_mode, torch.fx.traceback.preserve_node_meta(False):
-        traced = make_fx(function, decomposition_table=select_decomp_table())(*values)
-    traced.graph.eliminate_dead_code()
-    return traced

@@ -9,12 +9,14 @@ few reads of Q, so most steps are covered by a bound that is arithmetic on the h
 with `turn`, the largest turn of a step per unit of learning rate, taken from the first step after
 each merge (there Q is that step) and from the growth between measurements. A measurement is
 launched where the bound has moved by a sixteenth of the limit or nears it, and is read one step
-later, when the device has finished it and is busy with the next step: nothing waits. Which step
-reads which measurement does not depend on timing, so all ranks decide alike.
+later, when the device has finished it and is busy with the next step: nothing waits. (Only the
+first of a run is waited for, and all of them where merges come every few steps.) Which step reads
+which measurement does not depend on timing, so all ranks decide alike.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -41,6 +43,8 @@ ANGLE_STEP = "poetx_angle_step"
 TRAVEL = "poetx_travel"
 TURN = "poetx_turn"
 
+log = logging.getLogger("poetx_compile")
+
 Ledger = MutableMapping[str, Any]
 
 
@@ -59,6 +63,7 @@ class AngleGuard:
     def __init__(self, skews: Sequence[tuple[Tensor, int]], limit: float):
         self._skews, self._limit = skews, limit
         self._pending: _Measurement | None = None
+        self._warned = False
 
     @staticmethod
     def fresh() -> dict[str, float]:
@@ -77,7 +82,9 @@ class AngleGuard:
         ledger[TRAVEL] += lr
         if self._should_measure(ledger, step, lr):
             self._pending = _Measurement(self._skews, ledger, step)
-            if ledger[TURN] == 0.0:  # nothing to predict from yet: only now is it waited for
+            # Waited for only where there is nothing to predict from yet, and where a single step
+            # is so large that a merge, far dearer, comes every few steps anyway.
+            if ledger[TURN] == 0.0 or SAFETY * ledger[TURN] * lr > RESOLUTION * self._limit:
                 self.collect(ledger)
         return self._bound(ledger, lr) > self._limit
 
@@ -94,6 +101,14 @@ class AngleGuard:
             return
         angle = pending.read()
         turn = (angle - pending.known) / pending.travel
+        if pending.age == 1 and turn * pending.travel > self._limit and not self._warned:
+            self._warned = True
+            log.warning(
+                "a single optimiser step turned rotations by %.3g, more than max_angle = %g: the "
+                "angle guard merges after every step and cannot do better. Lower poetx_lr.",
+                turn * pending.travel,
+                self._limit,
+            )
         ledger[TURN] = turn if pending.known == 0.0 else max(ledger[TURN], turn)
         if not pending.before_merge:
             ledger.update({ANGLE: angle, ANGLE_STEP: pending.step, TRAVEL: 0.0})
@@ -123,7 +138,7 @@ class _Measurement:
     """The largest angle at a step, on its way from the device to the host."""
 
     def __init__(self, skews: Sequence[tuple[Tensor, int]], ledger: Ledger, step: int):
-        self.step = step
+        self.step, self.age = step, step - ledger[ANGLE_STEP]
         self.known: float = ledger[ANGLE]
         self.travel: float = ledger[TRAVEL]
         self.before_merge = False

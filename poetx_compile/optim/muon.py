@@ -147,5 +147,5 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         x = x.bfloat16()
     for _ in range(STEPS):
         square = torch.bmm(x, x.mT)
-        x = torch.baddbmm(a * x, torch.baddbmm(b * square, square, square, alpha=c).to(x.dtype), x)
+        x = torch.baddbmm(a * x, torch.baddbmm(b * square, square, square, alpha=c), x)
     return x

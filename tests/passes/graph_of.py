@@ -35,7 +35,9 @@ def after(model: nn.Module, *inputs: Any, **options: Any) -> str:
     return explained(model, *inputs, **options).after + "\n"
 
 
-def assert_equals_eager(model: nn.Module, *inputs: Any, dynamic: bool | None = None, **options: Any):
+def assert_equals_eager(
+    model: nn.Module, *inputs: Any, dynamic: bool | None = None, **options: Any
+):
     """Compiled (AOT eager) outputs and every gradient equal the weight-centric eager ones."""
     reference = copy.deepcopy(model)
     compiled = torch.compile(

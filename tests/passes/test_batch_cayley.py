@@ -25,7 +25,9 @@ class Two(nn.Module):
 class TestGolden(expecttest.TestCase):
     def test_batched_cayley(self):
         model = prepared(Two())
-        self.assertExpectedInline(after(model, torch.randn(3, 16)), """\
+        self.assertExpectedInline(
+            after(model, torch.randn(3, 16)),
+            """\
 up.original: f32[24, 16]
 up.skew_in: f32[2, 28]
 up.skew_out: f32[3, 28]
@@ -51,7 +53,8 @@ down.perm_out: i64[2, 8]
 %12: f32[3, 8] = linear(%11, down.original, None)
 %13: f32[3, 8] = poetx.rotate_blocks(%12, %7, None, down.perm_out, False)
 return (%13)
-""")
+""",
+        )
 
 
 def batches(model: nn.Module, max_bytes: int) -> list[str]:

@@ -46,7 +46,9 @@ class ReadsWeight(nn.Module):
 class TestGolden(expecttest.TestCase):
     def test_one_linear(self):
         model = prepared(One(bias=False))
-        self.assertExpectedInline(after(model, torch.randn(3, 12)), """\
+        self.assertExpectedInline(
+            after(model, torch.randn(3, 12)),
+            """\
 proj.original: f32[20, 12]
 proj.skew_in: f32[1, 28]
 proj.skew_out: f32[2, 28]
@@ -62,11 +64,14 @@ x: f32[3, 12]
 %7: f32[3, 20] = linear(%6, proj.original, None)
 %8: f32[3, 20] = poetx.rotate_blocks(%7, %5, None, proj.perm_out, False)
 return (%8)
-""")
+""",
+        )
 
     def test_linear_with_bias(self):
         model = prepared(One(bias=True))
-        self.assertExpectedInline(after(model, torch.randn(3, 12)), """\
+        self.assertExpectedInline(
+            after(model, torch.randn(3, 12)),
+            """\
 proj.original: f32[20, 12]
 proj.skew_in: f32[1, 28]
 proj.skew_out: f32[2, 28]
@@ -85,11 +90,14 @@ x: f32[3, 12]
 %9: f32[20] = .type_as(proj.bias, %8)
 %10: f32[3, 20] = add(%8, %9)
 return (%10)
-""")
+""",
+        )
 
     def test_checkpointed_block(self):
         model = prepared(Checkpointed(MLP()))
-        self.assertExpectedInline(after(model, torch.randn(3, 12)), """\
+        self.assertExpectedInline(
+            after(model, torch.randn(3, 12)),
+            """\
 x: f32[3, 12]
 inner.up.original: f32[22, 12]
 inner.up.skew_in: f32[1, 28]
@@ -138,14 +146,17 @@ inner.down.bias: f32[12]
     return (%18)
 %2: f32[3, 12] = getitem(%1, 0)
 return (%2)
-""")
+""",
+        )
 
     def test_dynamic_batch(self):
         model = prepared(One(bias=True))
         x = torch.randn(3, 5, 12)
         torch._dynamo.mark_dynamic(x, 0)
         torch._dynamo.mark_dynamic(x, 1)
-        self.assertExpectedInline(after(model, x), """\
+        self.assertExpectedInline(
+            after(model, x),
+            """\
 proj.original: f32[20, 12]
 proj.skew_in: f32[1, 28]
 proj.skew_out: f32[2, 28]
@@ -164,7 +175,8 @@ x: f32[s0, s1, 12]
 %9: f32[20] = .type_as(proj.bias, %8)
 %10: f32[s0, s1, 20] = add(%8, %9)
 return (%10)
-""")
+""",
+        )
 
     def test_refused_layer(self):
         model = prepared(ReadsWeight())
@@ -200,7 +212,9 @@ def test_odd_sizes_and_sides_of_size_one(block_size):
     assert_equals_eager(model, torch.randn(4, 7, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("config", [{"cayley": "exact"}, {"neumann_order": 1}, {"neumann_order": 5}])
+@pytest.mark.parametrize(
+    "config", [{"cayley": "exact"}, {"neumann_order": 1}, {"neumann_order": 5}]
+)
 def test_every_cayley_form(config):
     model = prepared(SwiGLU().double(), **config)
     assert_equals_eager(model, torch.randn(4, 16, dtype=torch.float64))
@@ -300,7 +314,7 @@ def test_no_grad_and_graph_breaks():
     explanation = explained(model, x)
     assert len(explanation.graphs) > 1
     assert [row.status for row in explanation.rows] == ["rewritten"] * 4
-    assert [row.name for row in explanation.rows][0] == "first.up"
+    assert explanation.rows[0].name == "first.up"
 
 
 def test_no_dense_weight_gradient_is_formed():
@@ -337,7 +351,11 @@ def test_no_dense_weight_gradient_is_formed():
         and isinstance(node.meta.get("val"), torch.Tensor)
         and tuple(node.meta["val"].shape) in shapes
     ]
-    transposes = (torch.ops.aten.t.default, torch.ops.aten.permute.default, torch.ops.aten.detach.default)
+    transposes = (
+        torch.ops.aten.t.default,
+        torch.ops.aten.permute.default,
+        torch.ops.aten.detach.default,
+    )
     assert len(backwards) == 1
     assert all(node.target in transposes for node in made), made
     targets = [node.target for node in backwards[0].nodes]

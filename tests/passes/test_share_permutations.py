@@ -15,7 +15,9 @@ class TestGolden(expecttest.TestCase):
     def test_swiglu_mlp(self):
         model = prepared(SwiGLU())
         graph = after(model, torch.randn(3, 16), disable_passes=["batch_cayley", "recompute"])
-        self.assertExpectedInline(graph, """\
+        self.assertExpectedInline(
+            graph,
+            """\
 gate_proj.original: f32[40, 16]
 gate_proj.skew_in: f32[2, 28]
 gate_proj.skew_out: f32[5, 28]
@@ -50,12 +52,15 @@ down_proj.perm_out: i64[2, 16]
 %17: f32[3, 16] = linear(%16, down_proj.original, None)
 %18: f32[3, 16] = poetx.rotate_blocks(%17, %15, None, down_proj.perm_out, False)
 return (%18)
-""")
+""",
+        )
 
     def test_attention_with_q_k_v(self):
         model = prepared(Attention())
         graph = after(model, torch.randn(2, 5, 16), disable_passes=["batch_cayley", "recompute"])
-        self.assertExpectedInline(graph, """\
+        self.assertExpectedInline(
+            graph,
+            """\
 q_proj.original: f32[16, 16]
 q_proj.skew_in: f32[2, 28]
 q_proj.skew_out: f32[2, 28]
@@ -108,7 +113,8 @@ o_proj.perm_out: i64[2, 16]
 %32: f32[2, 5, 16] = linear(%31, o_proj.original, None)
 %33: f32[2, 5, 16] = poetx.rotate_blocks(%32, %30, None, o_proj.perm_out, False)
 return (%33)
-""")
+""",
+        )
 
 
 class TwoParents(nn.Module):

@@ -17,7 +17,9 @@ op                         kernel                                arguments it ta
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +69,15 @@ def _static(size: Any) -> bool:
     return isinstance(size, int)
 
 
-_ARGUMENTS = {
+_MODULES = {
+    "cayley_neumann": "cayley",
+    "cayley_neumann_backward": "cayley",
+    "rotate_blocks": "rotate",
+    "block_product": "block_product",
+    "permute_columns": "permute",
+}
+
+_ARGUMENTS: dict[str, Callable[..., bool]] = {
     "cayley_neumann": _cayley_neumann,
     "cayley_neumann_backward": _cayley_neumann_backward,
     "rotate_blocks": _rotate_blocks,
@@ -104,13 +114,5 @@ def run(op: str, *args: Any) -> Tensor:
 
 def implementation(op: str) -> Any:
     """The host function of the kernel of `op`; loads Triton."""
-    from poetx_compile.ops.kernels import block_product, cayley, permute, rotate
-
-    table = {
-        "cayley_neumann": cayley.cayley_neumann,
-        "cayley_neumann_backward": cayley.cayley_neumann_backward,
-        "rotate_blocks": rotate.rotate_blocks,
-        "block_product": block_product.block_product,
-        "permute_columns": permute.permute_columns,
-    }
-    return table[op]
+    module = importlib.import_module(f"poetx_compile.ops.kernels.{_MODULES[op]}")
+    return getattr(module, op)

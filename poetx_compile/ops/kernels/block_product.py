@@ -44,7 +44,7 @@ def block_product_kernel(
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split, block] = X_blockᵀ Y_block over the tokens of the split."""
+    """out[split, block] = X_block^T Y_block over the tokens of the split."""
     tiles: tl.constexpr = (B + TILE - 1) // TILE
     program = tl.program_id(0)
     tile = program % (tiles * tiles)
@@ -93,7 +93,8 @@ def block_product(
     tiles = (-(-block_size // tile)) ** 2
     wanted = -(-_TARGET_PROGRAMS // (tiles * blocks))
     splits = max(1, min(wanted, known(tokens, 8192) // _TOKENS_A_SPLIT))
-    partial = x.new_empty(splits, blocks, block_size, block_size, dtype=torch.float32)
+    shape = (blocks, block_size, block_size)
+    partial = x.new_empty(shape if splits == 1 else (splits, *shape), dtype=torch.float32)
     launch(
         block_product_kernel,
         splits * blocks * tiles,
@@ -112,4 +113,4 @@ def block_product(
         num_warps=8 if tile == 128 else 4,
         num_stages=3,
     )
-    return partial[0] if splits == 1 else partial.sum(0)
+    return partial if splits == 1 else partial.sum(0)

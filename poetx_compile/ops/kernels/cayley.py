@@ -65,7 +65,7 @@ def _position(B: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def horner_step_kernel(
-    packed,  # f32[blocks, B(B−1)/2]
+    packed,  # f32[blocks, B(B-1)/2]
     power,  # f32[blocks, B, B]: P, read unless LEFT_IS_Q
     inner,  # f32[blocks, B, B]: H, read where RIGHT_H is not zero
     out,  # f32[blocks, B, B]
@@ -80,7 +80,7 @@ def horner_step_kernel(
     TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = (Q or P) (RIGHT_Q·Q + RIGHT_H·H) + OUT_I·I + OUT_Q·Q + OUT_P·P."""
+    """out = (Q or P) (RIGHT_Q Q + RIGHT_H H) + OUT_I I + OUT_Q Q + OUT_P P."""
     block, row_tile, column_tile = _position(B, TILE)
     packed += block * (B * (B - 1) // 2)
     power += block * (B * B)
@@ -90,7 +90,7 @@ def horner_step_kernel(
     result = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, B, TILE_K):
         ks = start + tl.arange(0, TILE_K)
-        if LEFT_IS_Q:
+        if LEFT_IS_Q:  # noqa: SIM108 (a compile-time branch)
             left = _skew_tile(packed, rows, ks, B)
         else:
             left = _tile(power, rows, ks, B)
@@ -112,7 +112,7 @@ def horner_step_kernel(
 @triton.jit
 def backward_first_kernel(
     grad,  # f32[blocks, B, B]
-    packed,  # f32[blocks, B(B−1)/2]
+    packed,  # f32[blocks, B(B-1)/2]
     n_out,  # f32[blocks, B, B]
     e_out,  # f32[blocks, B, B]
     B: tl.constexpr,
@@ -120,7 +120,7 @@ def backward_first_kernel(
     TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """N = S q + A and E = A q + 2S, with S = grad + gradᵀ, A = grad − gradᵀ, q = −Q."""
+    """N = S q + A and E = A q + 2S, with S = grad + grad^T, A = grad - grad^T, q = -Q."""
     block, row_tile, column_tile = _position(B, TILE)
     packed += block * (B * (B - 1) // 2)
     grad += block * (B * B)
@@ -145,14 +145,14 @@ def backward_first_kernel(
 def backward_second_kernel(
     n,  # f32[blocks, B, B]
     e,  # f32[blocks, B, B]
-    packed,  # f32[blocks, B(B−1)/2]
+    packed,  # f32[blocks, B(B-1)/2]
     m_out,  # f32[blocks, B, B]
     B: tl.constexpr,
     TILE: tl.constexpr,
     TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """M = (N − Nᵀ) q + Eᵀ."""
+    """M = (N - N^T) q + E^T."""
     block, row_tile, column_tile = _position(B, TILE)
     packed += block * (B * (B - 1) // 2)
     n += block * (B * B)
@@ -172,14 +172,14 @@ def backward_second_kernel(
 def backward_third_kernel(
     grad,  # f32[blocks, B, B]
     m,  # f32[blocks, B, B]
-    packed,  # f32[blocks, B(B−1)/2]
-    out,  # f32[blocks, B(B−1)/2]
+    packed,  # f32[blocks, B(B-1)/2]
+    out,  # f32[blocks, B(B-1)/2]
     B: tl.constexpr,
     TILE: tl.constexpr,
     TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Above the diagonal of M q + q Mᵀ + 2A, packed."""
+    """Above the diagonal of M q + q M^T + 2A, packed."""
     block, row_tile, column_tile = _position(B, TILE)
     if row_tile > column_tile:
         return

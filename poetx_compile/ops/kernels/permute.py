@@ -23,7 +23,7 @@ def permute_columns_kernel(
     out,  # like x
     tokens,
     WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,  # a power of two ≥ WIDTH
+    PADDED: tl.constexpr,  # a power of two >= WIDTH
     STEPS: tl.constexpr,  # of one row, or of two 2-byte rows
     PAIRED: tl.constexpr,
 ):
@@ -64,7 +64,7 @@ def permute_columns(x: Tensor, pair: Tensor, inverse: bool) -> Tensor:
         permute_columns_kernel,
         ceil_div(tokens, steps * (2 if paired else 1)),
         x,
-        pair[1 if inverse else 0],
+        pair.select(0, 1 if inverse else 0),
         out,
         tokens,
         WIDTH=width,

@@ -27,7 +27,7 @@ def rounded_delta_kernel(
     TRANSPOSE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """out = G − I or Gᵀ − I, rounded to out's dtype."""
+    """out = G - I or G^T - I, rounded to out's dtype."""
     tiles: tl.constexpr = (B + TILE - 1) // TILE
     program = tl.program_id(0)
     base = (program // (tiles * tiles)).to(tl.int64) * (B * B)
@@ -50,7 +50,7 @@ def rounded_delta_kernel(
 @triton.jit
 def rotate_kernel(
     x,  # [tokens, width]
-    matrix,  # [blocks, B, B]: G − I rounded to the dtype of x, or G itself
+    matrix,  # [blocks, B, B]: G - I rounded to the dtype of x, or G itself
     out,  # like x
     tokens,
     width,
@@ -64,7 +64,7 @@ def rotate_kernel(
     HAS_TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = x + x (G − I) on the first blocks·B columns, a copy of x behind them."""
+    """out = x + x (G - I) on the first blocks B columns, a copy of x behind them."""
     tiles: tl.constexpr = (B + TILE_N - 1) // TILE_N
     column_programs = blocks * tiles
     if HAS_TAIL:
@@ -89,7 +89,7 @@ def rotate_kernel(
             )
             inside = (ks < B)[:, None] & n_inside
             if MATRIX_IS_G:
-                if TRANSPOSE:
+                if TRANSPOSE:  # noqa: SIM108 (a compile-time branch)
                     at = ks[:, None] + ns[None, :] * B
                 else:
                     at = ks[:, None] * B + ns[None, :]
@@ -127,11 +127,12 @@ def rotate_blocks(
     tokens = x.numel() // width
     half = x.element_size() == 2
     matrix = _rounded_delta(rotation, x.dtype, transpose) if half else rotation
-    # 2-byte: 128×128 in 8 warps is the tile of a plain GEMM; fp32 needs three times the operands.
-    # (An odd b has unaligned rows, whose address arithmetic does not fit beside that tile.)
-    tile_n = power_of_two(b, 16, 128 if half and b % 8 == 0 else 64)
+    # 2-byte: 128×128 in 8 warps is the tile of a plain GEMM. fp32 needs three times the operands;
+    # unaligned rows (odd b) need registers for their addresses, which the wide tile would spill.
+    wide = half and b % 8 == 0
+    tile_n = power_of_two(b, 16, 128 if wide else 64)
+    tile_t = 128 if wide else 64
     tail = -(-(width - blocks * b) // tile_n)
-    tile_t = 128 if half else 64
     out = torch.empty_like(x)
     launch(
         rotate_kernel,

@@ -1,0 +1,352 @@
+"""`adopt_linear`: a model nobody prepared, through the compiler alone."""
+
+from __future__ import annotations
+
+import copy
+
+import expecttest
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import poetx_compile as poetx
+from poetx_compile import adoption
+from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
+from poetx_compile.parametrization import equivalence_of, prepared_linears
+from tests.models import MLP, Attention, Block, SwiGLU, TinyLM
+from tests.passes.graph_of import after, explained
+from tests.tolerances import assert_close
+
+OPTIONS = {"stage": "aot_eager", "block_size": 8, "verify_passes": True}
+
+
+def compiled(model: nn.Module, **options):
+    return torch.compile(
+        model, backend=poetx.poetx_backend, fullgraph=True, options={**OPTIONS, **options}
+    )
+
+
+def states(model: nn.Module) -> dict[str, adoption.OrthogonalEquivalence]:
+    found = {
+        n: adoption.adopted_state(m.weight)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    }
+    return {n: s for n, s in found.items() if s is not None}
+
+
+class TestGolden(expecttest.TestCase):
+    def test_plain_mlp(self):
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+            def forward(self, x):
+                return self.a(x) * self.b(x)
+
+        graph = after(
+            Pair(), torch.randn(3, 8), block_size=8, disable_passes=["batch_cayley", "recompute"]
+        )
+        self.assertExpectedInline(
+            graph,
+            """\
+a.weight: f32[8, 8]
+x: f32[3, 8]
+b.weight: f32[8, 8]
+b.bias: f32[8]
+a.skew_in: f32[1, 28]
+a.skew_out: f32[1, 28]
+a.perm_in: i64[2, 8]
+a.perm_out: i64[2, 8]
+b.skew_in: f32[1, 28]
+b.skew_out: f32[1, 28]
+b.perm_out: i64[2, 8]
+%1: f32[8, 8] = .detach(a.weight)
+%2: f32[1, 8, 8] = poetx.cayley_neumann(a.skew_in, 8, 3)
+%3: f32[1, 8, 8] = poetx.cayley_neumann(a.skew_out, 8, 3)
+%4: f32[3, 8] = poetx.permute_columns(x, a.perm_in)
+%5: f32[3, 8] = poetx.rotate_blocks(%4, %2, None, None, False)
+%6: f32[3, 8] = linear(%5, %1, None)
+%7: f32[3, 8] = poetx.rotate_blocks(%6, %3, None, a.perm_out, False)
+%8: f32[8, 8] = .detach(b.weight)
+%9: f32[1, 8, 8] = poetx.cayley_neumann(b.skew_in, 8, 3)
+%10: f32[1, 8, 8] = poetx.cayley_neumann(b.skew_out, 8, 3)
+%11: f32[3, 8] = poetx.rotate_blocks(%4, %9, None, None, False)
+%12: f32[3, 8] = linear(%11, %8, None)
+%13: f32[3, 8] = poetx.rotate_blocks(%12, %10, None, b.perm_out, False)
+%14: f32[8] = .type_as(b.bias, %13)
+%15: f32[3, 8] = add(%13, %14)
+%16: f32[3, 8] = mul(%7, %15)
+return (%16)
+""",
+        )
+
+
+@pytest.mark.parametrize("make", [MLP, SwiGLU, Attention, Block])
+@pytest.mark.parametrize("variant", ["fast", "mem"])
+def test_outputs_equal_the_plain_model_and_only_rotations_get_gradients(make, variant):
+    model = make().double()
+    plain = copy.deepcopy(model)
+    width = 12 if make is MLP else 16
+    x = torch.randn(2, 5, width, dtype=torch.float64)
+    y = compiled(model, variant=variant)(x)
+    assert_close(y, plain(x))
+    weights = torch.randn(y.shape, dtype=torch.float64)  # Σy² would not change under a rotation
+    (y * weights).sum().backward()
+    adopted = states(model)
+    assert len(adopted) == sum(isinstance(m, nn.Linear) for m in model.modules())
+    for name, state in adopted.items():
+        assert model.get_submodule(name).weight.grad is None
+        assert state.skew_in.grad.norm() > 0
+        assert state.skew_out.grad.norm() > 0
+    (plain(x) * weights).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if "norm" in name or "bias" in name:
+            assert_close(p.grad, q.grad, what=name)
+
+
+def test_checkpointed_body_is_adopted():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = SwiGLU(), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.inner, x, use_reentrant=False))
+
+    model = Checkpointed().double()
+    expected = model(torch.ones(3, 16).double())
+    y = compiled(model)(torch.ones(3, 16).double())
+    assert_close(y, expected)
+    y.sum().backward()
+    assert set(states(model)) == {"inner.gate_proj", "inner.up_proj", "inner.down_proj", "head"}
+    assert all(s.skew_in.grad.norm() > 0 for s in states(model).values())
+    gate, up = states(model)["inner.gate_proj"], states(model)["inner.up_proj"]
+    assert gate.perm_in is up.perm_in, "layers fed by one tensor share a permutation"
+
+
+def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    from poetx_compile import backend
+
+    rewrite = backend.rewrite
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return rewrite(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "rewrite", counting)
+    return calls
+
+
+def test_two_instances_reuse_the_code_and_have_states_of_their_own(monkeypatch):
+    calls = count_compilations(monkeypatch)
+    first, second = SwiGLU().double(), SwiGLU().double()
+    x = torch.randn(3, 16).double()
+    for model in (first, second):
+        expected = model(x)
+        y = compiled(model)(x)
+        assert_close(y, expected)
+        y.sum().backward()
+    a, b = states(first), states(second)
+    assert len(a) == len(b) == 3
+    assert not {id(s) for s in a.values()} & {id(s) for s in b.values()}
+    assert all(s.skew_in.grad.norm() > 0 for s in (*a.values(), *b.values()))
+    assert len(calls) <= 2
+
+
+def test_twelve_identical_blocks_compiled_one_by_one(monkeypatch):
+    calls = count_compilations(monkeypatch)
+    model = TinyLM(layers=12)
+    expected = model(torch.arange(6)[None])
+    for layer in model.layers:
+        layer.compile(backend=poetx.poetx_backend, fullgraph=True, options=OPTIONS)
+    y = model(torch.arange(6)[None])
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    y.sum().backward()
+    assert len(states(model)) == 12 * 7
+    assert len(calls) <= 2, "the code of the first block serves the others"
+
+
+def test_no_grad_new_shapes_and_recompilation_share_one_state():
+    model = SwiGLU().double()
+    run = compiled(model)
+    with torch.no_grad():
+        run(torch.randn(3, 16).double())
+    before = {n: id(s) for n, s in states(model).items()}
+    for shape in ((3, 16), (5, 16), (2, 7, 16)):
+        run(torch.randn(shape).double())
+    torch._dynamo.reset()
+    compiled(model)(torch.randn(3, 16).double())
+    assert before == {n: id(s) for n, s in states(model).items()}
+
+
+def test_a_tied_weight_is_left_alone_and_trains_densely():
+    model = TinyLM(tied=True)
+    explanation = explained(model, torch.arange(6)[None], block_size=8)
+    head = next(r for r in explanation.rows if r.name == "lm_head")
+    assert head.status == "skipped"
+    assert "tied" in head.reason
+    loss = compiled(model, exclude_modules=[])(torch.arange(6)[None]).sum()
+    loss.backward()
+    assert "lm_head" not in states(model)
+    assert model.lm_head.weight.grad.norm() > 0
+
+
+def test_excluded_and_frozen_layers_are_left_alone():
+    model = SwiGLU()
+    model.up_proj.weight.requires_grad_(False)
+    run = compiled(model, exclude_modules=["gate_proj"])
+    run(torch.randn(3, 16)).sum().backward()
+    assert set(states(model)) == {"down_proj"}
+    assert model.gate_proj.weight.grad is not None
+    torch._dynamo.reset()
+    reasons = {
+        r.name: r.reason
+        for r in explained(model, torch.randn(3, 16), exclude_modules=["gate_proj"]).rows
+    }
+    assert "excluded by name" in reasons["gate_proj"]
+    assert "frozen" in reasons["up_proj"]
+
+
+def test_deepcopy_starts_from_fresh_state():
+    model = MLP()
+    compiled(model)(torch.randn(3, 12)).sum().backward()
+    assert len(states(model)) == 2
+    assert states(copy.deepcopy(model)) == {}
+
+
+def test_state_dies_with_its_weight():
+    import gc
+
+    model = MLP()
+    compiled(model)(torch.randn(3, 12))
+    before = len(adoption._states)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(adoption._states) <= before - 2
+
+
+def test_the_layers_that_prepare_left_alone_are_not_adopted():
+    model = SwiGLU()
+    poetx.prepare(model, poetx.POETXConfig(block_size=8, exclude_modules=["down_proj"]))
+
+    class HeadOnly(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x)
+
+    compiled(HeadOnly(model.down_proj))(torch.randn(3, 40)).sum().backward()
+    assert adoption.adopted_state(model.down_proj.weight) is None
+    assert model.down_proj.weight.grad is not None
+
+
+def test_reused_code_meets_a_weight_that_prepare_left_alone(monkeypatch):
+    calls = count_compilations(monkeypatch)
+    layers = [MLP(), MLP()]
+    for layer in layers:
+        layer.compile(backend=poetx.poetx_backend, fullgraph=True, options=OPTIONS)
+    layers[0](torch.randn(2, 12))
+    adoption.decline(layers[1].up.weight, "for the test")
+    with pytest.raises(AdoptionError, match=r"poetx_compile\.prepare on every instance"):
+        layers[1](torch.randn(2, 12))
+    assert len(calls) == 1, "the second instance reused the code of the first"
+
+
+def test_prepare_moves_adopted_state_into_the_model_with_its_gradients():
+    model = SwiGLU()
+    x = torch.randn(3, 16)
+    run = compiled(model)
+    run(x).square().sum().backward()
+    gradients = {n: s.skew_in.grad.clone() for n, s in states(model).items()}
+    expected = run(x)
+    poetx.prepare(model)
+    assert states(model) == {}
+    for name, _, equivalence in prepared_linears(model):
+        assert torch.equal(equivalence.skew_in.grad, gradients[name])
+        assert equivalence.config.block_size == 8, "the options' configuration"
+        assert equivalence.draw == 0
+    assert torch.equal(
+        model.gate_proj.parametrizations.weight[0].layout[2:3], torch.zeros(1).long()
+    )
+    assert_close(run(x), expected)
+    assert_close(model(x), expected)
+    keys = model.state_dict()
+    assert "gate_proj.parametrizations.weight.0.skew_in" in keys
+
+
+def test_prepare_with_another_configuration_after_gradients_is_refused():
+    model = SwiGLU()
+    compiled(model)(torch.randn(3, 16)).sum().backward()
+    with pytest.raises(ConfigError, match="holds gradients"):
+        poetx.prepare(model, poetx.POETXConfig(block_size=4))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("optimiser", ["POETXAdamW", "POETXMuon"])
+def test_an_optimiser_built_before_or_after_the_first_call_trains_it(when, optimiser):
+    torch.manual_seed(3)
+    model, teacher = SwiGLU(), SwiGLU()
+    run = compiled(model)
+    x = torch.randn(64, 16)
+    target = teacher(x).detach()
+
+    def build():
+        config = poetx.POETXConfig(block_size=8)
+        return getattr(poetx, optimiser)(model, lr=2e-3, config=config)
+
+    optimizer = build() if when == "before" else None
+    losses = []
+    for _ in range(12):
+        loss = (run(x) - target).square().mean()
+        loss.backward()
+        optimizer = optimizer or build()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(equivalence_of(m) is not None for m in model.children())
+    assert states(model) == {}
+
+
+def test_unowned_rotations_raise_at_the_second_optimiser_step():
+    model = MLP()
+    run = compiled(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step():
+        run(torch.randn(3, 12)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with pytest.raises(UnownedRotationsError, match="POETXAdamW"):
+        step()
+
+
+def test_ddp_is_refused_and_prepare_is_named(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
+    )
+    try:
+        model = nn.parallel.DistributedDataParallel(MLP())
+        run = torch.compile(model, backend=poetx.poetx_backend, options=OPTIONS)
+        with pytest.raises(Exception, match=r"poetx_compile\.prepare"):
+            run(torch.randn(3, 12))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_adoption_can_be_switched_off():
+    model = MLP()
+    compiled(model, disable_passes=["adopt_linear"])(torch.randn(3, 12)).sum().backward()
+    assert states(model) == {}
+    assert model.up.weight.grad is not None

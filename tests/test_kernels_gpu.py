@@ -1,0 +1,262 @@
+"""The Triton kernels on a GPU: against the references in fp64, and as Inductor launches them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._dynamo.utils import counters
+
+from poetx_compile import ops
+from poetx_compile.lowerings import ExpandOps
+from poetx_compile.ops import kernels
+from poetx_compile.ops.block_product import block_product_reference
+from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
+from poetx_compile.ops.permute import permute_columns_reference
+from poetx_compile.ops.rotate import rotate_blocks_reference
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """`torch.empty` gives NaN: an unwritten entry shows (cuBLAS is not at issue: warn only)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pair(width: int) -> Tensor:
+    permutation = torch.randperm(width, device=DEVICE)
+    return torch.stack([permutation, permutation.argsort()])
+
+
+def skew(blocks: int, b: int, angle: float = 0.25) -> Tensor:
+    """Packed blocks whose spectral norm is about `angle`."""
+    return angle / (2 * b**0.5) * torch.randn(blocks, b * (b - 1) // 2, device=DEVICE)
+
+
+def near_identity(blocks: int, b: int) -> Tensor:
+    return cayley_neumann_reference(skew(blocks, b).double(), b, 3).float()
+
+
+def wide(*args: Any) -> list[Any]:
+    """The arguments in fp64, where they are floating point tensors."""
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def check(op: str, reference: Callable[..., Tensor], *args: Any) -> Tensor:
+    assert kernels.applies(op, *args), "no kernel runs: the comparison would prove nothing"
+    actual = getattr(torch.ops.poetx, op)(*args)
+    assert actual.is_contiguous()
+    assert_close(actual, reference(*wide(*args)), what=op)
+    return actual
+
+
+@pytest.mark.parametrize("b", [2, 3, 16, 33, 64, 77, 128, 256, 512])
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 7])
+def test_cayley_neumann(b, order, poisoned):
+    packed = skew(3, b)
+    rotation = check("cayley_neumann", cayley_neumann_reference, packed, b, order)
+    # The part that is not the identity keeps its relative precision.
+    expected = cayley_neumann_reference(packed.double(), b, order)
+    eye = torch.eye(b, device=DEVICE)
+    assert_close(rotation - eye, expected - eye.double(), torch.float32)
+
+
+def test_cayley_neumann_of_zero_is_exactly_the_identity(poisoned):
+    rotation = torch.ops.poetx.cayley_neumann(torch.zeros(2, 77 * 38, device=DEVICE), 77, 3)
+    assert torch.equal(rotation, torch.eye(77, device=DEVICE).expand(2, 77, 77))
+
+
+@pytest.mark.parametrize("b", [2, 3, 16, 33, 64, 77, 128, 256, 512])
+def test_cayley_neumann_backward(b, poisoned):
+    grad = torch.randn(3, b, b, device=DEVICE)
+    reference = cayley_neumann_backward_reference
+    check("cayley_neumann_backward", reference, grad, skew(3, b), b, 3)
+    check("cayley_neumann_backward", reference, grad.mT, skew(3, b), b, 3)
+
+
+def test_cayley_neumann_backward_of_another_order_runs_the_reference():
+    packed, grad = skew(2, 16), torch.randn(2, 16, 16, device=DEVICE)
+    assert not kernels.applies("cayley_neumann_backward", grad, packed, 16, 4)
+    actual = torch.ops.poetx.cayley_neumann_backward(grad, packed, 16, 4)
+    assert_close(actual, cayley_neumann_backward_reference(*wide(grad, packed), 16, 4))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("shape", "b"),
+    [
+        ((130, 512), 256),
+        ((2, 65, 384), 64),
+        ((7, 100), 33),  # a tail of one column
+        ((300, 1000), 300),  # a tail wider than a tile
+        ((5, 6), 2),
+        ((1, 77), 77),
+        ((4096, 1536), 128),
+    ],
+)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_rotate_blocks(dtype, shape, b, permuted, poisoned):
+    width = shape[-1]
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    rotation = near_identity(width // b, b)
+    gather, scatter = (pair(width), pair(width)) if permuted else (None, None)
+    for transpose in (False, True):
+        check("rotate_blocks", rotate_blocks_reference, x, rotation, gather, scatter, transpose)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rotate_blocks_by_the_identity_is_exact(dtype):
+    x = torch.randn(70, 100, device=DEVICE).to(dtype)
+    identity = torch.eye(32, device=DEVICE).repeat(3, 1, 1)
+    assert torch.equal(torch.ops.poetx.rotate_blocks(x, identity, None, None, True), x)
+
+
+def test_rotate_blocks_takes_strided_arguments():
+    x = torch.randn(64, 50, device=DEVICE, dtype=torch.bfloat16).T
+    rotation = near_identity(2, 32).mT
+    check("rotate_blocks", rotate_blocks_reference, x, rotation, None, None, False)
+
+
+@pytest.mark.parametrize("dtypes", [*((d, d) for d in FLOATS), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("shape", "b"), [((130, 512), 256), ((3, 700, 100), 33), ((5, 6), 2), ((8192, 768), 128)]
+)
+@pytest.mark.parametrize("permuted", [False, True])
+def test_block_product(dtypes, shape, b, permuted, poisoned):
+    x, y = (torch.randn(shape, device=DEVICE).to(dtype) for dtype in dtypes)
+    width = shape[-1]
+    gathers = (pair(width), pair(width)) if permuted else (None, None)
+    args = (x, y, width // b, b, *gathers)
+    first = check("block_product", block_product_reference, *args)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, torch.ops.poetx.block_product(*args)), "not deterministic"
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 77), (9001, 128), (65, 14336), (3, 32768)])
+def test_permute_columns(dtype, shape, poisoned):
+    x = (100 * torch.randn(shape, device=DEVICE)).to(dtype)
+    order = pair(shape[-1])
+    for inverse in (False, True):
+        assert kernels.applies("permute_columns", x, order, inverse)
+        actual = torch.ops.poetx.permute_columns(x, order, inverse)
+        assert torch.equal(actual, permute_columns_reference(x, order, inverse))
+
+
+def test_where_no_kernel_applies_the_reference_runs():
+    order = pair(kernels.MAX_PERMUTE_WIDTH + 1)
+    x = torch.randn(2, kernels.MAX_PERMUTE_WIDTH + 1, device=DEVICE)
+    assert not kernels.applies("permute_columns", x, order, False)
+    assert torch.equal(torch.ops.poetx.permute_columns(x, order), x[:, order[0]])
+    x = torch.randn(3, 8, device=DEVICE, dtype=torch.float64)
+    rotation = near_identity(2, 4).double()
+    assert not kernels.applies("rotate_blocks", x, rotation, None, None, False)
+    actual = torch.ops.poetx.rotate_blocks(x, rotation)
+    assert_close(actual, rotate_blocks_reference(x.cpu(), rotation.cpu(), None, None, False))
+
+
+def test_empty_batches():
+    x = torch.randn(0, 3, 8, device=DEVICE)
+    order = pair(8)
+    assert torch.ops.poetx.permute_columns(x, order).shape == (0, 3, 8)
+    assert torch.ops.poetx.rotate_blocks(x, near_identity(2, 4), order).shape == (0, 3, 8)
+    product = torch.ops.poetx.block_product(x, x, 2, 4)
+    assert torch.equal(product, torch.zeros(2, 4, 4, device=DEVICE))
+    assert torch.ops.poetx.cayley_neumann(skew(0, 4), 4, 3).shape == (0, 4, 4)
+
+
+def layer(x: Tensor, packed: Tensor, gather: Tensor, scatter: Tensor, b: int) -> Tensor:
+    rotation = ops.cayley_neumann(packed, b, 3)
+    y = ops.rotate_blocks(x, rotation, gather, None)
+    y = ops.rotate_blocks(y.sin(), rotation, None, scatter, True)
+    return ops.permute_columns(y, gather, True)
+
+
+def with_gradients(function: Callable[..., Tensor], *inputs: Any) -> list[Tensor]:
+    out = function(*inputs)
+    wanted = [i for i in inputs if isinstance(i, Tensor) and i.requires_grad]
+    weights = torch.linspace(0.5, 1.5, out.numel(), device=out.device).view_as(out)
+    return [out, *torch.autograd.grad((out * weights.to(out.dtype)).sum(), wanted)]
+
+
+def inputs_of(dtype: torch.dtype, tokens: int, width: int, b: int) -> tuple[Any, ...]:
+    x = torch.randn(2, tokens, width, device=DEVICE).to(dtype).requires_grad_()
+    packed = skew(width // b, b).requires_grad_()
+    return x, packed, pair(width), pair(width), b
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("width", "b"), [(256, 64), (100, 33)])
+def test_gradients_in_eager(dtype, width, b):
+    inputs = inputs_of(dtype, 40, width, b)
+    double = [
+        i.detach().double().requires_grad_() if isinstance(i, Tensor) and i.requires_grad else i
+        for i in inputs
+    ]
+    for actual, expected in zip(
+        with_gradients(layer, *inputs), with_gradients(layer, *double), strict=True
+    ):
+        assert_close(actual, expected, dtype)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {"post_grad_custom_pre_pass": ExpandOps("gpu")}
+        return compile_fx(gm, inputs, config_patches=patches)
+
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "b"), [(256, 64), (100, 33)])
+def test_inductor_launches_the_kernels_itself(dtype, width, b):
+    from torch._inductor.utils import run_and_get_code
+
+    inputs = inputs_of(dtype, 40, width, b)
+    actual, codes = run_and_get_code(with_gradients, compiled(layer), *inputs)
+    for got, expected in zip(actual, with_gradients(layer, *inputs), strict=True):
+        assert_close(got, expected, dtype)
+    forward, backward = codes
+    assert not re.findall(r"torch\.ops\.poetx\.", forward + backward)
+    assert len(re.findall(r"horner_step_kernel_\d+\.run\(", forward)) == 2
+    for step in ("first", "second", "third"):
+        assert len(re.findall(rf"backward_{step}_kernel_\d+\.run\(", backward)) == 1
+
+
+def test_dynamic_number_of_tokens_compiles_once():
+    width, b = 192, 64
+    counters.clear()
+    fast = compiled(layer)
+    for tokens in (40, 41, 3000):
+        inputs = inputs_of(torch.bfloat16, tokens, width, b)
+        torch._dynamo.mark_dynamic(inputs[0], 1)
+        actual = with_gradients(fast, *inputs)
+        for got, expected in zip(actual, with_gradients(layer, *inputs), strict=True):
+            assert_close(got, expected, torch.bfloat16)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_kernels_run_inside_cuda_graphs():
+    width, b = 128, 32
+    x, packed, gather, scatter, _ = (i for i in inputs_of(torch.bfloat16, 16, width, b))
+    out = layer(x, packed, gather, scatter, b)  # compiles outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = layer(x, packed, gather, scatter, b)
+    graph.replay()
+    assert torch.equal(captured, out)
