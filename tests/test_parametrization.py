@@ -192,7 +192,7 @@ def test_loading_after_merges_restores_their_draw() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"permutation": "chunked"}, "permutation groups and kind"),
+        ({"permutation": "chunked"}, "permutation groups, kind and order"),
         ({"block_size": 8}, "size mismatch"),
     ],
 )
