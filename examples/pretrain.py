@@ -25,19 +25,19 @@ import torch
 from safetensors.torch import save_file
 
 import poetx_compile as poetx
-from batches import window_count
-from checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from corpus import Corpus, load_corpus
-from failure import RunError
-from files import read_json, write_atomically, write_json
 from llama import PRESETS, Llama, LlamaConfig
-from methods import Method, build, pick_device, pick_dtypes, poetx_config
-from metrics import MetricsFile
-from options import Options, parse, resumed
-from plots import draw, read_run
 from poetx_compile.diagnostics import spectrum
 from poetx_compile.errors import POETXError
-from training import Training
+from pretraining.batches import window_count
+from pretraining.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from pretraining.corpus import Corpus, load_corpus
+from pretraining.failure import RunError
+from pretraining.files import read_json, write_atomically, write_json
+from pretraining.methods import Method, build, pick_device, pick_dtypes, poetx_config
+from pretraining.metrics import MetricsFile
+from pretraining.options import Options, parse, resumed
+from pretraining.plots import draw, read_run
+from pretraining.training import Training
 
 WATCHED = "layers.0.self_attn.q_proj"
 """The layer whose singular values spectrum.png shows."""

@@ -6,12 +6,17 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch import Tensor, fx, nn
+
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
-from torch import Tensor, fx
 
 STATE = ("skew_in", "skew_out", "perm_in", "perm_out")
 """The tensors of an adopted weight, in the order of the op's arguments."""
+
+
+Path = tuple[tuple[fx.Node, fx.GraphModule], ...]
+"""Nested activation checkpoints: each call and the body it calls."""
 
 
 @dataclasses.dataclass
@@ -20,7 +25,7 @@ class Use:
 
     module: fx.GraphModule
     weight: fx.Node  # the weight's placeholder in that module
-    call: fx.Node | None  # the checkpoint call in the enclosing graph; None at the root
+    path: Path  # the checkpoint calls that lead there from the root, outermost first
     linears: list[fx.Node]
 
 
@@ -32,6 +37,8 @@ class WeightSite:
     index: int
     uses: list[Use]
     others: list[str]
+    hidden: list[fx.Node]
+    """Linears that read the weight where no new input can be handed on to."""
 
     @property
     def linears(self) -> list[fx.Node]:
@@ -79,9 +86,11 @@ class AdoptLinear(GraphPass[WeightSite]):
 
     The same value (the rotations start at the identity); W gets no gradient, the skew parameters
     do. The state comes from outside (`create`) and is looked up by the identity of W at every call
-    of the compiled code. Handles weights inside activation checkpoints: the new inputs are handed
-    on as operands. Refuses a weight with any other reader (a tied embedding), one inside another
-    higher-order op, and whatever `refuse` names (excluded, frozen, no parameter).
+    of the compiled code. Handles weights inside activation checkpoints, nested ones too: the new
+    inputs are handed on as operands. Refuses a weight with any other reader (a tied embedding), one
+    inside another higher-order op, one that anything but the forward of `nn.Linear` reads (such as
+    a parameter of a module of the user's own: `prepare`, which takes the state over, parametrizes
+    `nn.Linear` alone), and whatever `refuse` names (excluded, frozen, no parameter).
 
     Args:
         refuse: (layer name, position of the weight among the inputs) → reason, or ``None``.
@@ -107,22 +116,37 @@ class AdoptLinear(GraphPass[WeightSite]):
         placeholders = graph.find_nodes(op="placeholder")
         found = []
         for index, placeholder in enumerate(placeholders):
-            site = WeightSite(placeholder, index, [], [])
-            _follow(root, placeholder, None, site)
-            if site.linears:
+            site = WeightSite(placeholder, index, [], [], [])
+            _follow(root, placeholder, (), site)
+            if site.others and not site.linears:
+                site.hidden = _hidden_linears(root, placeholder)
+            if site.linears or site.hidden:
                 found.append(site)
         return found
 
     def describe(self, site: WeightSite) -> dict[str, Any]:
         shape = graphs.shape_of(site.placeholder)
         return {
-            "layers": graphs.layers_of(site.linears),
+            "layers": graphs.layers_of(site.linears or site.hidden),
             "shape": None if shape is None else (int(shape[0]), int(shape[1])),
         }
 
     def decide(self, site: WeightSite) -> str:
+        if not site.linears:
+            raise Refusal(
+                f"the weight is read inside {', '.join(site.others)}: call poetx_compile.prepare "
+                "before compiling"
+            )
         if site.others:
             raise Refusal(f"the weight is read by {', '.join(site.others)} as well (tied?)")
+        for linear in site.linears:
+            if graphs.in_transform(linear):
+                raise Refusal("inside a torch.func transform: call poetx_compile.prepare")
+            owner = graphs.owner_of(linear)
+            if owner is None:
+                raise Refusal("the weight is read outside of any nn.Linear")
+            if getattr(owner, "forward", None) is not nn.Linear.forward:
+                raise Refusal(f"the weight is read by the forward of {owner.__name__}")
         if reason := self.refuse(site.layer, site.index):
             raise Refusal(reason)
         return "adopted"
@@ -153,24 +177,20 @@ class AdoptLinear(GraphPass[WeightSite]):
             graphs.inherit(weight, first)
             for linear in use.linears:
                 linear.replace_input_with(use.weight, weight)
-            if use.call is not None:
-                graphs.refresh(use.module)
 
-    def _operand(self, use: Use, outer: fx.Node) -> fx.Node:
-        """`outer` as seen inside the module of `use`: handed on to a checkpoint once."""
-        if use.call is None:
-            return outer
-        key = use.call, outer
-        if key not in self._handed_on:
-            use.call.args = (*use.call.args, outer)
-            value = outer.meta[graphs.VALUE]
-            self._handed_on[key] = _add_input(use.module.graph, outer.name, value)
-        return self._handed_on[key]
+    def _operand(self, use: Use, node: fx.Node) -> fx.Node:
+        """`node` as seen inside the module of `use`: handed on to each checkpoint once."""
+        for call, body in use.path:
+            key = call, node
+            if key not in self._handed_on:
+                call.args = (*call.args, node)
+                value = node.meta[graphs.VALUE]
+                self._handed_on[key] = _add_input(body.graph, node.name, value)
+            node = self._handed_on[key]
+        return node
 
 
-def _follow(
-    module: fx.GraphModule, weight: fx.Node, call: fx.Node | None, site: WeightSite
-) -> None:
+def _follow(module: fx.GraphModule, weight: fx.Node, path: Path, site: WeightSite) -> None:
     """Collect the linears that read `weight`, also inside activation checkpoints."""
     linears = []
     for user in weight.users:
@@ -180,16 +200,16 @@ def _follow(
                 site.others.append(user.name)
             else:
                 linears.append(user)
-        elif user.op == "call_function" and user.target is graphs.CHECKPOINT and call is None:
-            _follow_operand(module, weight, user, site)
+        elif user.op == "call_function" and user.target is graphs.CHECKPOINT:
+            _follow_operand(module, weight, user, path, site)
         else:
             site.others.append(getattr(user.target, "__name__", str(user.target)))
     if linears:
-        site.uses.append(Use(module, weight, call, linears))
+        site.uses.append(Use(module, weight, path, linears))
 
 
 def _follow_operand(
-    module: fx.GraphModule, weight: fx.Node, call: fx.Node, site: WeightSite
+    module: fx.GraphModule, weight: fx.Node, call: fx.Node, path: Path, site: WeightSite
 ) -> None:
     body_node, *operands = call.args
     assert isinstance(body_node, fx.Node)
@@ -204,7 +224,21 @@ def _follow_operand(
     placeholders = body.graph.find_nodes(op="placeholder")
     for position, operand in enumerate(operands):
         if operand is weight:
-            _follow(body, placeholders[position], call, site)
+            _follow(body, placeholders[position], (*path, (call, body)), site)
+
+
+def _hidden_linears(root: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
+    """The linears of nested bodies that read `weight`, told by its fake value: Dynamo hands that on
+    to the body of any higher-order op."""
+    value = weight.meta.get(graphs.VALUE)
+    linears = (n for module in graphs.nested(root) for n in module.graph.nodes)
+    return [
+        n
+        for n in linears
+        if graphs.is_linear(n)
+        and isinstance(read := graphs.linear_arguments(n)[1], fx.Node)
+        and read.meta.get(graphs.VALUE) is value
+    ]
 
 
 def _add_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import fx
+
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
-from torch import fx
 
 DEFAULT_BYTES = 64 * 2**20
 """Bytes of rotations in one batch: the q, k, v, o sides of a 4096-wide layer at b = 256."""

@@ -13,8 +13,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from poetx_compile.passes import graphs
 from torch import fx
+
+from poetx_compile.passes import graphs
 
 S = TypeVar("S")
 
@@ -89,13 +90,15 @@ def run(
         verify: after each pass, lint and check every node's metadata against a fresh propagation.
     """
     for graph_pass in passes:
-        for module in graphs.nested(root) if graph_pass.into_checkpoints else [root]:
-            _run_one(graph_pass, module, record)
+        modules = graphs.nested(root) if graph_pass.into_checkpoints else [root]
+        if sum(_run_one(graph_pass, module, record) for module in modules):
+            graphs.refresh(root)
         if verify:
             graphs.verify(root)
 
 
-def _run_one(graph_pass: GraphPass[Any], module: fx.GraphModule, record: Record) -> None:
+def _run_one(graph_pass: GraphPass[Any], module: fx.GraphModule, record: Record) -> int:
+    """Apply one pass to one module; returns the number of rewrites."""
     decided = []
     for site in graph_pass.sites(module.graph):
         described = graph_pass.describe(site)
@@ -107,5 +110,4 @@ def _run_one(graph_pass: GraphPass[Any], module: fx.GraphModule, record: Record)
         record.events.append(Event(graph_pass.name, applied=applied, detail=detail, **described))
     for site in decided:
         graph_pass.apply(module.graph, site)
-    if decided:
-        graphs.refresh(module)
+    return len(decided)

@@ -53,6 +53,8 @@ def clone(gm: fx.GraphModule, _memo: dict[int, fx.GraphModule] | None = None) ->
     for old, new in mapping.items():
         if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        if new.op in ("call_function", "call_method"):
+            new.meta.setdefault(VALUE, None)  # called for an effect: never evaluated again
     copy = fx.GraphModule(gm, graph, gm.__class__.__name__)
     copy.meta = dict(gm.meta)
     for key, value in gm.__dict__.items():
@@ -114,6 +116,13 @@ def layer_of(node: fx.Node) -> Layer:
     return Layer(name, int(module_id) if module_id.isdigit() else None)
 
 
+def owner_of(node: fx.Node) -> type | None:
+    """The class of the innermost module a node came from, where there is one."""
+    stack = node.meta.get("nn_module_stack") or {}
+    owner = next(reversed(stack.values()))[1] if stack else None
+    return owner if isinstance(owner, type) else None
+
+
 def layers_of(nodes: Iterable[fx.Node]) -> tuple[Layer, ...]:
     """The layers of several nodes, each once, in order."""
     return tuple(dict.fromkeys(map(layer_of, nodes)))
@@ -136,32 +145,65 @@ def shape_of(node: Any) -> torch.Size | None:
 
 
 def refresh(module: fx.GraphModule) -> None:
-    """Give every new node its fake value, lint, and recompile."""
+    """Give every new node its fake value, lint, and recompile; nested bodies first.
+
+    A body is visited where it is called: it runs under the autocast region of its call.
+    """
     with _autocast_regions() as step:
         for node in module.graph.nodes:
-            if not step(node) and _computes(node) and VALUE not in node.meta:
+            if step(node):
+                continue
+            for body in bodies(node):
+                refresh(body)
+            if _computes(node) and VALUE not in node.meta:
                 node.meta[VALUE] = _evaluate(node)
     module.graph.lint()
     module.recompile()
 
 
-def verify(root: fx.GraphModule) -> None:
+def verify(module: fx.GraphModule) -> None:
     """Raise `AssertionError` where a node's metadata differs from a fresh propagation."""
-    for module in nested(root):
-        module.graph.lint()
-        with _autocast_regions() as step:
-            for node in module.graph.nodes:
-                if step(node) or not _computes(node):
-                    continue
-                stale = _signature(node.meta[VALUE])
-                fresh = _signature(_evaluate(node))
-                assert stale == fresh, f"stale metadata at {node.format_node()}: {stale} is {fresh}"
+    module.graph.lint()
+    with _autocast_regions() as step:
+        for node in module.graph.nodes:
+            if step(node):
+                continue
+            for body in bodies(node):
+                verify(body)
+            if not _computes(node) or node.meta[VALUE] is None:
+                continue
+            stale = _signature(node.meta[VALUE])
+            fresh = _signature(_evaluate(node))
+            assert stale == fresh, f"stale metadata at {node.format_node()}: {stale} is {fresh}"
+
+
+def bodies(call: fx.Node) -> list[fx.GraphModule]:
+    """The graph modules a higher-order op is called with."""
+    module = call.graph.owning_module
+    found = (
+        getattr(module, str(n.target), None) for n in call.all_input_nodes if n.op == "get_attr"
+    )
+    return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
 def _computes(node: fx.Node) -> bool:
-    """Whether a node is a call whose inputs all have known values."""
-    return node.op in ("call_function", "call_method") and all(
-        VALUE in n.meta for n in node.all_input_nodes
+    """Whether a node is a call whose inputs all have known values, and may be run again."""
+    if node.op not in ("call_function", "call_method") or in_transform(node):
+        return False
+    return all(n.meta.get(VALUE) is not None for n in node.all_input_nodes)
+
+
+def in_transform(node: fx.Node) -> bool:
+    """Whether a node enters or leaves a `torch.func` transform, or computes inside one.
+
+    Its values are wrappers of a transform's level, which is gone when the graph is rewritten.
+    """
+    if "functorch" in str(getattr(node.target, "__module__", "")):
+        return True
+    values = [n.meta.get(VALUE) for n in (node, *node.all_input_nodes)]
+    return any(
+        isinstance(v, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v)
+        for v in torch.utils._pytree.tree_leaves(values)
     )
 
 

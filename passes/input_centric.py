@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import fx
+
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
-from torch import fx
 
 
 class InputCentric(GraphPass[fx.Node]):
@@ -59,6 +60,8 @@ class InputCentric(GraphPass[fx.Node]):
         if others:
             name = getattr(others[0].target, "__name__", str(others[0].target))
             raise Refusal(f"weight-centric: the weight is read by {name}, not by F.linear")
+        if any(graphs.in_transform(u) for u in site.users):
+            raise Refusal("weight-centric: inside a torch.func transform")
         return "input_centric"
 
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from poetx_compile.passes import graphs
-from poetx_compile.passes.contract import GraphPass
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
+
+from poetx_compile.passes import graphs
+from poetx_compile.passes.contract import GraphPass
 
 _REGION = 2**31
 """One checkpoint region for all tags: the partitioner saves what passes from a region to a later

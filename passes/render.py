@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from poetx_compile.passes import graphs
 from torch import fx
+
+from poetx_compile.passes import graphs
 
 _DTYPES = {
     torch.float64: "f64",

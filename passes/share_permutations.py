@@ -8,9 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import fx
+
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
-from torch import fx
 
 
 @dataclasses.dataclass

@@ -19,7 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import name_refusal, weight_refusal
-from poetx_compile.errors import AdoptionError, UnownedRotationsError
+from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
+from poetx_compile.options import differing
 from poetx_compile.parametrization import OrthogonalEquivalence
 from poetx_compile.passes.adopt_linear import AdoptLinear, Slot, StateSpec
 from poetx_compile.permutation import Permutation
@@ -76,7 +77,16 @@ class Adopter:
         state = self.states.get(weight)
         if state is None:
             state = self.states[weight] = _new_state(slot, weight, self.config, permutations)
-        elif state.skew_in.device != weight.device:
+            return state
+        if changed := differing(state.config, self.config):
+            before, asked = state.config.to_dict(), self.config.to_dict()
+            shown = ", ".join(f"{k}: {before[k]!r} then, {asked[k]!r} here" for k in changed)
+            raise ConfigError(
+                f"{slot.layer} was adopted by an earlier torch.compile with other options of "
+                f"poetx_backend ({shown}): give the same options here, or call "
+                "poetx_compile.prepare(model, config) before compiling"
+            )
+        if state.skew_in.device != weight.device:
             state.to(weight.device)
         return state
 
@@ -90,11 +100,9 @@ class Adopter:
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled` with the states of its weights looked up at each call."""
-        slots, states, self.inputs = (
-            self.graph_pass.slots,
-            self.states,
-            (),
-        )  # the example inputs are not kept alive
+        slots, states, config = self.graph_pass.slots, self.states, self.config
+        self.inputs, self.permutations = (), {}  # neither inputs nor graphs are kept alive
+        del self.graph_pass
 
         def run(*args: Any) -> Any:
             extra: list[Tensor] = []
@@ -102,7 +110,11 @@ class Adopter:
             for slot in slots:
                 weight = args[slot.index]
                 state = states.get(weight)
-                if state is None or state.skew_in.device != weight.device:
+                if (
+                    state is None
+                    or state.skew_in.device != weight.device
+                    or state.config is not config
+                ):
                     if (reason := _declined.get(weight)) is not None:
                         raise AdoptionError(
                             f"compiled code of {slot.layer} was reused for a weight that prepare "
@@ -171,6 +183,7 @@ def _check_process_group(layer: str, weight: Tensor) -> None:
 
 
 _unowned_steps = 0
+_last_seen: Any = WeakTensorKeyDictionary()  # skew parameter → its gradient at the last step
 _watching = False
 
 
@@ -182,15 +195,26 @@ def _watch_optimisers() -> None:
 
 
 def _after_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise when rotations had gradients at two optimiser steps running and nobody updates them."""
+    """Raise when rotations got gradients before two optimiser steps and nobody updates them.
+
+    A gradient counts once: one that is left over from an earlier backward (of another model, or
+    because two optimisers step after each backward) says nothing new.
+    """
     global _unowned_steps
-    waiting = [s for s in list(_states.values()) if s.skew_in.grad is not None]
-    waiting += [s for s in list(_states.values()) if s.skew_out.grad is not None]
-    _unowned_steps = _unowned_steps + 1 if waiting else 0
+    states = list(_states.values())
+    skews = {p: s for s in states for p in (s.skew_in, s.skew_out) if p.grad is not None}
+    fresh = [p for p in skews if _last_seen.get(p) != (id(p.grad), p.grad._version)]
+    for p in fresh:
+        _last_seen[p] = (id(p.grad), p.grad._version)
+    if not skews:
+        _unowned_steps = 0
+    elif fresh:
+        _unowned_steps += 1
     if _unowned_steps >= 2:
         _unowned_steps = 0
+        weights = len({id(state) for state in skews.values()})
         raise UnownedRotationsError(
-            f"the rotations of {len({id(s) for s in waiting})} adopted weight(s) had gradients at "
+            f"the rotations of {weights} adopted weight(s) had gradients at "
             f"two steps of {type(optimizer).__name__}, but no optimiser updates them, and their "
             "dense weights are frozen: the model does not train. Build "
             "poetx_compile.POETXAdamW(model) or POETXMuon(model) instead, or call "

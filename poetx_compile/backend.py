@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from poetx_compile import passes
 from poetx_compile.adoption import Adopter
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
-from poetx_compile.options import COMPILE_TIME, BackendOptions
+from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
 from poetx_compile.parametrization import config_of_skew
 from poetx_compile.passes import graphs
 
@@ -44,8 +44,15 @@ def poetx_backend(
             configuration the model was prepared with.
         AdoptionError: an unprepared model under DDP or FSDP2.
     """
-    parsed = BackendOptions.parse(mode, options)
-    graph, extra, bind, _ = rewrite(gm, example_inputs, parsed)
+    return compile_graph(gm, example_inputs, BackendOptions.parse(mode, options))
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: BackendOptions, states: Any = None
+) -> Callable[..., Any]:
+    """`poetx_backend` with parsed options; `states` as in `rewrite`."""
+    graph, extra, bind, _ = rewrite(gm, example_inputs, parsed, states)
+    _announce_static(extra)
     compiled = _compile(
         graph, [*example_inputs, *extra], parsed, _choice(gm, example_inputs, parsed)
     )
@@ -103,9 +110,9 @@ def _choice(
     prepared = next((c for x in example_inputs if (c := config_of_skew(x)) is not None), None)
     if prepared is None:
         return POETXConfig.from_dict(options.config)
-    before = prepared.to_dict()
-    asked = POETXConfig.from_dict(options.config).to_dict()
-    wrong = [k for k in options.config if k not in COMPILE_TIME and asked[k] != before[k]]
+    given = POETXConfig.from_dict(options.config)
+    before, asked = prepared.to_dict(), given.to_dict()
+    wrong = [k for k in differing(prepared, given) if k in options.config]
     if wrong:
         shown = ", ".join(f"{k}: {before[k]!r} at prepare, {asked[k]!r} here" for k in wrong)
         raise ConfigError(
@@ -133,6 +140,30 @@ def _compile(
         users = settings.get("post_grad_custom_pre_pass", _configured_pre_pass())
         settings["post_grad_custom_pre_pass"] = chain_passes(users, ExpandOps(identity))
         return cast("Callable[..., Any]", compile_fx(graph, inputs, config_patches=settings))
+
+
+def _announce_static(tensors: Sequence[Tensor]) -> None:
+    """Tell AOTAutograd that the sizes of inputs Dynamo does not know are constants.
+
+    It would give them symbolic sizes otherwise, and guards on these, which have no source in the
+    user's frame and cannot be checked.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._guards import TracingContext
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+
+    tracing = TracingContext.try_get()
+    if tracing is None:
+        return
+    for number, tensor in enumerate(tensors):
+        tracing.tensor_to_context[tensor] = StatefulSymbolicContext(
+            dynamic_sizes=[DimDynamic.STATIC] * tensor.dim(),
+            dynamic_strides=[DimDynamic.INFER_STRIDE] * tensor.dim(),
+            constraint_sizes=[None] * tensor.dim(),
+            constraint_strides=[None] * tensor.dim(),
+            tensor_source=ConstantSource(f"poetx_state_{number}"),
+            shape_env_to_source_to_symbol_cache={},
+        )
 
 
 def _configured_pre_pass() -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from poetx_compile.backend import poetx_backend, rewrite
+from poetx_compile.backend import compile_graph, rewrite
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import linears, refusals, unwrap_compiled
 from poetx_compile.options import BackendOptions
@@ -108,8 +110,9 @@ def explain(
     """Run the passes over `model` on example inputs and say what they did and what not, and why.
 
     The model's forward runs once, uncompiled. Nothing of the model changes: a plain model is shown
-    as it would be adopted, without any state being created. The random number generators are left
-    as they were.
+    as it would be adopted, without any state being created; buffers (running statistics) and the
+    random number generators are left as they were. As with `torch._dynamo.explain`, compiled code
+    of this process is dropped: what was compiled is compiled again at its next call.
 
     Args:
         model: prepared or plain, compiled or not.
@@ -133,11 +136,36 @@ def explain(
         )
         return bind(graph)
 
-    with torch.random.fork_rng(device_type=_device_type(plain)):
+    with torch.random.fork_rng(device_type=_device_type(plain)), _undisturbed(plain):
         torch.compile(plain, backend=record)(*inputs, **kwargs)
-        count = _count_kernels(plain, options, inputs, kwargs) if kernels else None
+        count = _count_kernels(plain, parsed, inputs, kwargs) if kernels else None
     config = config_of(plain) or POETXConfig.from_dict(parsed.config)
     return Explanation(_rows(plain, config, seen), seen, count)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leave neither compiled code nor changed buffers behind.
+
+    A graph compiled here would count against the user's recompile limit, past which Dynamo runs the
+    model eagerly, and its sizes would decide which sizes of the user's inputs become dynamic.
+    """
+    saved = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not buffer.is_meta
+    ]
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        torch._dynamo.reset()
+        with torch.no_grad():
+            for buffers, name, buffer, value in saved:
+                buffers[name] = buffer
+                if not torch.equal(buffer, value):  # batch norm writes past the version counter
+                    buffer.copy_(value)
 
 
 def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> list[ExplainRow]:
@@ -188,7 +216,7 @@ def _device_type(model: nn.Module) -> str:
 
 def _count_kernels(
     model: nn.Module,
-    options: dict[str, Any] | None,
+    options: BackendOptions,
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> int:
@@ -196,10 +224,11 @@ def _count_kernels(
     from torch._inductor import config as inductor_config
     from torch._inductor import metrics
 
-    fresh = dict(options or {}) | {"stage": "inductor"}
+    fresh = dataclasses.replace(options, stage="inductor")
+    states = WeakTensorKeyDictionary()
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        return poetx_backend(gm, example_inputs, options=fresh)
+        return compile_graph(gm, example_inputs, fresh, states)
 
     before = metrics.generated_kernel_count
     with inductor_config.patch(force_disable_caches=True):

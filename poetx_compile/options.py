@@ -19,6 +19,14 @@ _CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)}
 _OWN = ("stage", "disable_passes", "verify_passes", "cayley_batch_bytes")
 
 
+def differing(before: POETXConfig, asked: POETXConfig) -> list[str]:
+    """The fields in which two configurations differ, other than the compile-time choices."""
+    if before == asked:
+        return []
+    was, now = before.to_dict(), asked.to_dict()
+    return [k for k in was if k not in COMPILE_TIME and was[k] != now[k]]
+
+
 @dataclasses.dataclass(frozen=True)
 class BackendOptions:
     """Options of one `torch.compile(model, backend=poetx_backend, mode=..., options={...})`.
@@ -53,8 +61,11 @@ class BackendOptions:
             raise ConfigError(f"option stage = {stage!r} is not allowed: use one of {STAGES}")
         own["disable_passes"] = _pass_names(own.get("disable_passes", ()))
         budget = own.get("cayley_batch_bytes", DEFAULT_BYTES)
-        if not isinstance(budget, int) or budget < 1:
+        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
             raise ConfigError(f"option cayley_batch_bytes = {budget!r} is not allowed: bytes ≥ 1")
+        verify = own.get("verify_passes", False)
+        if not isinstance(verify, bool):
+            raise ConfigError(f"option verify_passes = {verify!r} is not allowed: use a bool")
         inductor = _inductor_settings(mode, given)
         if inductor and stage != "inductor":
             raise ConfigError(
@@ -70,11 +81,17 @@ class BackendOptions:
         return values
 
 
-def _pass_names(names: Iterable[str]) -> tuple[str, ...]:
+def _pass_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(names, Iterable):
+        raise ConfigError(
+            f"option disable_passes = {names!r} is not allowed: a list of {', '.join(NAMES)}"
+        )
     names = (names,) if isinstance(names, str) else tuple(names)
     unknown = [n for n in names if n not in NAMES]
     if unknown:
-        raise ConfigError(f"unknown pass(es) {', '.join(unknown)}; there are: {', '.join(NAMES)}")
+        raise ConfigError(
+            f"unknown pass(es) {', '.join(map(str, unknown))}; there are: {', '.join(NAMES)}"
+        )
     return names
 
 

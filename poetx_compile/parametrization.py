@@ -47,8 +47,8 @@ class OrthogonalEquivalence(nn.Module):
 
     Buffers:
         layout: int64 [7], saved: format, seed, draw, group of the input side, group of the output
-            side, kind of permutation, order of the expansion (0: exact). The permutations themselves
-            follow from it.
+            side, kind of permutation, order of the expansion (0: exact). The permutations
+            themselves follow from it.
     """
 
     layout: Tensor
@@ -60,9 +60,7 @@ class OrthogonalEquivalence(nn.Module):
         out_features, in_features = weight.shape
         self.blocks_in, self.block_in = side_blocks(in_features, config.block_in)
         self.blocks_out, self.block_out = side_blocks(out_features, config.block_out)
-        self.config = config
         self.order = config.order
-        self.merge_rotation = config.merge_rotation
         self.interrupted = False
         dtype = rotation_dtype(weight.dtype)
 
@@ -76,6 +74,11 @@ class OrthogonalEquivalence(nn.Module):
         self.perm_in, self.perm_out = perm_in, perm_out
         self.register_buffer("layout", torch.zeros(7, dtype=torch.int64, device=weight.device))
         self.write_layout()
+        self.configure(config)
+
+    def configure(self, config: POETXConfig) -> None:
+        """Set the configuration; its blocks, order and permutations are those of this state."""
+        self.config, self.merge_rotation = config, config.merge_rotation
         self._announce()
 
     def _announce(self) -> None:
@@ -141,7 +144,9 @@ class OrthogonalEquivalence(nn.Module):
             narrowed = t.is_floating_point() and moved.dtype != rotation_dtype(moved.dtype)
             return t.to(moved.device) if narrowed else moved
 
-        return super()._apply(keep_precision, recurse)
+        applied = super()._apply(keep_precision, recurse)
+        self._announce()  # torch may be told to make new parameters
+        return applied
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.interrupted:
@@ -163,13 +168,15 @@ class OrthogonalEquivalence(nn.Module):
                 return
             if rest != here:
                 errors.append(
-                    f"{prefix}layout: permutation groups, kind and order {rest} were saved, the model "
-                    f"has {here}: prepare the same model with the configuration of the checkpoint"
+                    f"{prefix}layout: permutation groups, kind and order {rest} were saved, the "
+                    f"model has {here}: prepare the same model with the configuration of the "
+                    "checkpoint"
                 )
                 return
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
+        self._announce()  # `assign=True` has made new parameters
         if saved is not None:
             self.perm_in.redraw(seed, draw)
             self.perm_out.redraw(seed, draw)

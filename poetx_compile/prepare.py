@@ -25,6 +25,9 @@ from poetx_compile.report import LayerRow, PrepareReport
 log = logging.getLogger("poetx_compile")
 M = TypeVar("M", bound=nn.Module)
 
+_SHAPING = ("block_size", "neumann_order", "cayley", "normalize_rows")
+"""Fields that an adopted state is made with; the others may still be chosen when it is moved."""
+
 
 def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareReport:
     """Parametrize every eligible `nn.Linear` weight of `model` as ``R W₀ P``, in place.
@@ -67,11 +70,14 @@ def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareRepor
         )
     if all(reason is not None and reason != "already prepared" for reason in reasons.values()):
         raise NothingToTrainError(_nothing(reasons))
-    groups = _Groups(model, config)
+    # Adopted states hold gradients under identity permutations (draw 0): what joins them has to.
+    groups = _Groups(model, config, draw=0 if adopted else 1)
+    left = {n: r for n, r in reasons.items() if r is not None and r != "already prepared"}
+    leave({name: found[name] for name in left}, left)
     for name, reason in reasons.items():
-        if reason is not None and reason != "already prepared":
-            _leave(found[name], name, reason)
-        elif reason is None and name in adopted:
+        if name in left:
+            continue
+        if reason is None and name in adopted:
             _move(found[name], name, adopted[name], config, groups)
         elif reason is None:
             if config.normalize_rows:
@@ -82,7 +88,8 @@ def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareRepor
     rows = [_row(name, module, reasons[name]) for name, module in found.items()]
     parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    return PrepareReport(rows, trainable, sum(p.numel() for p in parameters))
+    rotations = sum(e.skew_in.numel() + e.skew_out.numel() for _, _, e in prepared_linears(model))
+    return PrepareReport(rows, trainable, sum(p.numel() for p in parameters) - rotations)
 
 
 def register(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
@@ -104,8 +111,8 @@ def merge_and_unload(model: M) -> M:
     """Turn every prepared linear back into a plain `nn.Linear` with its effective weight, in place.
 
     Parameter names are the original ones again, the weights train again, and the outputs are those
-    of the prepared model (to the rounding of the weight's dtype). A model that is not prepared is
-    returned as it is.
+    of the prepared model (to the rounding of the weight's dtype). Compiled again, these weights
+    train densely until `prepare` is called. A model that is not prepared is returned as it is.
 
     Args:
         model: a prepared model, compiled or not.
@@ -120,6 +127,8 @@ def merge_and_unload(model: M) -> M:
         # The weight comes back as the last parameter; optimiser states and others go by position.
         for name in [name for name in module._parameters if name != "weight"]:
             module._parameters[name] = module._parameters.pop(name)
+        # The model is compiled again at its next call: that must not start all over by itself.
+        decline(module.weight, "merged and unloaded: prepare the model to train rotations again")
     return model
 
 
@@ -147,8 +156,10 @@ def _move(
     groups: _Groups,
 ) -> None:
     """Make an adopted state the parametrization of its linear, gradients included."""
-    if state.config == config:
-        groups.number(state)
+    if all(getattr(state.config, f) == getattr(config, f) for f in _SHAPING):
+        state.configure(config)
+        state.perm_in, state.perm_out = groups.sides(name, module)
+        state.write_layout()
     elif state.skew_in.grad is None and state.skew_out.grad is None:
         state = OrthogonalEquivalence(module.weight, config, *groups.sides(name, module))
     else:
@@ -160,51 +171,52 @@ def _move(
     register(module, state)
 
 
-def _leave(module: nn.Linear, name: str, reason: str) -> None:
-    """A linear that stays as it is; compiled graphs may not adopt its weight either."""
-    weight = module.weight
-    if release(weight) is not None:
-        log.warning(
-            "%s was adopted by a compiled graph but is not trained through rotations (%s): its "
-            "weight trains densely from now on",
-            name or "(root)",
-            reason,
-        )
-    if isinstance(weight, nn.Parameter):
-        decline(weight, reason)
+def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:
+    """Linears that stay as they are, by name: compiled graphs may not adopt their weights either.
+
+    Where one has, its code is dropped (with all compiled code: Dynamo has nothing finer).
+    """
+    dropped = False
+    for name, module in modules.items():
+        weight = module.weight
+        if release(weight) is not None:
+            dropped = True
+            log.warning(
+                "%s was adopted by a compiled graph but is not trained through rotations (%s): its "
+                "weight trains densely from now on",
+                name or "(root)",
+                reasons[name],
+            )
+        if isinstance(weight, nn.Parameter):
+            decline(weight, reasons[name])
+    if dropped:
+        torch._dynamo.reset()
 
 
 class _Groups:
     """Hands out the permutation of each side; ids count up in the order of the model's modules."""
 
-    def __init__(self, model: nn.Module, config: POETXConfig):
-        self.config = config
+    def __init__(self, model: nn.Module, config: POETXConfig, draw: int):
+        self.config, self.draw = config, draw
         self.inputs: dict[tuple[str, int], Permutation] = {}
         self.next = 0
-        self.numbered: dict[int, Permutation] = {}
         for name, module, equivalence in prepared_linears(model):
             self.inputs[_sibling_key(name, module)] = equivalence.perm_in
             self.next = max(
                 self.next, 1 + equivalence.perm_in.group, 1 + equivalence.perm_out.group
             )
 
-    def number(self, state: OrthogonalEquivalence) -> None:
-        """Give the permutations of an adopted state ids of this model."""
-        for side in (state.perm_in, state.perm_out):
-            if id(side) not in self.numbered:
-                self.numbered[id(side)] = side
-                side.group, self.next = self.next, self.next + 1
-        state.write_layout()
-
     def new(self, size: int, device: torch.device) -> Permutation:
         group, self.next = self.next, self.next + 1
         c = self.config
-        return Permutation(size, group, seed=c.seed, draw=1, kind=c.permutation, device=device)
+        return Permutation(
+            size, group, seed=c.seed, draw=self.draw, kind=c.permutation, device=device
+        )
 
     def sides(self, name: str, module: nn.Linear) -> tuple[Permutation, Permutation]:
         key = _sibling_key(name, module)
         shared = self.inputs.get(key)
-        if shared is None or shared.draw != 1 or shared.pair.device != module.weight.device:
+        if shared is None or shared.draw != self.draw or shared.pair.device != module.weight.device:
             shared = self.inputs[key] = self.new(module.in_features, module.weight.device)
         return shared, self.new(module.out_features, module.weight.device)
 

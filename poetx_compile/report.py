@@ -22,7 +22,8 @@ class PrepareReport:
 
     Attributes:
         rows: one `LayerRow` for each `nn.Linear`, in the model's order.
-        trainable, total: number of trainable and of all parameters after `prepare`.
+        trainable: number of trainable parameters after `prepare`, rotations included.
+        total: number of parameters of the plain model.
     """
 
     def __init__(self, rows: Iterable[LayerRow], trainable: int, total: int):
@@ -43,8 +44,8 @@ class PrepareReport:
         prepared = sum(r.status == "prepared" for r in self.rows)
         summary = (
             f"{prepared} of {len(self.rows)} nn.Linear prepared; "
-            f"{self.trainable:,} of {self.total:,} parameters train "
-            f"({100 * self.trainable / max(self.total, 1):.1f} %)"
+            f"{self.trainable:,} trainable parameters, "
+            f"{100 * self.trainable / max(self.total, 1):.1f} % of the plain model's {self.total:,}"
         )
         return (
             format_table(("layer", "shape", "blocks in|out", "status", "reason"), cells)

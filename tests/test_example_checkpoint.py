@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from failure import RunError
-from files import write_atomically
-from metrics import MetricsFile, Row, read_rows
+from pretraining.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from pretraining.failure import RunError
+from pretraining.files import write_atomically
+from pretraining.metrics import MetricsFile, Row, read_rows
 
 
 def test_a_nested_value_comes_back_exactly(tmp_path: Path):

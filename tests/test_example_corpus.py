@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from batches import TrainBatches, validation_batches
-from corpus import load_corpus, split_documents, standard_library_files
-from failure import RunError
+from pretraining.batches import TrainBatches, validation_batches
+from pretraining.corpus import load_corpus, split_documents, standard_library_files
+from pretraining.failure import RunError
 
 
 def texts(tensor: torch.Tensor) -> list[bytes]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama import PRESETS, Llama, LlamaConfig
-from schedule import lr_factor
+from pretraining.schedule import lr_factor
 
 SMALL = LlamaConfig(32, 64, 2, 4, max_seq_len=16)
 
@@ -28,7 +28,7 @@ def test_is_causal_and_starts_at_the_uniform_loss():
     changed[:, 8:] = (changed[:, 8:] + 1) % 256
     torch.testing.assert_close(model(changed)[:, :8], logits[:, :8])
     assert not torch.allclose(model(changed)[:, 8:], logits[:, 8:])
-    assert float(model(tokens, tokens)) == pytest.approx(math.log(256), rel=0.02)
+    assert model(tokens, tokens).item() == pytest.approx(math.log(256), rel=0.02)
 
 
 def test_positions_matter():

@@ -17,10 +17,10 @@ import torch
 import llama
 import poetx_compile
 import pretrain
-from checkpoint import load_checkpoint
-from metrics import read_rows
 from pretrain import INTERRUPTED, main
-from training import Training
+from pretraining.checkpoint import load_checkpoint
+from pretraining.metrics import read_rows
+from pretraining.training import Training
 
 FINAL = re.compile(
     r"final step=(\d+) val_loss=(\d+\.\d{4}) val_bpb=(\d+\.\d{4}) unigram_bpb=(\d+\.\d{4}) "

@@ -104,6 +104,9 @@ def test_cayley_neumann_backward_of_another_order_runs_the_reference():
         ((5, 6), 2),
         ((1, 77), 77),
         ((4096, 1536), 128),
+        ((200, 496), 192),  # padded to 256; a tail
+        ((130, 1104), 512),
+        ((70, 515), 256),  # whole blocks, unaligned rows
     ],
 )
 @pytest.mark.parametrize("permuted", [False, True])
@@ -232,9 +235,10 @@ def test_inductor_launches_the_kernels_itself(dtype, width, b):
         assert_close(got, expected, dtype)
     forward, backward = codes
     assert not re.findall(r"torch\.ops\.poetx\.", forward + backward)
-    assert len(re.findall(r"horner_step_kernel_\d+\.run\(", forward)) == 2
-    for step in ("first", "second", "third"):
-        assert len(re.findall(rf"backward_{step}_kernel_\d+\.run\(", backward)) == 1
+    for kernel in ("unpack", "square", "horner_step"):
+        assert len(re.findall(rf"{kernel}_kernel_\d+\.run\(", forward)) == 1
+    assert len(re.findall(r"unpack_and_split_kernel_\d+\.run\(", backward)) == 1
+    assert len(re.findall(r"backward_product_kernel_\d+\.run\(", backward)) == 3
 
 
 def test_dynamic_number_of_tokens_compiles_once():

@@ -66,7 +66,7 @@ check("cayley_neumann_backward", "cayley", torch.randn(3, 6, 6).mT, skew(3, 6), 
 """,
     "rotate": """
 for dtype in (torch.float32, torch.float16):
-    for tokens, width, b in ((7, 10, 3), (130, 64, 32), (3, 73, 33)):
+    for tokens, width, b in ((7, 10, 3), (130, 64, 32), (3, 73, 33), (70, 160, 72)):
         x = torch.randn(tokens, width).to(dtype)
         rotation = torch.eye(b) + 0.1 * torch.randn(width // b, b, b)
         for transpose in (False, True):

@@ -14,6 +14,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.errors import InterruptedMergeError
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
+    config_of_skew,
     equivalence_of,
     prepared_linears,
     side_blocks,
@@ -291,3 +292,11 @@ def test_a_rotated_layer_in_low_precision_follows_the_fp64_one(dtype) -> None:
             q.copy_(p)  # both start from the rounded values
     x = torch.randn(64, 16).to(dtype)
     assert_close(low(x), wide(x.double()))
+
+
+def test_the_backend_still_finds_the_configuration_of_assigned_parameters() -> None:
+    layer = nn.Linear(6, 4)
+    prepare(layer, POETXConfig(block_size=2, variant="mem"))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert config_of_skew(equivalence_of(layer).skew_in).variant == "mem"  # type: ignore[union-attr]

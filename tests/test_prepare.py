@@ -413,6 +413,14 @@ def test_target_modules_match_whole_names(target, expected: set[str]) -> None:
     assert rest <= {"not in target_modules"}
 
 
+def test_names_are_the_users_where_parts_were_compiled_one_by_one() -> None:
+    part = torch.compile(nn.ModuleDict({n: nn.Linear(8, 8) for n in ("up", "down")}))
+    model = nn.ModuleDict({"a": part, "b": torch.compile(nn.Linear(8, 8))})
+    config = POETXConfig(block_size=4, target_modules=r"a\..*|b", exclude_modules=["a.down"])
+    reasons = [reason for _, reason in _status(prepare(model, config)).values()]
+    assert reasons == ["", "excluded by name: a.down", ""]
+
+
 @pytest.mark.parametrize("target", ["gate", ["up", "gate"], r".*\.up"])
 def test_a_pattern_that_matches_nothing_raises_and_changes_nothing(target) -> None:
     model = MLP()
@@ -600,9 +608,10 @@ def test_prepare_after_unload_may_have_another_configuration() -> None:
 
 def test_the_report_counts_parameters() -> None:
     model = SwiGLU()
+    plain = sum(p.numel() for p in model.parameters())
     report = prepare(model, CONFIG)
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert report.total == sum(p.numel() for p in model.parameters())
+    assert report.total == plain == prepare(model).total
     assert len(report) == len(list(report)) == 3
 
 
@@ -623,5 +632,5 @@ odd.chain.5         19x3   1x3 | 4x4      prepared  left over until the next mer
 odd.chain.6         7x19   4x4 | 1x4      prepared  left over until the next merge: 3 in, 3 out
 attention.out_proj  12x12  3x4 | 3x4      prepared
 lm_head             24x8   -              skipped   excluded by name: lm_head
-8 of 9 nn.Linear prepared; 876 of 1,335 parameters train (65.6 %)""",  # noqa: E501
+8 of 9 nn.Linear prepared; 876 trainable parameters, 74.0 % of the plain model's 1,183""",  # noqa: E501
     )

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from poetx_compile.adoption import adopted_state
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import unwrap_compiled
+from poetx_compile.eligibility import linears, unwrap_compiled
 from poetx_compile.errors import ConfigError
-from poetx_compile.parametrization import prepared_linears
-from poetx_compile.prepare import prepare
+from poetx_compile.parametrization import equivalence_of, prepared_linears
+from poetx_compile.prepare import leave, prepare
 
 BLOCK = "poetx_block"
 """Key of a param group that holds skew parameters: their block size."""
@@ -122,5 +123,11 @@ def ensure_prepared(model: nn.Module, config: POETXConfig | None = None) -> nn.M
     model = unwrap_compiled(model)
     if not any(True for _ in prepared_linears(model)):
         prepare(model, config)
+    else:
+        # Parts prepared by hand stay the only ones; a graph without them may have adopted more.
+        reason = "the model was prepared in parts, and this layer was not"
+        rest = {n: m for n, m in linears(model).items() if equivalence_of(m) is None}
+        rest = {n: m for n, m in rest.items() if adopted_state(m.weight) is not None}
+        leave(rest, dict.fromkeys(rest, reason))
     prepared_config(model, config)
     return model

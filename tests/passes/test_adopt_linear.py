@@ -330,6 +330,23 @@ def test_unowned_rotations_raise_at_the_second_optimiser_step():
         step()
 
 
+def test_an_unloaded_model_is_a_plain_one_for_the_compiler_too():
+    model = MLP()
+    run = compiled(model)
+    optimizer = poetx.POETXAdamW(model, lr=1e-3, config=poetx.POETXConfig(block_size=8))
+    run(torch.randn(3, 12)).sum().backward()
+    optimizer.step()
+    x = torch.randn(3, 12)
+    expected = run(x)
+    poetx.merge_and_unload(model)
+    assert_close(run(x), expected)
+    run(x).sum().backward()
+    assert states(model) == {}
+    assert model.up.weight.grad is not None
+    poetx.prepare(model)
+    assert all(equivalence_of(m) is not None for m in (model.up, model.down))
+
+
 def test_ddp_is_refused_and_prepare_is_named(tmp_path):
     import torch.distributed as dist
 
@@ -350,3 +367,213 @@ def test_adoption_can_be_switched_off():
     compiled(model, disable_passes=["adopt_linear"])(torch.randn(3, 12)).sum().backward()
     assert states(model) == {}
     assert model.up.weight.grad is not None
+
+
+class NestedCheckpoints(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def inner(self, x):
+        return torch.tanh(self.b(x))
+
+    def outer(self, x):
+        x = checkpoint(self.inner, torch.tanh(self.a(x)), use_reentrant=False)
+        return self.c(checkpoint(self.inner, x, use_reentrant=False))
+
+    def forward(self, x):
+        return checkpoint(self.outer, x, use_reentrant=False)
+
+
+def test_checkpoints_nested_twice_with_a_shared_module_are_adopted():
+    model = NestedCheckpoints().double()
+    x = torch.randn(3, 16).double()
+    y = compiled(model)(x)
+    assert_close(y, model(x))
+    (y * torch.randn_like(y)).sum().backward()
+    gradients = {n: s.skew_in.grad.clone() for n, s in states(model).items()}
+    assert set(gradients) == {"a", "b", "c"}
+    assert all(g.norm() > 0 for g in gradients.values())
+    assert all(m.weight.grad is None for m in (model.a, model.b, model.c))
+
+
+def test_a_checkpoint_under_autocast_has_true_metadata():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = MLP()
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return checkpoint(self.inner, x, use_reentrant=False)
+
+    model = Checkpointed()
+    x = torch.randn(3, 12)
+    y = compiled(model)(x)  # verify_passes is on
+    assert_close(y, model(x))
+    y.sum().backward()
+    assert len(states(model)) == 2
+
+
+def test_a_weight_inside_another_higher_order_op_is_refused_with_a_reason():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda t: self.a(t), lambda t: -self.a(t), (self.b(x),))
+
+    rows = {r.name: r for r in explained(Branches(), torch.ones(3, 8), block_size=8).rows}
+    assert rows["a"].status == "skipped"
+    assert "cond" in rows["a"].reason
+    assert rows["b"].status == "rewritten"
+
+
+def test_only_what_prepare_can_take_over_is_adopted():
+    """A parameter of a module of the user's own, or one read by a forward of its own: no optimiser
+    would ever find its rotations."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.w)
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias) * 2
+
+    model = nn.Sequential(Own(), Doubled(16, 16), nn.Linear(16, 16))
+    compiled(model)(torch.randn(3, 16)).sum().backward()
+    assert set(states(model)) == {"2"}
+    assert adoption.adopted_state(model[0].w) is None
+    assert model[0].w.grad is not None
+    assert model[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_linears_inside_transforms_of_torch_func_stay_plain(transform):
+    model = MLP().double()
+
+    def gradient(x):
+        return torch.func.grad(lambda z: model(z).sum())(x)
+
+    function = {"grad": gradient, "vmap": torch.vmap(model)}[transform]
+    x = torch.randn(3, 12).double()
+    run = torch.compile(function, backend=poetx.poetx_backend, options=OPTIONS)
+    assert_close(run(x), function(x))
+    assert states(model) == {}
+
+
+@pytest.mark.parametrize("cayley", ["neumann", "exact"])
+def test_blocks_that_do_not_divide_a_side_and_are_alone_in_their_size(cayley):
+    """AOTAutograd must take the sizes of a state as constants: nothing can guard on them."""
+    model = nn.Sequential(nn.Linear(18, 25)).double()
+    x = torch.randn(3, 18).double()
+    y = compiled(model, block_size=(7, 9), cayley=cayley)(x)
+    assert_close(y, model(x))
+    y.sum().backward()
+
+
+def test_other_options_for_an_adopted_weight_are_refused():
+    first, second = MLP(), MLP()
+    x = torch.randn(3, 12)
+    compiled(second, block_size=4)(x)
+    compiled(first, block_size=8)(x)  # code of this one is reused for the second
+    with pytest.raises(ConfigError, match="block_size: 4 then, 8 here"):
+        compiled(second, block_size=8)(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="block_size: 4 then, 8 here"):
+        compiled(second, block_size=8)(x)
+    compiled(second, block_size=4, variant="mem")(x)
+
+
+class Broken(nn.Module):
+    """Two graphs: the second holds nothing but the tail."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.tail = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.body(x)
+        torch._dynamo.graph_break()
+        return self.tail(torch.tanh(x))
+
+
+class BrokenWithHead(Broken):
+    def get_output_embeddings(self):
+        return self.tail
+
+
+@pytest.mark.parametrize("case", ["prepared in parts", "output embedding"])
+def test_a_layer_adopted_too_early_trains_densely_once_there_is_an_optimiser(case):
+    config = poetx.POETXConfig(block_size=8)
+    model = BrokenWithHead() if case == "output embedding" else Broken()
+    if case == "prepared in parts":
+        poetx.prepare(model.body, config)
+    run = torch.compile(model, backend=poetx.poetx_backend, options=OPTIONS)
+    x = torch.randn(3, 16)
+    run(x).sum().backward()
+    assert "tail" in states(model)
+    optimizer = poetx.POETXAdamW(model, config=config)
+    before = model.tail.weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        run(x).pow(3).sum().backward()
+        optimizer.step()
+    assert states(model) == {}
+    assert not torch.equal(model.tail.weight, before)
+
+
+def test_prepare_takes_the_fields_that_do_not_shape_a_state():
+    model = SwiGLU()
+    compiled(model)(torch.randn(3, 16)).sum().backward()
+    poetx.prepare(model, poetx.POETXConfig(block_size=8, merge_interval=7, merge_rotation="plain"))
+    for _, _, equivalence in prepared_linears(model):
+        assert equivalence.config.merge_interval == 7
+        assert equivalence.merge_rotation == "plain"
+        assert equivalence.skew_in.grad is not None
+
+
+def test_checkpoints_fit_whether_prepared_before_or_after_the_first_call():
+    """Groups follow from the model, not from the order of the user's calls."""
+    first, second = Block(), Block()
+    poetx.prepare(first, poetx.POETXConfig(block_size=8))
+    compiled(second)(torch.randn(2, 3, 16)).sum().backward()
+    poetx.prepare(second)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(2, 3, 16)
+    assert_close(second(x), first(x))
+
+
+def test_gradients_left_over_say_nothing_new():
+    """Those of a model nobody trains, while another one trains."""
+    idle, other = MLP(), nn.Linear(4, 4)
+    compiled(idle)(torch.randn(3, 12)).sum().backward()
+    optimizer = torch.optim.SGD(other.parameters(), lr=1e-3)
+    for _ in range(3):
+        other(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+    compiled(idle)(torch.randn(3, 12)).sum().backward()
+    with pytest.raises(UnownedRotationsError):
+        optimizer.step()
+
+
+def test_compiled_code_keeps_neither_inputs_nor_graphs_alive():
+    import gc
+    import weakref
+
+    model = SwiGLU()
+    run = compiled(model)
+    x = torch.randn(3, 16)
+    seen = weakref.ref(x)
+    run(x).sum().backward()
+    del x
+    gc.collect()
+    assert seen() is None
+    alive = [o for o in gc.get_objects() if type(o) is adoption.AdoptLinear]
+    assert alive == []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from poetx_compile.passes import NAMES, GraphPass, Record, Refusal, graphs, run
 from torch import fx, nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
+from poetx_compile.passes import NAMES, GraphPass, Record, Refusal, graphs, run
 from tests.models import SwiGLU
 from tests.passes.graph_of import after, prepared
 

@@ -20,11 +20,14 @@ from poetx_compile.ops.kernels.common import (
     known,
     launch,
     power_of_two,
+    shared_memory,
 )
 from poetx_compile.ops.kernels.permute import permute_columns
 
-_TARGET_PROGRAMS = 256
-"""Programs wanted: about two for each multiprocessor of a large GPU."""
+_TARGET_PROGRAMS = 128
+"""Programs wanted: about one for each multiprocessor of a large GPU."""
+_FOUR_STAGES = 4 * 2 * 128 * 64 * 2
+"""Bytes of shared memory of four stages of two 128×64 tiles of 2-byte elements."""
 _TOKENS_A_SPLIT = 512
 """At least, so that the partial sums stay a small part of the traffic."""
 
@@ -110,7 +113,7 @@ def block_product(
         TILE_T=tile_t,
         WIDEN=x.dtype != y.dtype,
         PRECISION=input_precision(),
-        num_warps=8 if tile == 128 else 4,
-        num_stages=3,
+        num_warps=4,
+        num_stages=4 if half and shared_memory() > _FOUR_STAGES else 3,
     )
     return partial if splits == 1 else partial.sum(0)

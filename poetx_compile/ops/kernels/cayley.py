@@ -1,22 +1,32 @@
-"""Triton kernels of the Cayley-Neumann expansion, batched over blocks, from packed storage.
+"""Triton kernels of the Cayley-Neumann expansion, batched over blocks.
 
-Forward of order k, with ``P = Q²`` and the coefficients c of `polynomial.coefficients`: a
-Horner scheme in P, one launch a product, the sums fused into the products' loads and epilogues::
+Q is unpacked once, by a bandwidth-bound kernel. Every product after it has the form ``L Rᵀ`` of two
+row-major matrices, because Q is skew, its even powers are symmetric and all of them commute: both
+operands are read along their rows, the order in which tensor cores take 32-bit operands. Of a
+symmetric or skew result only the tiles on and above the diagonal are computed, and mirrored.
 
-    k = 3:   P = Q Q;   G = P (2Q + P) + I + 2Q + 2P                  2 launches
+Forward of order k, with the coefficients c of `polynomial.coefficients`: a Horner scheme in
+``P = Q²``, the sums fused into the products' epilogues. For k = 3, three launches::
 
-Backward of order 3 (`polynomial.polynomial_backward`; q = −Q, S and A twice the symmetric and skew
-part of the incoming gradient), three launches of four products::
+    1:  Q                                   unpacked
+    2:  P = −Q Qᵀ,  H = 2Q + P              mirrored
+    3:  G = H Pᵀ + I + 2Q + 2P
 
-    1:  N = S q + A        E = A q + 2S
-    2:  M = (N − Nᵀ) q + Eᵀ
-    3:  result = M q + q Mᵀ + 2A,  above the diagonal, written packed
+Backward of order 3 (`polynomial.polynomial_backward`; S and A twice the symmetric and skew part of
+the incoming gradient), four launches of four products::
 
-No intermediate but P (forward) and N, E, M (backward) exists in memory; Q never does.
+    1:  Q unpacked,  S,  A
+    2:  Y = S Qᵀ − Q Sᵀ + 2A                mirrored
+    3:  M = Y Qᵀ + Q Aᵀ + 2S
+    4:  result = M Qᵀ − Q Mᵀ + 2A           above the diagonal, written packed
+
+In memory beside the result: Q, P and H (forward); Q, S, A, Y and M (backward). They are padded with
+zeros to N×N, whole tiles, so that rows are aligned and no product needs a mask.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,50 +39,177 @@ from poetx_compile.ops.polynomial import coefficients
 
 
 @triton.jit
-def _skew_tile(packed, rows, columns, B: tl.constexpr):
-    """Q[rows, columns] of one block: the index arithmetic is part of the load."""
-    r = rows[:, None]
-    c = columns[None, :]
-    low = tl.minimum(r, c)
-    high = tl.maximum(r, c)
-    index = low * (2 * B - low - 1) // 2 + (high - low - 1)
-    stored = (r != c) & (high < B)
-    value = tl.load(packed + index, mask=stored, other=0.0)
-    return tl.where(r < c, value, -value)
+def _tile(matrix, rows, columns, N: tl.constexpr):
+    """matrix[rows, columns] of one padded block."""
+    return tl.load(matrix + rows[:, None] * N + columns[None, :])
 
 
 @triton.jit
-def _tile(matrix, rows, columns, B: tl.constexpr):
+def _masked_tile(matrix, rows, columns, B: tl.constexpr):
     """matrix[rows, columns] of one block, zero outside."""
     inside = (rows[:, None] < B) & (columns[None, :] < B)
     return tl.load(matrix + rows[:, None] * B + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _store_tile(matrix, rows, columns, value, B: tl.constexpr):
-    inside = (rows[:, None] < B) & (columns[None, :] < B)
-    tl.store(matrix + rows[:, None] * B + columns[None, :], value, mask=inside)
+def _store_tile(matrix, rows, columns, value, WIDTH: tl.constexpr):
+    """Write the part that lies in the matrix."""
+    inside = (rows[:, None] < WIDTH) & (columns[None, :] < WIDTH)
+    tl.store(matrix + rows[:, None] * WIDTH + columns[None, :], value, mask=inside)
 
 
 @triton.jit
-def _position(B: tl.constexpr, TILE: tl.constexpr):
-    """(block, row tile, column tile) of this program; row tiles of a block run side by side."""
-    tiles: tl.constexpr = (B + TILE - 1) // TILE
+def _identity(rows, columns):
+    return tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def _packed_index(rows, columns, B: tl.constexpr):
+    r = rows[:, None]
+    return r * (2 * B - r - 1) // 2 + (columns[None, :] - r - 1)
+
+
+@triton.jit
+def _above_diagonal(rows, columns, B: tl.constexpr):
+    return (rows[:, None] < columns[None, :]) & (columns[None, :] < B)
+
+
+@triton.jit
+def _position(N: tl.constexpr, TILE: tl.constexpr):
+    """(block, row tile, column tile) of this program; the tiles of a block run side by side."""
+    tiles: tl.constexpr = N // TILE
     program = tl.program_id(0)
     tile = program % (tiles * tiles)
     return (program // (tiles * tiles)).to(tl.int64), tile // tiles, tile % tiles
 
 
 @triton.jit
-def horner_step_kernel(
+def _add_product(
+    total,
+    left,
+    right,
+    rows,
+    columns,
+    N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + (left right^T)[rows, columns]."""
+    for start in range(0, N, TILE_K):
+        ks = start + tl.arange(0, TILE_K)
+        left_tile = _tile(left, rows, ks, N)
+        right_tile = tl.trans(_tile(right, columns, ks, N))
+        total = tl.dot(left_tile, right_tile, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _unpack_tile(packed, out, rows, columns, on_diagonal, B: tl.constexpr, N: tl.constexpr):
+    """Write Q on a tile on or above the diagonal, and its mirror image."""
+    stored = _above_diagonal(rows, columns, B)
+    value = tl.load(packed + _packed_index(rows, columns, B), mask=stored, other=0.0)
+    mirrored = -tl.trans(value)
+    if on_diagonal:
+        _store_tile(out, rows, columns, value + mirrored, N)
+    else:
+        _store_tile(out, rows, columns, value, N)
+        _store_tile(out, columns, rows, mirrored, N)
+
+
+@triton.jit
+def unpack_kernel(
     packed,  # f32[blocks, B(B-1)/2]
-    power,  # f32[blocks, B, B]: P, read unless LEFT_IS_Q
-    inner,  # f32[blocks, B, B]: H, read where RIGHT_H is not zero
-    out,  # f32[blocks, B, B]
+    out,  # f32[blocks, N, N]
     B: tl.constexpr,
-    LEFT_IS_Q: tl.constexpr,
-    RIGHT_Q: tl.constexpr,
-    RIGHT_H: tl.constexpr,
+    N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """out = Q."""
+    block, row_tile, column_tile = _position(N, TILE)
+    if row_tile > column_tile:
+        return
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
+    packed += block * (B * (B - 1) // 2)
+    out += block * (N * N)
+    _unpack_tile(packed, out, rows, columns, row_tile == column_tile, B, N)
+
+
+@triton.jit
+def unpack_and_split_kernel(
+    packed,  # f32[blocks, B(B-1)/2]
+    grad,  # f32[blocks, B, B]
+    q_out,  # f32[blocks, N, N]
+    s_out,  # f32[blocks, N, N]
+    a_out,  # f32[blocks, N, N]
+    B: tl.constexpr,
+    N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Q, S = grad + grad^T, A = grad - grad^T."""
+    block, row_tile, column_tile = _position(N, TILE)
+    if row_tile > column_tile:
+        return
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
+    packed += block * (B * (B - 1) // 2)
+    grad += block * (B * B)
+    q_out += block * (N * N)
+    s_out += block * (N * N)
+    a_out += block * (N * N)
+    _unpack_tile(packed, q_out, rows, columns, row_tile == column_tile, B, N)
+    direct = _masked_tile(grad, rows, columns, B)
+    flipped = tl.trans(_masked_tile(grad, columns, rows, B))
+    s = direct + flipped
+    a = direct - flipped
+    _store_tile(s_out, rows, columns, s, N)
+    _store_tile(a_out, rows, columns, a, N)
+    if row_tile != column_tile:
+        _store_tile(s_out, columns, rows, tl.trans(s), N)
+        _store_tile(a_out, columns, rows, -tl.trans(a), N)
+
+
+@triton.jit
+def square_kernel(
+    q,  # f32[blocks, N, N]
+    p_out,  # f32[blocks, N, N]
+    h_out,  # f32[blocks, WIDTH, WIDTH]
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,  # N, or the block size where H is the result
+    OUT_I: tl.constexpr,
+    OUT_Q: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P = Q Q and H = OUT_I I + OUT_Q Q + P."""
+    block, row_tile, column_tile = _position(N, TILE)
+    if row_tile > column_tile:
+        return
+    q += block * (N * N)
+    p_out += block * (N * N)
+    h_out += block * (WIDTH * WIDTH)
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
+    p = tl.zeros((TILE, TILE), tl.float32)
+    p = -_add_product(p, q, q, rows, columns, N, TILE_K, PRECISION)
+    odd = OUT_Q * _tile(q, rows, columns, N)
+    even = p + OUT_I * _identity(rows, columns)
+    _store_tile(p_out, rows, columns, p, N)
+    _store_tile(h_out, rows, columns, even + odd, WIDTH)
+    if row_tile != column_tile:
+        _store_tile(p_out, columns, rows, tl.trans(p), N)
+        _store_tile(h_out, columns, rows, tl.trans(even - odd), WIDTH)
+
+
+@triton.jit
+def horner_step_kernel(
+    q,  # f32[blocks, N, N]
+    p,  # f32[blocks, N, N]
+    h,  # f32[blocks, N, N]: a polynomial of Q
+    out,  # f32[blocks, WIDTH, WIDTH]
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,  # N, or the block size where this step is the last
     OUT_I: tl.constexpr,
     OUT_Q: tl.constexpr,
     OUT_P: tl.constexpr,
@@ -80,206 +217,158 @@ def horner_step_kernel(
     TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = (Q or P) (RIGHT_Q Q + RIGHT_H H) + OUT_I I + OUT_Q Q + OUT_P P."""
-    block, row_tile, column_tile = _position(B, TILE)
-    packed += block * (B * (B - 1) // 2)
-    power += block * (B * B)
-    inner += block * (B * B)
+    """out = H P + OUT_I I + OUT_Q Q + OUT_P P."""
+    block, row_tile, column_tile = _position(N, TILE)
+    q += block * (N * N)
+    p += block * (N * N)
+    h += block * (N * N)
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
     result = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, B, TILE_K):
-        ks = start + tl.arange(0, TILE_K)
-        if LEFT_IS_Q:  # noqa: SIM108 (a compile-time branch)
-            left = _skew_tile(packed, rows, ks, B)
-        else:
-            left = _tile(power, rows, ks, B)
-        right = tl.zeros((TILE_K, TILE), tl.float32)
-        if RIGHT_Q != 0:
-            right += RIGHT_Q * _skew_tile(packed, ks, columns, B)
-        if RIGHT_H != 0:
-            right += RIGHT_H * _tile(inner, ks, columns, B)
-        result = tl.dot(left, right, result, input_precision=PRECISION)
-    if OUT_I != 0:
-        result += tl.where(rows[:, None] == columns[None, :], OUT_I, 0.0)
-    if OUT_Q != 0:
-        result += OUT_Q * _skew_tile(packed, rows, columns, B)
+    result = _add_product(result, h, p, rows, columns, N, TILE_K, PRECISION)
+    result += OUT_I * _identity(rows, columns)
+    result += OUT_Q * _tile(q, rows, columns, N)
     if OUT_P != 0:
-        result += OUT_P * _tile(power, rows, columns, B)
-    _store_tile(out + block * (B * B), rows, columns, result, B)
+        result += OUT_P * _tile(p, rows, columns, N)
+    _store_tile(out + block * (WIDTH * WIDTH), rows, columns, result, WIDTH)
 
 
 @triton.jit
-def backward_first_kernel(
-    grad,  # f32[blocks, B, B]
-    packed,  # f32[blocks, B(B-1)/2]
-    n_out,  # f32[blocks, B, B]
-    e_out,  # f32[blocks, B, B]
+def backward_product_kernel(
+    x,  # f32[blocks, N, N]
+    y,  # f32[blocks, N, N], not read where SKEW
+    q,  # f32[blocks, N, N]
+    addend,  # f32[blocks, N, N]
+    out,  # f32[blocks, N, N], or f32[blocks, B(B-1)/2] where PACKED
     B: tl.constexpr,
+    N: tl.constexpr,
+    SKEW: tl.constexpr,
+    PACKED: tl.constexpr,
     TILE: tl.constexpr,
     TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """N = S q + A and E = A q + 2S, with S = grad + grad^T, A = grad - grad^T, q = -Q."""
-    block, row_tile, column_tile = _position(B, TILE)
-    packed += block * (B * (B - 1) // 2)
-    grad += block * (B * B)
-    rows = row_tile * TILE + tl.arange(0, TILE)
-    columns = column_tile * TILE + tl.arange(0, TILE)
-    n = tl.zeros((TILE, TILE), tl.float32)
-    e = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, B, TILE_K):
-        ks = start + tl.arange(0, TILE_K)
-        direct = _tile(grad, rows, ks, B)
-        flipped = tl.trans(_tile(grad, ks, rows, B))
-        q = -_skew_tile(packed, ks, columns, B)
-        n = tl.dot(direct + flipped, q, n, input_precision=PRECISION)
-        e = tl.dot(direct - flipped, q, e, input_precision=PRECISION)
-    direct = _tile(grad, rows, columns, B)
-    flipped = tl.trans(_tile(grad, columns, rows, B))
-    _store_tile(n_out + block * (B * B), rows, columns, n + direct - flipped, B)
-    _store_tile(e_out + block * (B * B), rows, columns, e + 2 * (direct + flipped), B)
-
-
-@triton.jit
-def backward_second_kernel(
-    n,  # f32[blocks, B, B]
-    e,  # f32[blocks, B, B]
-    packed,  # f32[blocks, B(B-1)/2]
-    m_out,  # f32[blocks, B, B]
-    B: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """M = (N - N^T) q + E^T."""
-    block, row_tile, column_tile = _position(B, TILE)
-    packed += block * (B * (B - 1) // 2)
-    n += block * (B * B)
-    rows = row_tile * TILE + tl.arange(0, TILE)
-    columns = column_tile * TILE + tl.arange(0, TILE)
-    result = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, B, TILE_K):
-        ks = start + tl.arange(0, TILE_K)
-        left = _tile(n, rows, ks, B) - tl.trans(_tile(n, ks, rows, B))
-        q = -_skew_tile(packed, ks, columns, B)
-        result = tl.dot(left, q, result, input_precision=PRECISION)
-    result += tl.trans(_tile(e + block * (B * B), columns, rows, B))
-    _store_tile(m_out + block * (B * B), rows, columns, result, B)
-
-
-@triton.jit
-def backward_third_kernel(
-    grad,  # f32[blocks, B, B]
-    m,  # f32[blocks, B, B]
-    packed,  # f32[blocks, B(B-1)/2]
-    out,  # f32[blocks, B(B-1)/2]
-    B: tl.constexpr,
-    TILE: tl.constexpr,
-    TILE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Above the diagonal of M q + q M^T + 2A, packed."""
-    block, row_tile, column_tile = _position(B, TILE)
-    if row_tile > column_tile:
+    """out = X Q^T + Q Y^T + 2 addend; where SKEW, X Q^T - Q X^T + 2 addend, which is skew."""
+    block, row_tile, column_tile = _position(N, TILE)
+    if SKEW and row_tile > column_tile:
         return
-    packed += block * (B * (B - 1) // 2)
-    m += block * (B * B)
-    grad += block * (B * B)
+    x += block * (N * N)
+    y += block * (N * N)
+    q += block * (N * N)
+    addend += block * (N * N)
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
     result = tl.zeros((TILE, TILE), tl.float32)
-    for start in range(0, B, TILE_K):
-        ks = start + tl.arange(0, TILE_K)
-        right = -_skew_tile(packed, ks, columns, B)
-        result = tl.dot(_tile(m, rows, ks, B), right, result, input_precision=PRECISION)
-        left = -_skew_tile(packed, rows, ks, B)
-        flipped = tl.trans(_tile(m, columns, ks, B))
-        result = tl.dot(left, flipped, result, input_precision=PRECISION)
-    skew_part = _tile(grad, rows, columns, B) - tl.trans(_tile(grad, columns, rows, B))
-    result += 2 * skew_part
-    r = rows[:, None]
-    c = columns[None, :]
-    index = r * (2 * B - r - 1) // 2 + (c - r - 1)
-    tl.store(out + block * (B * (B - 1) // 2) + index, result, mask=(r < c) & (c < B))
+    result = _add_product(result, x, q, rows, columns, N, TILE_K, PRECISION)
+    if SKEW:
+        if row_tile == column_tile:
+            result -= tl.trans(result)
+        else:
+            result = -_add_product(-result, q, x, rows, columns, N, TILE_K, PRECISION)
+    else:
+        result = _add_product(result, q, y, rows, columns, N, TILE_K, PRECISION)
+    result += 2 * _tile(addend, rows, columns, N)
+    if PACKED:
+        out += block * (B * (B - 1) // 2)
+        stored = _above_diagonal(rows, columns, B)
+        tl.store(out + _packed_index(rows, columns, B), result, mask=stored)
+    else:
+        out += block * (N * N)
+        _store_tile(out, rows, columns, result, N)
+        if SKEW and row_tile != column_tile:
+            _store_tile(out, columns, rows, -tl.trans(result), N)
 
 
-def _tiling(block_size: int) -> tuple[int, dict[str, Any]]:
-    """Programs a block, and the constants of a launch.
+@dataclass(frozen=True)
+class _Tiling:
+    """Tiles of a block, and the constants of the launches.
 
-    64×64 tiles keep the two accumulators of `backward_first_kernel` in registers and give 16
-    programs a block at b = 256: a batch of eight blocks fills a large GPU.
+    64×64 tiles give 16 programs a block at b = 256 (10 where the result is mirrored): a batch of 16
+    blocks fills a large GPU. At 256 blocks, 128×64 and 128×128 tiles measured within 5 % of them.
     """
-    tile = power_of_two(block_size, 16, 64)
-    tiles = -(-block_size // tile)
-    constants = {
-        "B": block_size,
-        "TILE": tile,
-        "TILE_K": min(tile, 32),
-        "PRECISION": input_precision(),
-        "num_warps": 4 if tile >= 32 else 1,
-        "num_stages": 2,
-    }
-    return tiles * tiles, constants
+
+    block_size: int
+
+    @property
+    def tile(self) -> int:
+        return power_of_two(self.block_size, 16, 64)
+
+    @property
+    def padded(self) -> int:
+        """N: whole tiles."""
+        return -(-self.block_size // self.tile) * self.tile
+
+    def programs(self, blocks: Any) -> Any:
+        return blocks * (self.padded // self.tile) ** 2
+
+    def unpacking(self) -> dict[str, Any]:
+        return {
+            "B": self.block_size,
+            "N": self.padded,
+            "TILE": self.tile,
+            "num_warps": 4,
+            "num_stages": 1,
+        }
+
+    def product(self) -> dict[str, Any]:
+        return {
+            "N": self.padded,
+            "TILE": self.tile,
+            "TILE_K": min(self.tile, 32),
+            "PRECISION": input_precision(),
+            "num_warps": 4 if self.tile >= 32 else 1,
+            "num_stages": 3,
+        }
 
 
 def cayley_neumann(skew: Tensor, block_size: int, order: int) -> Tensor:
-    """`ops.cayley_neumann` of fp32 blocks: ⌈(k+1)/2⌉ launches, at least one."""
+    """`ops.cayley_neumann` of fp32 blocks: 1 + ⌈(k+1)/2⌉ launches, at least two."""
     skew = skew.contiguous()
     blocks = skew.shape[0]
-    programs, constants = _tiling(block_size)
+    tiling = _Tiling(block_size)
+    programs, padded, constants = tiling.programs(blocks), tiling.padded, tiling.product()
     c = coefficients(order)
     degree = order + 1
-
-    def step(power: Tensor, inner: Tensor, **weights: Any) -> Tensor:
-        out = skew.new_empty(blocks, block_size, block_size)
-        launch(
-            horner_step_kernel, programs * blocks, skew, power, inner, out, **weights, **constants
-        )
-        return out
-
     only_square = degree == 2
-    power = step(
-        skew,
-        skew,
-        LEFT_IS_Q=True,
-        RIGHT_Q=1.0,
-        RIGHT_H=0.0,
-        OUT_I=c[0] if only_square else 0.0,
-        OUT_Q=c[1] if only_square else 0.0,
-        OUT_P=0.0,
-    )
+    width = block_size if only_square else padded
+    q, p = (skew.new_empty(blocks, padded, padded) for _ in range(2))
+    h = skew.new_empty(blocks, width, width)
+    launch(unpack_kernel, programs, skew, q, **tiling.unpacking())
+    # For k = 1 this is the result; for other odd k it is the innermost c_k Q + P.
+    weights = {"OUT_I": c[0] if only_square else 0.0, "OUT_Q": c[order], "WIDTH": width}
+    launch(square_kernel, programs, q, p, h, **weights, **constants)
     if only_square:
-        return power
-    # G = … + P(c₂ₜ I + c₂ₜ₊₁ Q + c₂ₜ₊₂ P): the identity part of the innermost factor goes into the
-    # epilogue as c₂ₜ P, so that no product with I is rounded.
+        return h
+    # The innermost factor of even k is Q alone. Its identity part goes into the epilogue as c₂ₜ P,
+    # so that no product with I is rounded.
+    inner = h if degree % 2 == 0 else q
     top = -(-degree // 2) - 1
-    inner, right_q, right_h = power, c[2 * top + 1], 1.0 if degree % 2 == 0 else 0.0
     out_p = c[2 * top]
     for j in reversed(range(top)):
-        inner = step(
-            power,
-            inner,
-            LEFT_IS_Q=False,
-            RIGHT_Q=right_q,
-            RIGHT_H=right_h,
-            OUT_I=c[2 * j],
-            OUT_Q=c[2 * j + 1],
-            OUT_P=out_p,
-        )
-        right_q, right_h, out_p = 0.0, 1.0, 0.0
+        width = padded if j > 0 else block_size
+        out = skew.new_empty(blocks, width, width)
+        weights = {"OUT_I": c[2 * j], "OUT_Q": c[2 * j + 1], "OUT_P": out_p, "WIDTH": width}
+        launch(horner_step_kernel, programs, q, p, inner, out, **weights, **constants)
+        inner, out_p = out, 0.0
     return inner
 
 
 def cayley_neumann_backward(grad: Tensor, skew: Tensor, block_size: int, order: int) -> Tensor:
-    """`ops.cayley_neumann_backward` of fp32 blocks of order 3: three launches."""
+    """`ops.cayley_neumann_backward` of fp32 blocks of order 3: four launches."""
     assert order == 3, order
     grad, skew = grad.contiguous(), skew.contiguous()
-    programs, constants = _tiling(block_size)
-    programs = programs * skew.shape[0]
-    n, e, m = (torch.empty_like(grad) for _ in range(3))
+    blocks = skew.shape[0]
+    tiling = _Tiling(block_size)
+    programs, padded = tiling.programs(blocks), tiling.padded
+    q, s, a, y, m = (skew.new_empty(blocks, padded, padded) for _ in range(5))
     out = torch.empty_like(skew)
-    launch(backward_first_kernel, programs, grad, skew, n, e, **constants)
-    launch(backward_second_kernel, programs, n, e, skew, m, **constants)
-    launch(backward_third_kernel, programs, grad, m, skew, out, **constants)
+    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, **tiling.unpacking())
+
+    def product(x: Tensor, other: Tensor, addend: Tensor, result: Tensor, **form: bool) -> None:
+        constants = {"B": block_size, **form, **tiling.product()}
+        launch(backward_product_kernel, programs, x, other, q, addend, result, **constants)
+
+    product(s, s, a, y, SKEW=True, PACKED=False)
+    product(y, a, s, m, SKEW=False, PACKED=False)
+    product(m, m, a, out, SKEW=True, PACKED=True)
     return out

@@ -48,6 +48,20 @@ def input_precision() -> str:
     return "ieee" if torch.version.hip is not None else "tf32x3"
 
 
+def shared_memory() -> int:
+    """Bytes of shared memory that one program may use on the current device.
+
+    227 KiB (compute capability 9.0) where there is no device: a kernel is compiled for another one.
+    """
+    if not torch.cuda.is_available():
+        return 227 * 1024
+    if torch.version.hip is not None:
+        return 64 * 1024  # not among the properties of ROCm devices
+    device = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 def ceil_div(a: Any, b: int) -> Any:
     """⌈a/b⌉, also of symbolic integers."""
     return (a + b - 1) // b

@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from failure import RunError
 from llama import PRESETS
+from pretraining.failure import RunError
 
 
 def _option(default: Any, help: str, **extra: Any) -> Any:
@@ -21,7 +21,7 @@ class Options:
     """What a run is. Options marked `free` may change when the run is resumed."""
 
     preset: str = _option("tiny", "size of the model", choices=tuple(PRESETS))
-    steps: int = _option(400, "optimiser steps", least=1, free=True)
+    steps: int = _option(250, "optimiser steps", least=1, free=True)
     batch_size: int = _option(8, "sequences in a batch", least=1)
     seq_len: int = _option(128, "bytes in a sequence", least=2)
     vocab_size: int = _option(256, "size of the vocabulary; bytes use the first 256", least=256)
@@ -73,8 +73,8 @@ class Options:
         None, "draw another finished run into the plots", metavar="RUN", free=True
     )
     log_every: int = _option(10, "steps between rows of metrics.jsonl", least=1, free=True)
-    eval_every: int = _option(100, "steps between validations", least=1, free=True)
-    eval_batches: int = _option(32, "batches of a validation", least=1)
+    eval_every: int = _option(50, "steps between validations", least=1, free=True)
+    eval_batches: int = _option(16, "batches of a validation", least=1)
     save_every: int = _option(100, "steps between checkpoints", least=1, free=True)
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from failure import RunError
+from pretraining.failure import RunError
 
 END_OF_DOCUMENT = b"\0"
 VALIDATION_SHARE = 0.05

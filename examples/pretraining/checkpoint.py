@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from failure import RunError
-from files import write_atomically
+from pretraining.failure import RunError
+from pretraining.files import write_atomically
 
 _FORMAT = "1"
 

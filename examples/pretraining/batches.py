@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from failure import RunError
+from pretraining.failure import RunError
 
 
 class TrainBatches:

@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from failure import RunError
-from files import read_json, write_atomically
-from metrics import read_rows
+from pretraining.failure import RunError
+from pretraining.files import read_json, write_atomically
+from pretraining.metrics import read_rows
 
 _COLOURS = ("tab:blue", "tab:orange")
 
@@ -95,7 +95,7 @@ def _spectrum_figure(runs: list[FinishedRun]) -> Figure:
         axes.set(
             xlabel="index, largest first",
             ylabel="singular value",
-            title=f"{label}: mean change {drift:.3g} %",
+            title=f"{label}: mean change {drift:.2g} %",
         )
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from failure import RunError
 from llama import LlamaConfig
-from options import Options
 from poetx_compile.diagnostics import diagnostics
+from pretraining.failure import RunError
+from pretraining.options import Options
 
 BETAS = (0.9, 0.95)
 _LABELS = {"muon": "POET-X (Muon)", "adamw": "POET-X (AdamW)"}

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from batches import TrainBatches, validation_batches
-from corpus import Corpus
-from failure import RunError
-from methods import Method
-from metrics import MetricsFile, Row, peak_memory_mib
-from options import Options
-from schedule import lr_factor
+from pretraining.batches import TrainBatches, validation_batches
+from pretraining.corpus import Corpus
+from pretraining.failure import RunError
+from pretraining.methods import Method
+from pretraining.metrics import MetricsFile, Row, peak_memory_mib
+from pretraining.options import Options
+from pretraining.schedule import lr_factor
 
 
 class Training:

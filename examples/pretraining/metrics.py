@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from failure import RunError
-from files import write_text
+from pretraining.failure import RunError
+from pretraining.files import write_text
 
 
 @dataclasses.dataclass(frozen=True)
