@@ -46,7 +46,7 @@ class InputCentric(GraphPass[fx.Node]):
         skew_in, skew_out, block_in, block_out = (site.args[i] for i in (1, 2, 5, 6))
         shape = graphs.shape_of(site.args[0])
         blocks = " | ".join(
-            f"{shape_[0]}×{b}" if (shape_ := graphs.shape_of(skew)) is not None else f"?×{b}"
+            f"{shape_[0]}x{b}" if (shape_ := graphs.shape_of(skew)) is not None else f"?x{b}"
             for skew, b in ((skew_in, block_in), (skew_out, block_out))
         )
         return {

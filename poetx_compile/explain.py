@@ -73,7 +73,7 @@ class Explanation:
         cells = [
             (
                 r.name or "(root)",
-                f"{r.shape[0]}×{r.shape[1]}",
+                f"{r.shape[0]}x{r.shape[1]}",
                 r.blocks,
                 r.formulation,
                 r.status,

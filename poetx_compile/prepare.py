@@ -72,11 +72,11 @@ def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareRepor
         raise NothingToTrainError(_nothing(reasons))
     # Adopted states hold gradients under identity permutations (draw 0): what joins them has to.
     groups = _Groups(model, config, draw=0 if adopted else 1)
-    left = {n: r for n, r in reasons.items() if r is not None and r != "already prepared"}
+    trained = {id(found[n]) for n, r in reasons.items() if r in (None, "already prepared")}
+    # A shared module has a reason under its later names: it is trained all the same.
+    left = {n: r for n, r in reasons.items() if r and id(found[n]) not in trained}
     leave({name: found[name] for name in left}, left)
     for name, reason in reasons.items():
-        if name in left:
-            continue
         if reason is None and name in adopted:
             _move(found[name], name, adopted[name], config, groups)
         elif reason is None:

@@ -330,6 +330,25 @@ def test_unowned_rotations_raise_at_the_second_optimiser_step():
         step()
 
 
+def test_a_shared_module_that_was_adopted_moves_without_a_warning(caplog):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(12, 12)
+            self.again = self.first
+
+        def forward(self, x):
+            return self.again(torch.tanh(self.first(x)))
+
+    model = Shared()
+    compiled(model)(torch.randn(3, 12)).sum().backward()
+    gradient = states(model)["first"].skew_in.grad
+    report = poetx.prepare(model)
+    assert [row.reason.split(":")[0] for row in report][1] == "shared"
+    assert equivalence_of(model.first).skew_in.grad is gradient
+    assert not [r for r in caplog.records if r.name == "poetx_compile"]
+
+
 def test_an_unloaded_model_is_a_plain_one_for_the_compiler_too():
     model = MLP()
     run = compiled(model)
