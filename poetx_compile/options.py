@@ -35,7 +35,8 @@ class BackendOptions:
         config: the fields of `POETXConfig` that were given: the configuration of adopted weights,
             and the compile-time choices (variant, formulation, memory_budget) of prepared ones.
         stage: what compiles the graph after the passes: ``"inductor"``, ``"aot_eager"`` or
-            ``"eager"`` (for debugging).
+            ``"eager"`` (for debugging; eager partitions nothing, so that variant and
+            memory_budget change nothing there).
         disable_passes: names of passes that are left out.
         verify_passes: lint and check all metadata after each pass.
         cayley_batch_bytes: byte budget of one batch of rotations (`batch_cayley`).

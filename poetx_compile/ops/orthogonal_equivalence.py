@@ -20,8 +20,7 @@ _library.define(
 )
 
 
-@without_autocast
-def _compose(
+def orthogonal_equivalence(
     weight: Tensor,
     skew_in: Tensor,
     skew_out: Tensor,
@@ -44,6 +43,14 @@ def _compose(
     Returns:
         [n, m] of the weight's dtype, rotated in fp32 (fp64 for an fp64 weight).
     """
+    return torch.ops.poetx.orthogonal_equivalence(
+        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order
+    )
+
+
+@without_autocast
+def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order):
+    """The op over the other ops, for autograd and AOTAutograd."""
     torch._check(
         weight.dim() == 2 and weight.is_floating_point(),
         lambda: (
@@ -63,21 +70,3 @@ def _compose(
 
 
 _library.impl("orthogonal_equivalence", _compose, "CompositeImplicitAutograd")
-
-
-def orthogonal_equivalence(
-    weight: Tensor,
-    skew_in: Tensor,
-    skew_out: Tensor,
-    perm_in: Tensor,
-    perm_out: Tensor,
-    block_in: int,
-    block_out: int,
-    order: int | None,
-) -> Tensor:
-    return torch.ops.poetx.orthogonal_equivalence(
-        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order
-    )
-
-
-orthogonal_equivalence.__doc__ = _compose.__doc__
