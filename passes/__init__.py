@@ -2,8 +2,10 @@
 
 ======================  ========================================================================
 `adopt_linear`          plain linears of an unprepared model get the orthogonal-equivalence form
+`folded`                linear over such a weight → linear over a weight folded once a step
 `input_centric`         linear over such a weight → rotate, linear with the frozen weight, rotate
 `share_permutations`    one gather for the layers fed by the same tensor
+`cancel_permutations`   no permutation where a scatter meets a gather of the same group
 `batch_cayley`          rotations of several layers in one launch, within a byte budget
 `recompute`             what the backward builds again (variants fast and mem)
 ======================  ========================================================================
@@ -17,27 +19,50 @@ from typing import Any
 
 from poetx_compile.passes.adopt_linear import AdoptLinear
 from poetx_compile.passes.batch_cayley import DEFAULT_BYTES, BatchCayley
+from poetx_compile.passes.cancel_permutations import CancelPermutations
 from poetx_compile.passes.contract import Event, GraphPass, Record, Refusal, run
+from poetx_compile.passes.cost import Machine
+from poetx_compile.passes.folded import Folded
 from poetx_compile.passes.input_centric import InputCentric
 from poetx_compile.passes.recompute import Recompute
 from poetx_compile.passes.share_permutations import SharePermutations
 
 NAMES = tuple(
-    p.name for p in (AdoptLinear, InputCentric, SharePermutations, BatchCayley, Recompute)
+    p.name
+    for p in (
+        AdoptLinear,
+        Folded,
+        InputCentric,
+        SharePermutations,
+        CancelPermutations,
+        BatchCayley,
+        Recompute,
+    )
 )
 """Every pass by the name that `disable_passes` takes."""
 
 
 def pipeline(
-    *, variant: str, max_bytes: int = DEFAULT_BYTES, disabled: tuple[str, ...] = ()
+    *,
+    variant: str,
+    formulation: str = "auto",
+    within_guard: bool = True,
+    machine: Machine | None = None,
+    max_bytes: int = DEFAULT_BYTES,
+    disabled: tuple[str, ...] = (),
 ) -> list[GraphPass[Any]]:
     """The passes after adoption, configured, less the disabled ones."""
+    folds = 1 if variant == "fast" else 2
     passes: list[GraphPass[Any]] = [
+        Folded(formulation, folds, machine, within_guard),
         InputCentric(),
         SharePermutations(),
+        CancelPermutations(),
         BatchCayley(max_bytes),
         Recompute(variant),
     ]
+    if formulation == "input_centric":
+        disabled = (*disabled, Folded.name)
     return [p for p in passes if p.name not in disabled]
 
 
@@ -45,9 +70,12 @@ __all__ = [
     "NAMES",
     "AdoptLinear",
     "BatchCayley",
+    "CancelPermutations",
     "Event",
+    "Folded",
     "GraphPass",
     "InputCentric",
+    "Machine",
     "Recompute",
     "Record",
     "Refusal",

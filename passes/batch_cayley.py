@@ -16,14 +16,18 @@ from poetx_compile.passes.contract import GraphPass, Refusal
 DEFAULT_BYTES = 64 * 2**20
 """Bytes of rotations in one batch: the q, k, v, o sides of a 4096-wide layer at b = 256."""
 
+_OPS = (torch.ops.poetx.cayley_neumann, torch.ops.poetx.rotation_tangent)
+
 
 @dataclasses.dataclass
 class Batch:
-    """Neighbouring Cayley nodes of one block size, order and dtype, within the byte budget."""
+    """Neighbouring nodes of one op with one block size, order, … and dtype, within the budget."""
 
     nodes: list[fx.Node]
-    block: int
-    order: int
+
+    @property
+    def block(self) -> int:
+        return self.nodes[0].args[1]  # type: ignore[return-value]
 
 
 class BatchCayley(GraphPass[Batch]):
@@ -31,20 +35,21 @@ class BatchCayley(GraphPass[Batch]):
 
     Before (skew_i: [B_i, b(b−1)/2] fp32)::
 
-        g_1: [B_1, b, b] = poetx.cayley_neumann(skew_1, b, k)
-        g_2: [B_2, b, b] = poetx.cayley_neumann(skew_2, b, k)
+        g_1: [B_1, b, b] = poetx.cayley_neumann(skew_1, b, k, narrow)
+        g_2: [B_2, b, b] = poetx.cayley_neumann(skew_2, b, k, narrow)
 
     After::
 
         packed: [B_1+B_2, b(b−1)/2] = cat([skew_1, skew_2])
-        g: [B_1+B_2, b, b] = poetx.cayley_neumann(packed, b, k)
+        g: [B_1+B_2, b, b] = poetx.cayley_neumann(packed, b, k, narrow)
         g_1, g_2 = split(g, [B_1, B_2])
 
-    Bitwise the same. Neighbours in graph order are batched until their rotations reach
-    `max_bytes`, so that not every rotation of the model is alive at once; with `recompute` the
-    backward builds each batch again just before its layers. Handles static and symbolic shapes of
-    everything but the skew parameters; a lone node stays as it is. Refuses a skew that is not an
-    input of the graph, because it may not exist yet where the batch is built.
+    The same with ``poetx.rotation_tangent``, where it is the backward that is batched. Bitwise the
+    same. Neighbours in graph order are batched until their rotations reach `max_bytes`, so that not
+    every rotation of the model is alive at once; with `recompute` the backward builds each batch
+    again just before its layers. Handles static and symbolic shapes of everything but the skew
+    parameters; a lone node stays as it is. Refuses a skew that is not an input of the graph (or
+    such an input negated or detached), because it may not exist yet where the batch is built.
     """
 
     name = "batch_cayley"
@@ -55,9 +60,11 @@ class BatchCayley(GraphPass[Batch]):
     def sites(self, graph: fx.Graph) -> Iterable[Batch]:
         alike: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
-            if graphs.is_op(node, torch.ops.poetx.cayley_neumann):
+            if graphs.is_op(node, *_OPS):
                 value = node.meta[graphs.VALUE]
-                alike[(*node.args[1:], value.dtype, value.device)].append(node)
+                detached = _is(node.args[0], "detach")
+                key = (node.target, *node.args[1:], value.dtype, value.device, detached)
+                alike[key].append(node)
         return [batch for nodes in alike.values() for batch in self._chunks(nodes)]
 
     def _chunks(self, nodes: list[fx.Node]) -> Iterable[Batch]:
@@ -67,12 +74,12 @@ class BatchCayley(GraphPass[Batch]):
             value = node.meta[graphs.VALUE]
             size = value.numel() * value.element_size()
             if chunk and held + size > self.max_bytes:
-                yield Batch(chunk, *node.args[1:])  # type: ignore[arg-type]
+                yield Batch(chunk)
                 chunk, held = [], 0
             chunk.append(node)
             held += size
         if chunk:
-            yield Batch(chunk, *nodes[0].args[1:])  # type: ignore[arg-type]
+            yield Batch(chunk)
 
     def describe(self, site: Batch) -> dict[str, Any]:
         return {"layers": graphs.layers_of(site.nodes)}
@@ -81,23 +88,62 @@ class BatchCayley(GraphPass[Batch]):
         if len(site.nodes) == 1:
             raise Refusal("alone in its batch: nothing to share a launch with")
         for node in site.nodes:
-            if node.args[0].op != "placeholder":  # type: ignore[union-attr]
+            if _parameter(node).op != "placeholder":
                 raise Refusal(f"skew of {graphs.layer_of(node).name} is not an input of the graph")
         blocks = sum(n.meta[graphs.VALUE].shape[0] for n in site.nodes)
-        return f"{len(site.nodes)} sides, {blocks} blocks of {site.block} in one launch"
+        what = "tangents" if site.nodes[0].meta.get(graphs.ROLE) == graphs.TANGENT else "sides"
+        return f"{len(site.nodes)} {what}, {blocks} blocks of {site.block} in one launch"
 
     def apply(self, graph: fx.Graph, site: Batch) -> None:
+        first = site.nodes[0]
+        role = first.meta.get(graphs.ROLE, graphs.ROTATION)
         sizes = [n.meta[graphs.VALUE].shape[0] for n in site.nodes]
-        with graph.inserting_before(site.nodes[0]):
-            packed = graph.call_function(torch.cat, ([n.args[0] for n in site.nodes],))
-            rotations = graph.call_function(
-                torch.ops.poetx.cayley_neumann.default, (packed, site.block, site.order)
-            )
-            parts = graph.call_function(torch.split, (rotations, sizes))
-            for made in (packed, rotations, parts):
-                graphs.inherit(made, site.nodes[0], graphs.ROTATION)
+        with graph.inserting_before(first):
+            made: list[fx.Node] = []
+            skews = [self._skew(graph, node, made) for node in site.nodes]
+            packed = graph.call_function(torch.cat, (skews,))
+            made.append(packed)
+            if _is(first.args[0], "detach"):
+                packed = graph.call_method("detach", (packed,))
+                made.append(packed)
+            together = graph.call_function(first.target, (packed, *first.args[1:]))  # type: ignore[arg-type]
+            parts = graph.call_function(torch.split, (together, sizes))
+            for node in made:
+                graphs.inherit(node, first, graphs.ROTATION)
+            for node in (together, parts):
+                graphs.inherit(node, first, role)
             slices = [graphs.getitem(graph, parts, i) for i in range(len(site.nodes))]
         for node, part in zip(site.nodes, slices, strict=True):
-            graphs.inherit(part, node, graphs.ROTATION)
+            graphs.inherit(part, node, role)
             node.replace_all_uses_with(part)
+            read: Any = node.args[0]
             graph.erase_node(node)
+            while _is(read, "detach", "neg") and not read.users:
+                above = read.args[0]
+                graph.erase_node(read)
+                read = above
+
+    @staticmethod
+    def _skew(graph: fx.Graph, node: fx.Node, made: list[fx.Node]) -> fx.Node:
+        """What goes into the batch for `node`: its parameter or, made anew here, its negative."""
+        read: Any = node.args[0]
+        skew = _parameter(node)
+        if _is(read, "detach"):
+            read = read.args[0]
+        if not _is(read, "neg"):
+            return skew
+        made.append(graph.call_method("neg", (skew,)))
+        return made[-1]
+
+
+def _is(skew: Any, *methods: str) -> bool:
+    return isinstance(skew, fx.Node) and skew.op == "call_method" and skew.target in methods
+
+
+def _parameter(node: fx.Node) -> fx.Node:
+    """The skew parameter a node reads, as it is or negated, detached or not."""
+    skew: Any = node.args[0]
+    while _is(skew, "detach", "neg"):
+        skew = skew.args[0]
+    assert isinstance(skew, fx.Node)
+    return skew

@@ -17,13 +17,22 @@ VALUE = "example_value"
 """Where Dynamo keeps the fake value of a node."""
 
 ROLE = "poetx_role"
-"""Where a pass says what a node it made is for: one of the two roles below."""
+"""Where a pass says what a node it made is for: one of the roles below."""
 
 ROTATION = "rotation"
 """A rotation, or a step of building it from the packed skew parameters."""
 
 INTERMEDIATE = "intermediate"
 """A value inside a layer, between its input and its output rotation."""
+
+FOLDED_WEIGHT = "folded weight"
+"""The effective weight of a layer, or one with a side folded in."""
+
+OUTPUT = "output"
+"""The output of a layer, which its own backward reads."""
+
+TANGENT = "tangent"
+"""Zeros that carry the gradient of a rotation; never computed."""
 
 LINEAR = torch._C._nn.linear
 EQUIVALENCE = (

@@ -13,6 +13,9 @@ from torch import fx
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
 
+FUSED = 8
+"""Columns in a chunk from which the kernels gather inside a product."""
+
 
 @dataclasses.dataclass
 class Readers:
@@ -41,7 +44,8 @@ class SharePermutations(GraphPass[Readers]):
     Bitwise the same. The backward adds the three gradients in permuted coordinates and gathers
     once. Which sides form a group is decided by `prepare` and saved; the pass reads it off the
     graph: a group's permutation is one input. Refuses layers fed by one tensor through
-    permutations of different groups.
+    permutations of different groups, and permutations of chunks of columns, which the kernels
+    gather inside the products at no cost.
     """
 
     name = "share_permutations"
@@ -65,6 +69,10 @@ class SharePermutations(GraphPass[Readers]):
 
     def decide(self, site: Readers) -> str:
         shared = {pair: nodes for pair, nodes in site.by_pair.items() if len(nodes) > 1}
+        pair = graphs.shape_of(next(iter(site.by_pair)))
+        width = graphs.shape_of(site.source)
+        if pair is not None and width is not None and int(width[-1]) // int(pair[1]) >= FUSED:
+            raise Refusal("chunks of columns are gathered inside the products")
         if not shared:
             raise Refusal("fed by one tensor, but their permutations belong to different groups")
         saved = sum(len(nodes) - 1 for nodes in shared.values())

@@ -158,7 +158,13 @@ def _identity(size: int, weight: Tensor, config: POETXConfig) -> Permutation:
     global _next_group
     group, _next_group = _next_group, _next_group + 1
     return Permutation(
-        size, group, seed=config.seed, draw=0, kind=config.permutation, device=weight.device
+        size,
+        group,
+        seed=config.seed,
+        draw=0,
+        kind=config.permutation,
+        block=config.smallest_block,
+        device=weight.device,
     )
 
 

@@ -37,7 +37,7 @@ def poetx_backend(
     Args:
         mode: as for Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, …).
         options: fields of `POETXConfig`; ``stage``, ``disable_passes``, ``verify_passes``,
-            ``cayley_batch_bytes`` (see `BackendOptions`); any option of Inductor.
+            ``cayley_batch_bytes``, ``machine`` (see `BackendOptions`); any option of Inductor.
 
     Raises:
         ConfigError: an unknown option, a value out of range, or an option that contradicts the
@@ -80,8 +80,12 @@ def rewrite(
     if not _is_prepared(graph) and "adopt_linear" not in options.disable_passes:
         adopter = Adopter(POETXConfig.from_dict(options.config), example_inputs, states)
         passes.run([adopter.graph_pass], graph, record, verify=options.verify_passes)
+    config = _choice(gm, example_inputs, options)
     rest = passes.pipeline(
-        variant=_choice(gm, example_inputs, options).variant,
+        variant=config.variant,
+        formulation=config.formulation,
+        within_guard=config.may_fold,
+        machine=options.machine,
         max_bytes=options.cayley_batch_bytes,
         disabled=options.disable_passes,
     )
@@ -133,13 +137,14 @@ def _compile(
             return _aot_eager(graph, inputs)
         from torch._inductor.compile_fx import compile_fx
 
-        from poetx_compile.lowerings import ExpandOps, chain_passes
+        from poetx_compile.lowerings import ExpandOps, chain_passes, compile_inner
 
         identity = options.identity() | {"config_in_force": config.to_dict()}
         settings = dict(options.inductor)
         users = settings.get("post_grad_custom_pre_pass", _configured_pre_pass())
         settings["post_grad_custom_pre_pass"] = chain_passes(users, ExpandOps(identity))
-        return cast("Callable[..., Any]", compile_fx(graph, inputs, config_patches=settings))
+        compiled = compile_fx(graph, inputs, compile_inner, config_patches=settings)
+        return cast("Callable[..., Any]", compiled)
 
 
 def _announce_static(tensors: Sequence[Tensor]) -> None:

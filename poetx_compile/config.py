@@ -16,9 +16,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "moments": ("keep", "reset"),
     "permutation": ("random", "chunked"),
     "variant": ("fast", "mem"),
-    "formulation": ("auto", "input_centric"),
+    "formulation": ("auto", "input_centric", "folded"),
     "base": ("dense",),
 }
+
+FOLD_ANGLE = 0.25
+"""Radians up to which rotations may be folded: the series of their inverse (docs/numerics.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +40,12 @@ class POETXConfig:
             merges G itself.
         moments: ``"keep"`` or ``"reset"`` the optimiser's moments of the skew parameters at a
             merge.
-        permutation: ``"random"``, or ``"chunked"`` for random chunks of 16 coordinates.
+        permutation: ``"random"``, or ``"chunked"`` for random chunks of up to 64 neighbouring
+            coordinates, which kernels gather at no extra cost.
         variant: what the backward keeps: ``"fast"`` what is cheapest to keep, ``"mem"`` only the
             input of each layer.
-        formulation: ``"auto"`` lets the compiler choose; ``"input_centric"`` rotates activations.
+        formulation: ``"input_centric"`` rotates activations, ``"folded"`` builds the effective
+            weight once a step; ``"auto"`` takes the cheaper one for each side of each layer.
         memory_budget: ``None``, or the fraction in (0, 1] of the activation memory that the
             partitioner may keep (`torch._functorch.config.activation_memory_budget`).
         seed: seed of the permutations; never touches the global generators.
@@ -90,6 +95,9 @@ class POETXConfig:
         angle = self.max_angle
         if angle is not None and not (_is_number(angle) and 0 < angle < 1):
             raise _bad("max_angle", angle, "None, or radians in (0, 1)")
+        if self.formulation == "folded" and not self.may_fold:
+            allowed = f"at most {FOLD_ANGLE} with formulation='folded' (or cayley='exact')"
+            raise _bad("max_angle", angle, allowed)
         budget = self.memory_budget
         if budget is not None and not (_is_number(budget) and 0 < budget <= 1):
             raise _bad("memory_budget", budget, "None, or a fraction in (0, 1]")
@@ -123,9 +131,20 @@ class POETXConfig:
         return self.block_size[1] if isinstance(self.block_size, tuple) else self.block_size
 
     @property
+    def smallest_block(self) -> int:
+        """b of the side with the smaller blocks."""
+        return min(self.block_in, self.block_out)
+
+    @property
     def order(self) -> int | None:
         """The order given to the ops: k, or ``None`` for the exact Cayley transform."""
         return None if self.cayley == "exact" else self.neumann_order
+
+    @property
+    def may_fold(self) -> bool:
+        """Whether the angles stay where the folded formulation may invert rotations by a series."""
+        within = self.max_angle is not None and self.max_angle <= FOLD_ANGLE
+        return within or self.cayley == "exact"
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON values; `from_dict` gives the same configuration back."""

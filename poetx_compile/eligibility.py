@@ -32,13 +32,13 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def _user_name(name: str) -> str:
+def user_name(name: str) -> str:
     """A module's name without the wrappers of parts that were compiled one by one."""
     return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
 
 
 def _name_matches(name: str, pattern: str) -> bool:
-    name = _user_name(name)
+    name = user_name(name)
     return name == pattern or name.endswith("." + pattern)
 
 
@@ -46,7 +46,7 @@ def _targeted(name: str, target: str | Sequence[str] | None) -> bool:
     if target is None or target == "all-linear":
         return True
     if isinstance(target, str):
-        return re.fullmatch(target, _user_name(name)) is not None
+        return re.fullmatch(target, user_name(name)) is not None
     return any(_name_matches(name, pattern) for pattern in target)
 
 

@@ -17,9 +17,13 @@ from poetx_compile.eligibility import linears, refusals, unwrap_compiled
 from poetx_compile.options import BackendOptions
 from poetx_compile.parametrization import equivalence_of
 from poetx_compile.passes import Event, Record
+from poetx_compile.passes.folded import CONDITION
 from poetx_compile.passes.render import render
 from poetx_compile.prepare import config_of
 from poetx_compile.report import format_table
+
+_FORMULATIONS = ("folded", "input_centric")
+"""The passes that rewrite a layer, in the order they see it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Explanation:
             f"nodes: {sum(g.nodes_before for g in self.graphs)} before, "
             f"{sum(g.nodes_after for g in self.graphs)} after",
         ]
-        for name in ("share_permutations", "batch_cayley"):
+        for name in ("share_permutations", "cancel_permutations", "batch_cayley"):
             for event in (e for g in self.graphs for e in g.record.events if e.pass_name == name):
                 verb = "" if event.applied else "refused: "
                 layers = ", ".join(layer.name for layer in event.layers)
@@ -173,7 +177,7 @@ def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> 
     by_name: dict[str, Event] = {}
     for graph in seen:
         for event in graph.record.events:
-            if event.pass_name not in ("adopt_linear", "input_centric"):
+            if event.pass_name not in ("adopt_linear", *_FORMULATIONS):
                 continue
             for layer in event.layers:
                 _note(by_name, layer.name, event)
@@ -194,11 +198,14 @@ def _note(events: dict[Any, Event], key: Any, event: Event) -> None:
     """Keep the last word on a layer; where its weight is read twice, the reading refused."""
     earlier = events.get(key)
     if earlier is None or earlier.applied or earlier.pass_name != event.pass_name:
+        # Where no side was worth folding, the condition is worth reading.
+        if event.applied and earlier is not None and CONDITION in earlier.detail:
+            event = dataclasses.replace(event, detail=f"{event.detail}: {earlier.detail}")
         events[key] = event
 
 
 def _row(name: str, shape: tuple[int, int], event: Event | None, reason: str | None) -> ExplainRow:
-    if event is not None and event.pass_name == "input_centric":
+    if event is not None and event.pass_name in _FORMULATIONS:
         if event.applied:
             return ExplainRow(name, shape, event.blocks, event.detail, "rewritten", "")
         return ExplainRow(name, shape, event.blocks, "weight_centric", "refused", event.detail)

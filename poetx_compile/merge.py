@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from poetx_compile.eligibility import unwrap_compiled
 from poetx_compile.errors import InterruptedMergeError
 from poetx_compile.ops import rotations
+from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
 from poetx_compile.parametrization import (
     INTERRUPTED,
@@ -98,12 +99,18 @@ def _merge_layer(
             merged_rotation(e.skew_out, e.block_out, e.order, e.merge_rotation),
         )
     # weight = rotated[old inverse], then [new]: one gather a side, in the narrow dtype.
-    rows = old_pairs[e.perm_out][1].index_select(0, e.perm_out.pair[0])
-    columns = old_pairs[e.perm_in][1].index_select(0, e.perm_in.pair[0])
+    rows = _composed(old_pairs[e.perm_out], e.perm_out)
+    columns = _composed(old_pairs[e.perm_in], e.perm_in)
     stored.copy_(rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
     e.skew_in.zero_()
     e.skew_out.zero_()
     e.write_layout()
+
+
+def _composed(old: Tensor, permutation: Permutation) -> Tensor:
+    """Coordinates of the old draw in the order of the one in force: int64 [size]."""
+    size = permutation.size
+    return pair_index(old, 1, size).index_select(0, pair_index(permutation.pair, 0, size))
 
 
 @without_autocast

@@ -8,7 +8,7 @@ from typing import Any
 
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
-from poetx_compile.passes import NAMES
+from poetx_compile.passes import NAMES, Machine
 from poetx_compile.passes.batch_cayley import DEFAULT_BYTES
 
 STAGES = ("inductor", "aot_eager", "eager")
@@ -16,7 +16,7 @@ COMPILE_TIME = ("variant", "formulation", "memory_budget")
 """Fields of `POETXConfig` that a compiled graph may choose apart from what `prepare` was given."""
 
 _CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)}
-_OWN = ("stage", "disable_passes", "verify_passes", "cayley_batch_bytes")
+_OWN = ("stage", "disable_passes", "verify_passes", "cayley_batch_bytes", "machine")
 
 
 def differing(before: POETXConfig, asked: POETXConfig) -> list[str]:
@@ -40,6 +40,8 @@ class BackendOptions:
         disable_passes: names of passes that are left out.
         verify_passes: lint and check all metadata after each pass.
         cayley_batch_bytes: byte budget of one batch of rotations (`batch_cayley`).
+        machine: the rates by which ``formulation="auto"`` chooses; a dict with any of ``flops``,
+            ``bytes`` and ``launch`` (see `passes.cost.Machine`).
         inductor: Inductor's own settings, with those of `mode`.
     """
 
@@ -48,6 +50,7 @@ class BackendOptions:
     disable_passes: tuple[str, ...] = ()
     verify_passes: bool = False
     cayley_batch_bytes: int = DEFAULT_BYTES
+    machine: Machine = dataclasses.field(default_factory=Machine)
     inductor: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -67,6 +70,7 @@ class BackendOptions:
         verify = own.get("verify_passes", False)
         if not isinstance(verify, bool):
             raise ConfigError(f"option verify_passes = {verify!r} is not allowed: use a bool")
+        own["machine"] = _machine(own.get("machine", {}))
         inductor = _inductor_settings(mode, given)
         if inductor and stage != "inductor":
             raise ConfigError(
@@ -94,6 +98,19 @@ def _pass_names(names: str | Iterable[str]) -> tuple[str, ...]:
             f"unknown pass(es) {', '.join(map(str, unknown))}; there are: {', '.join(NAMES)}"
         )
     return names
+
+
+def _machine(rates: Any) -> Machine:
+    if not isinstance(rates, dict):
+        raise ConfigError(f"option machine = {rates!r} is not allowed: a dict of rates")
+    known = [f.name for f in dataclasses.fields(Machine)]
+    unknown = [k for k in rates if k not in known]
+    if unknown:
+        raise ConfigError(f"unknown rate(s) {unknown} in option machine; known: {known}")
+    try:
+        return Machine(**rates)
+    except ValueError as error:
+        raise ConfigError(f"option machine: {error}") from error
 
 
 def _inductor_settings(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from poetx_compile import ops
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import InterruptedMergeError
 from poetx_compile.ops.packing import packed_size
+from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype
 from poetx_compile.permutation import Permutation
 
@@ -113,8 +114,9 @@ class OrthogonalEquivalence(nn.Module):
 
     def permuted(self, weight: Tensor) -> Tensor:
         """``weight[perm_out][:, perm_in]``, contiguous."""
-        rows = weight.detach().index_select(0, self.perm_out.pair[0])
-        return rows.index_select(1, self.perm_in.pair[0])
+        n, m = weight.shape
+        rows = weight.detach().index_select(0, pair_index(self.perm_out.pair, 0, n))
+        return rows.index_select(1, pair_index(self.perm_in.pair, 0, m))
 
     @property
     def seed(self) -> int:
@@ -170,7 +172,7 @@ class OrthogonalEquivalence(nn.Module):
                 errors.append(
                     f"{prefix}layout: permutation groups, kind and order {rest} were saved, the "
                     f"model has {here}: prepare the same model with the configuration of the "
-                    "checkpoint"
+                    "checkpoint and the same `shared`"
                 )
                 return
         super()._load_from_state_dict(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -19,8 +20,8 @@ from poetx_compile.parametrization import (
     prepared_linears,
     stored_weight,
 )
-from poetx_compile.permutation import Permutation
 from poetx_compile.report import LayerRow, PrepareReport
+from poetx_compile.sharing import Groups
 
 log = logging.getLogger("poetx_compile")
 M = TypeVar("M", bound=nn.Module)
@@ -29,7 +30,12 @@ _SHAPING = ("block_size", "neumann_order", "cayley", "normalize_rows")
 """Fields that an adopted state is made with; the others may still be chosen when it is moved."""
 
 
-def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareReport:
+def prepare(
+    model: nn.Module,
+    config: POETXConfig | None = None,
+    *,
+    shared: Sequence[Sequence[str]] = (),
+) -> PrepareReport:
     """Parametrize every eligible `nn.Linear` weight of `model` as ``R W₀ P``, in place.
 
     The weights are frozen and stored permuted; packed skew parameters at zero are trained instead.
@@ -37,18 +43,29 @@ def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareRepor
     before. Calling it again prepares what is new and leaves what is prepared.
 
     Linears of one parent module with the same number of inputs (q, k, v; gate, up) form a group
-    that shares one input permutation.
+    that shares one input permutation. `shared` declares further groups, of either side::
+
+        poetx.prepare(model, config, shared=[("gate_proj.out", "up_proj.out", "down_proj.in")])
+
+    A pattern is the end of a linear's name and the side; ``*`` (as in `fnmatch`) stands for a part
+    of the name that varies. Sides whose names are the same in front of the match form a group: one
+    for each MLP here, one for the whole model with ``"layers.*.mlp.down_proj.out"``. The outputs do
+    not depend on what is shared; `cancel_permutations` removes what then need not be permuted. The
+    groups are saved: a model that resumes from a checkpoint is prepared with the same `shared`.
 
     Args:
         model: any module, an `nn.Linear` itself and a compiled model included.
         config: default `POETXConfig()`, or the configuration of an earlier `prepare`.
+        shared: declarations of sides that share one permutation, each a sequence of patterns.
 
     Returns:
         The report: a row for each `nn.Linear` with its status and the reason.
 
     Raises:
         NothingToTrainError: no `nn.Linear` is eligible, or a pattern matched nothing.
-        ConfigError: the model was prepared with another configuration.
+        ConfigError: the model was prepared with another configuration, or sides cannot share: one
+            does not exist, is not trained through rotations, has another size, is in two groups or
+            was prepared without sharing.
     """
     model = unwrap_compiled(model)
     earlier = config_of(model)
@@ -71,7 +88,7 @@ def prepare(model: nn.Module, config: POETXConfig | None = None) -> PrepareRepor
     if all(reason is not None and reason != "already prepared" for reason in reasons.values()):
         raise NothingToTrainError(_nothing(reasons))
     # Adopted states hold gradients under identity permutations (draw 0): what joins them has to.
-    groups = _Groups(model, config, draw=0 if adopted else 1)
+    groups = Groups(model, config, 0 if adopted else 1, shared, found, reasons)
     trained = {id(found[n]) for n, r in reasons.items() if r in (None, "already prepared")}
     # A shared module has a reason under its later names: it is trained all the same.
     left = {n: r for n, r in reasons.items() if r and id(found[n]) not in trained}
@@ -153,7 +170,7 @@ def _move(
     name: str,
     state: OrthogonalEquivalence,
     config: POETXConfig,
-    groups: _Groups,
+    groups: Groups,
 ) -> None:
     """Make an adopted state the parametrization of its linear, gradients included."""
     if all(getattr(state.config, f) == getattr(config, f) for f in _SHAPING):
@@ -191,38 +208,6 @@ def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:
             decline(weight, reasons[name])
     if dropped:
         torch._dynamo.reset()
-
-
-class _Groups:
-    """Hands out the permutation of each side; ids count up in the order of the model's modules."""
-
-    def __init__(self, model: nn.Module, config: POETXConfig, draw: int):
-        self.config, self.draw = config, draw
-        self.inputs: dict[tuple[str, int], Permutation] = {}
-        self.next = 0
-        for name, module, equivalence in prepared_linears(model):
-            self.inputs[_sibling_key(name, module)] = equivalence.perm_in
-            self.next = max(
-                self.next, 1 + equivalence.perm_in.group, 1 + equivalence.perm_out.group
-            )
-
-    def new(self, size: int, device: torch.device) -> Permutation:
-        group, self.next = self.next, self.next + 1
-        c = self.config
-        return Permutation(
-            size, group, seed=c.seed, draw=self.draw, kind=c.permutation, device=device
-        )
-
-    def sides(self, name: str, module: nn.Linear) -> tuple[Permutation, Permutation]:
-        key = _sibling_key(name, module)
-        shared = self.inputs.get(key)
-        if shared is None or shared.draw != self.draw or shared.pair.device != module.weight.device:
-            shared = self.inputs[key] = self.new(module.in_features, module.weight.device)
-        return shared, self.new(module.out_features, module.weight.device)
-
-
-def _sibling_key(name: str, module: nn.Linear) -> tuple[str, int]:
-    return name.rpartition(".")[0], module.in_features
 
 
 @torch.no_grad()

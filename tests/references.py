@@ -13,6 +13,13 @@ def random_pair(size: int, seed: int = 0) -> Tensor:
     return torch.stack([permutation, permutation.argsort()])
 
 
+def expand(pair: Tensor, width: int) -> Tensor:
+    """A permutation pair of chunks of columns as a pair of single ones: int64 [2, width]."""
+    chunk = width // max(1, pair.shape[1])
+    columns = [[i * chunk + j for i in row for j in range(chunk)] for row in pair.tolist()]
+    return torch.tensor(columns, dtype=torch.int64)
+
+
 def random_skew(
     blocks: int, b: int, *, angle: float = 0.3, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> Tensor:
@@ -56,11 +63,13 @@ def rotate(
 ) -> Tensor:
     """``y[..., σ] = x[..., γ] D`` with the dense block-diagonal D."""
     dense = block_diagonal(rotation, x.shape[-1])
-    y = (x if gather is None else x[..., gather[0]]) @ (dense.T if transpose else dense)
+    width = x.shape[-1]
+    y = x if gather is None else x[..., expand(gather, width)[0]]
+    y = y @ (dense.T if transpose else dense)
     if scatter is None:
         return y
     out = torch.empty_like(y)
-    out[..., scatter[0]] = y
+    out[..., expand(scatter, width)[0]] = y
     return out
 
 
@@ -71,5 +80,6 @@ def effective_weight(
     n, m = stored.shape
     permuted = block_diagonal(g_out, n).T @ stored @ block_diagonal(g_in, m).T
     weight = torch.empty_like(permuted)
-    weight[perm_out[0][:, None], perm_in[0][None, :]] = permuted
+    rows, columns = expand(perm_out, n)[0], expand(perm_in, m)[0]
+    weight[rows[:, None], columns[None, :]] = permuted
     return weight

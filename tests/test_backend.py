@@ -75,7 +75,7 @@ def test_mode_and_options_reach_inductor():
     assert parsed.config == {"variant": "mem"}
     seen = {}
 
-    def compile_fx(gm, inputs, config_patches):
+    def compile_fx(gm, inputs, inner_compile, config_patches):
         seen.update(config_patches)
         return gm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +17,12 @@ from poetx_compile.lowerings import ExpandOps
 from poetx_compile.ops import kernels
 from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
+from poetx_compile.ops.fold import fold_weight_reference
+from poetx_compile.ops.packing import pack
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
+from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
+from poetx_compile.ops.tangent import rotation_tangent_backward_reference
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -35,9 +40,18 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def pair(width: int) -> Tensor:
-    permutation = torch.randperm(width, device=DEVICE)
+def pair(width: int, chunk: int = 1) -> Tensor:
+    permutation = torch.randperm(width // chunk, device=DEVICE)
     return torch.stack([permutation, permutation.argsort()])
+
+
+def pairs(width: int, kind: str | None) -> tuple[Tensor | None, Tensor | None]:
+    """A gather and a scatter, by single columns or by the largest chunks up to 16."""
+    if kind is None:
+        return None, None
+    chunk = math.gcd(width, 16)
+    gather, scatter = {"columns": (1, 1), "chunks": (chunk, chunk), "mixed": (1, chunk)}[kind]
+    return pair(width, gather), pair(width, scatter)
 
 
 def skew(blocks: int, b: int, angle: float = 0.25) -> Tensor:
@@ -93,6 +107,67 @@ def test_cayley_neumann_backward_of_another_order_runs_the_reference():
     assert_close(actual, cayley_neumann_backward_reference(*wide(grad, packed), 16, 4))
 
 
+NARROW_BLOCKS = [2, 3, 16, 33, 64, 77, 128, 192, 256]
+
+
+@pytest.mark.parametrize("b", NARROW_BLOCKS)
+def test_narrow_cayley_neumann(b, poisoned):
+    packed = skew(3, b)
+    args = (packed, b, 3, True)
+    assert kernels.applies("cayley_neumann", *args)
+    # Better than what rounds the part that is not the identity, be it to fp16.
+    eye = torch.eye(b, device=DEVICE)
+    expected = cayley_neumann_reference(packed.double(), b, 3) - eye.double()
+    assert_close(torch.ops.poetx.cayley_neumann(*args) - eye, expected, torch.float16)
+
+
+def test_narrow_cayley_neumann_of_zero_is_exactly_the_identity(poisoned):
+    rotation = torch.ops.poetx.cayley_neumann(torch.zeros(2, 77 * 38, device=DEVICE), 77, 3, True)
+    assert torch.equal(rotation, torch.eye(77, device=DEVICE).expand(2, 77, 77))
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])  # bf16 has the range of fp32
+@pytest.mark.parametrize("b", NARROW_BLOCKS)
+def test_narrow_cayley_neumann_backward(b, scale, poisoned):
+    grad, packed = scale * torch.randn(3, b, b, device=DEVICE).mT, skew(3, b)
+    actual = torch.ops.poetx.cayley_neumann_backward(grad, packed, b, 3, True)
+    expected = cayley_neumann_backward_reference(*wide(grad, packed), b, 3)
+    assert_close(actual, expected, torch.float16)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("b", NARROW_BLOCKS)
+def test_narrow_rotation_tangent_backward(b, scale, poisoned):
+    args = (scale * torch.randn(3, b, b, device=DEVICE).mT, skew(3, b), b, 3, True)
+    assert kernels.applies("rotation_tangent_backward", *args)
+    actual = torch.ops.poetx.rotation_tangent_backward(*args)
+    assert actual.is_contiguous()
+    assert_close(actual, rotation_tangent_backward_reference(*wide(*args)), torch.float16)
+
+
+@pytest.mark.parametrize("skew_part", [0.0, 0.1, 1.0])
+def test_narrow_tangent_of_a_mostly_symmetric_gradient(skew_part):
+    # Every plane at the limit of the angle guard, the worst case of the truncated series.
+    b, angle = 256, 0.25
+    q = torch.randn(3, b, b, device=DEVICE, dtype=torch.float64)
+    u, _, v = torch.linalg.svd(q - q.mT)
+    packed = pack(angle * (u @ v)).float()
+    p = torch.randn(3, b, b, device=DEVICE)
+    args = (p + p.mT + skew_part * (p - p.mT), packed, b, 3, True)
+    actual = torch.ops.poetx.rotation_tangent_backward(*args)
+    expected = rotation_tangent_backward_reference(*wide(*args))
+    assert_close(actual, expected, torch.bfloat16)
+
+
+def test_tangent_without_a_kernel_runs_the_reference():
+    grad, packed = torch.randn(2, 16, 16, device=DEVICE), skew(2, 16)
+    for order, narrow in ((3, False), (4, True), (None, True)):
+        args = (grad, packed, 16, order, narrow)
+        assert not kernels.applies("rotation_tangent_backward", *args)
+        actual = torch.ops.poetx.rotation_tangent_backward(*args)
+        assert_close(actual, rotation_tangent_backward_reference(*wide(*args)))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     ("shape", "b"),
@@ -109,12 +184,12 @@ def test_cayley_neumann_backward_of_another_order_runs_the_reference():
         ((70, 515), 256),  # whole blocks, unaligned rows
     ],
 )
-@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("permuted", [None, "columns", "chunks", "mixed"])
 def test_rotate_blocks(dtype, shape, b, permuted, poisoned):
     width = shape[-1]
     x = torch.randn(shape, device=DEVICE).to(dtype)
     rotation = near_identity(width // b, b)
-    gather, scatter = (pair(width), pair(width)) if permuted else (None, None)
+    gather, scatter = pairs(width, permuted)
     for transpose in (False, True):
         check("rotate_blocks", rotate_blocks_reference, x, rotation, gather, scatter, transpose)
 
@@ -126,32 +201,117 @@ def test_rotate_blocks_by_the_identity_is_exact(dtype):
     assert torch.equal(torch.ops.poetx.rotate_blocks(x, identity, None, None, True), x)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_rotate_blocks_copies_all_that_is_behind_the_blocks(dtype, poisoned):
+    x = torch.randn(70, 2048, device=DEVICE).to(dtype)
+    for gather, scatter in (pairs(2048, None), pairs(2048, "chunks")):
+        args = (x, near_identity(2, 256), gather, scatter, False)
+        check("rotate_blocks", rotate_blocks_reference, *args)
+
+
 def test_rotate_blocks_takes_strided_arguments():
     x = torch.randn(64, 50, device=DEVICE, dtype=torch.bfloat16).T
     rotation = near_identity(2, 32).mT
     check("rotate_blocks", rotate_blocks_reference, x, rotation, None, None, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "b_in", "b_out"),
+    [
+        ((512, 768), 256, 256),
+        ((2048, 5376), 256, 256),  # several tiles a program
+        ((1000, 496), 192, 128),  # tails
+        ((264, 144), 72, 256),
+        ((130, 100), 33, 65),  # one side after the other
+        ((1100, 1040), 256, 512),
+    ],
+)
+@pytest.mark.parametrize("permuted", [None, "columns", "chunks"])
+def test_fold_weight(dtype, shape, b_in, b_out, permuted, poisoned):
+    rotations = near_identity(shape[1] // b_in, b_in), near_identity(shape[0] // b_out, b_out)
+    orders = [pairs(width, permuted)[0] for width in reversed(shape)]
+    weight = torch.randn(shape, device=DEVICE).to(dtype)
+    for stored, sides in ((dtype, (0, 1)), (torch.float32, (0, 1)), (dtype, (0,)), (dtype, (1,))):
+        given = [given[i] if i in sides else None for given in (rotations, orders) for i in (0, 1)]
+        args = (weight.to(stored), *given)
+        assert kernels.applies("fold_weight", *args, dtype)
+        actual = torch.ops.poetx.fold_weight(*args, dtype)
+        assert actual.dtype == dtype
+        assert actual.is_contiguous()
+        assert_close(actual, fold_weight_reference(*wide(*args), torch.float64), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fold_of_what_is_behind_the_blocks_of_both_sides_is_exact(dtype, poisoned):
+    weight = torch.randn(700, 1040, device=DEVICE).to(dtype)
+    rotations = near_identity(1, 256), near_identity(1, 128)
+    actual = torch.ops.poetx.fold_weight(weight, *rotations, None, None, dtype)
+    assert torch.equal(actual[128:, 256:], weight[128:, 256:])
+
+
 @pytest.mark.parametrize("dtypes", [*((d, d) for d in FLOATS), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize(
-    ("shape", "b"), [((130, 512), 256), ((3, 700, 100), 33), ((5, 6), 2), ((8192, 768), 128)]
+    ("shape", "b"),
+    [
+        ((130, 512), 256),
+        ((3, 700, 100), 33),
+        ((5, 6), 2),
+        ((8192, 768), 128),
+        ((2049, 2048), 256),
+        ((1000, 1104), 512),
+        ((200, 496), 192),
+    ],
 )
-@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("permuted", [None, "columns", "chunks", "mixed"])
 def test_block_product(dtypes, shape, b, permuted, poisoned):
     x, y = (torch.randn(shape, device=DEVICE).to(dtype) for dtype in dtypes)
     width = shape[-1]
-    gathers = (pair(width), pair(width)) if permuted else (None, None)
-    args = (x, y, width // b, b, *gathers)
+    args = (x, y, width // b, b, *pairs(width, permuted))
     first = check("block_product", block_product_reference, *args)
     assert first.dtype == torch.float32
     assert torch.equal(first, torch.ops.poetx.block_product(*args)), "not deterministic"
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("leading", "widths", "b"),
+    [
+        ((2049,), (2048, 512), 256),
+        ((130,), (512, 2048), 256),
+        ((3, 700), (100, 67), 33),
+        ((5,), (6, 4), 2),
+        ((8192,), (768, 384), 128),
+        ((1000,), (1104, 2096), 512),
+        ((200,), (496, 512), 192),
+        ((70,), (515, 256), 256),
+    ],
+)
+@pytest.mark.parametrize("kinds", [(None, None), ("columns", "chunks"), ("chunks", "chunks")])
+def test_stacked_block_products(dtype, leading, widths, b, kinds, poisoned):
+    operands = [torch.randn(*leading, widths[i], device=DEVICE).to(dtype) for i in (0, 0, 1, 1)]
+    gathers = [pairs(width, kind)[0] for width, kind in zip(widths, kinds, strict=True)]
+    args = (*operands, *(width // b for width in widths), b, *gathers)
+    first = check("stacked_block_products", stacked_block_products_reference, *args)
+    again = torch.ops.poetx.stacked_block_products(*args)
+    assert torch.equal(first, again), "not deterministic"
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])
-@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 77), (9001, 128), (65, 14336), (3, 32768)])
-def test_permute_columns(dtype, shape, poisoned):
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [
+        *((shape, 1) for shape in ((1, 2), (3, 5, 77), (9001, 128), (65, 14336), (3, 32768))),
+        ((3, 5, 76), 4),
+        ((9001, 1032), 8),
+        ((3, 40000), 16),
+        ((65, 14336), 112),
+        ((5, 96), 96),
+    ],
+)
+def test_permute_columns(dtype, shape, chunk, poisoned):
     x = (100 * torch.randn(shape, device=DEVICE)).to(dtype)
-    order = pair(shape[-1])
+    order = pair(shape[-1], chunk)
     for inverse in (False, True):
         assert kernels.applies("permute_columns", x, order, inverse)
         actual = torch.ops.poetx.permute_columns(x, order, inverse)
@@ -194,10 +354,12 @@ def with_gradients(function: Callable[..., Tensor], *inputs: Any) -> list[Tensor
     return [out, *torch.autograd.grad((out * weights.to(out.dtype)).sum(), wanted)]
 
 
-def inputs_of(dtype: torch.dtype, tokens: int, width: int, b: int) -> tuple[Any, ...]:
+def inputs_of(
+    dtype: torch.dtype, tokens: int, width: int, b: int, kind: str = "columns"
+) -> tuple[Any, ...]:
     x = torch.randn(2, tokens, width, device=DEVICE).to(dtype).requires_grad_()
     packed = skew(width // b, b).requires_grad_()
-    return x, packed, pair(width), pair(width), b
+    return x, packed, *pairs(width, kind), b
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -225,11 +387,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("width", "b"), [(256, 64), (100, 33)])
-def test_inductor_launches_the_kernels_itself(dtype, width, b):
+@pytest.mark.parametrize(
+    ("width", "b", "kind"), [(256, 64, "columns"), (256, 64, "chunks"), (100, 33, "columns")]
+)
+def test_inductor_launches_the_kernels_itself(dtype, width, b, kind):
     from torch._inductor.utils import run_and_get_code
 
-    inputs = inputs_of(dtype, 40, width, b)
+    inputs = inputs_of(dtype, 40, width, b, kind)
     actual, codes = run_and_get_code(with_gradients, compiled(layer), *inputs)
     for got, expected in zip(actual, with_gradients(layer, *inputs), strict=True):
         assert_close(got, expected, dtype)

@@ -127,6 +127,10 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
         torch.ops.poetx.block_product,
         (torch.randn(5, 7), torch.randn(5, 7).bfloat16(), 2, 3, pair(7), None),
     ),
+    "stacked_block_products": (
+        torch.ops.poetx.stacked_block_products,
+        (*torch.randn(2, 5, 7), *torch.randn(2, 5, 6), 2, 1, 3, pair(7), pair(2)),
+    ),
     "permute_columns": (torch.ops.poetx.permute_columns, (torch.randn(3, 5).T, pair(3), True)),
 }
 

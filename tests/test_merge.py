@@ -60,6 +60,7 @@ CASES = {
     "short side": (lambda: nn.Linear(6, 64), {"block_size": 32}),
     "shared permutations": (lambda: Siblings(), {}),
     "chunked": (lambda: nn.Linear(64, 48), {"permutation": "chunked"}),
+    "chunked, odd sizes": (lambda: nn.Linear(40, 51), {"permutation": "chunked"}),
     "order 1": (lambda: nn.Linear(48, 32), {"neumann_order": 1, "merge_rotation": "plain"}),
     "order 4": (lambda: nn.Linear(48, 32), {"neumann_order": 4}),
 }
@@ -103,9 +104,10 @@ def test_exact_and_plain_merges_change_nothing_but_rounding(fields: dict) -> Non
     assert_close(model(x), before, torch.float64)
 
 
-def test_a_merge_at_zero_moves_no_bit() -> None:
+@pytest.mark.parametrize("permutation", ["random", "chunked"])
+def test_a_merge_at_zero_moves_no_bit(permutation: str) -> None:
     model = Siblings().bfloat16()
-    poetx.prepare(model, config())
+    poetx.prepare(model, config(permutation=permutation))
     before = [m.weight.clone() for _, m, _ in prepared_linears(model)]
     merge(model)
     for weight, (_, module, _) in zip(before, prepared_linears(model), strict=True):
@@ -177,9 +179,10 @@ def test_plain_merges_shrink_the_spectrum_and_polar_ones_do_not() -> None:
     assert means["plain"] < 0.9
 
 
-def test_in_place_without_recompilation() -> None:
+@pytest.mark.parametrize("permutation", ["random", "chunked"])
+def test_in_place_without_recompilation(permutation: str) -> None:
     model = Siblings()
-    poetx.prepare(model, config())
+    poetx.prepare(model, config(permutation=permutation))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     x = torch.randn(8, 48)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from poetx_compile import ops
-from tests.references import random_pair
+from tests.references import expand, random_pair
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -46,6 +46,29 @@ def test_is_the_diagonal_of_the_dense_product(leading, width, blocks, b, gathers
     actual = ops.block_product(x, y, blocks, b, *pairs)
     assert actual.dtype == torch.float32
     assert_close(actual, _naive(torch.atleast_2d(x), torch.atleast_2d(y), blocks, b, *pairs))
+
+
+@pytest.mark.parametrize(
+    ("width", "blocks", "b", "chunks"),
+    [
+        (12, 3, 4, (4, 4)),  # columns in a chunk of either side
+        (14, 2, 6, (2, None)),  # a tail
+        (15, 1, 8, (1, 3)),  # chunks across the edge of the block
+        (6, 0, 2, (2, 3)),
+    ],
+)
+def test_chunks_of_columns(width: int, blocks: int, b: int, chunks) -> None:
+    x, y = (torch.randn(2, 3, width, dtype=torch.float64, requires_grad=True) for _ in "xy")
+    pairs = [c and random_pair(width // c, seed) for seed, c in enumerate(chunks)]
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ops.block_product(x, y, blocks, b, *pairs)
+
+    single = [None if pair is None else expand(pair, width) for pair in pairs]
+    assert_close(function(x, y), _naive(x, y, blocks, b, *single))
+    assert torch.autograd.gradcheck(function, (x, y))
+    arguments = (x.detach().float(), y.detach().float(), blocks, b, *pairs)
+    torch.library.opcheck(torch.ops.poetx.block_product.default, arguments)
 
 
 @pytest.mark.parametrize(

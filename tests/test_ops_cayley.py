@@ -94,6 +94,7 @@ def test_opcheck(blocks: int, b: int, order: int | None, dtype) -> None:
         torch.library.opcheck(torch.ops.poetx.cayley_exact.default, (skew, b))
     else:
         torch.library.opcheck(torch.ops.poetx.cayley_neumann.default, (skew, b, order))
+        torch.library.opcheck(torch.ops.poetx.cayley_neumann.default, (skew, b, order, True))
 
 
 @pytest.mark.parametrize("order", [1, 3, None])
@@ -114,6 +115,43 @@ def test_non_contiguous_arguments() -> None:
     grad = torch.randn(3, 5, 5, dtype=torch.float64)
     backward = torch.ops.poetx.cayley_neumann_backward
     assert_close(backward(grad.mT, strided, 5, 3), backward(grad.mT.contiguous(), skew, 5, 3))
+
+
+@pytest.mark.parametrize("order", [1, 3, None])
+def test_narrow_is_exact_where_no_kernel_runs(order: int | None) -> None:
+    skew = random_skew(3, 5)
+    grad = torch.randn(3, 5, 5, dtype=torch.float64)
+    results = []
+    for narrow in (False, True):
+        leaf = skew.clone().requires_grad_()
+        out = ops.rotations(leaf, 5, order, narrow)
+        results.append((out, *torch.autograd.grad(out, leaf, grad)))
+    for precise, narrow_one in zip(*results, strict=True):
+        assert torch.equal(precise, narrow_one)
+
+
+def test_the_backward_is_told_that_it_may_be_narrow() -> None:
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.poetx.cayley_neumann_backward.default:
+                seen.append(args[2:])
+            return func(*args, **(kwargs or {}))
+
+    seen: list[tuple] = []
+    with Calls():
+        ops.cayley_neumann(random_skew(3, 5).requires_grad_(), 5, 3, True).sum().backward()
+        ops.cayley_neumann(random_skew(3, 5).requires_grad_(), 5, 3).sum().backward()
+    # What equals the default of the schema may be left out.
+    assert [(*call, False)[:3] for call in seen] == [(5, 3, True), (5, 3, False)]
+
+
+@pytest.mark.parametrize("order", [3, None])
+def test_gradient_of_another_shape_is_an_error(order: int | None) -> None:
+    skew, grad = torch.zeros(2, 6), torch.zeros(2, 3, 3)
+    exact, neumann = torch.ops.poetx.cayley_exact_backward, torch.ops.poetx.cayley_neumann_backward
+    backward, rest = (exact, ()) if order is None else (neumann, (order,))
+    with pytest.raises(RuntimeError, match=r"grad must be \[2, 4, 4\], got \[2, 3, 3\]"):
+        backward(grad, skew, 4, *rest)
 
 
 class _CountProducts(TorchDispatchMode):

@@ -49,6 +49,32 @@ def test_is_the_dense_product(leading, width, blocks, b, present, transpose: boo
     assert_close(ops.rotate_blocks(x.float(), rotation.float(), *pairs, transpose), expected)
 
 
+@pytest.mark.parametrize(
+    ("width", "blocks", "b", "gather", "scatter"),
+    [
+        (12, 3, 4, 4, 4),  # columns in a chunk of either side
+        (12, 3, 4, 1, 3),
+        (14, 2, 6, 2, None),  # with a tail
+        (15, 1, 8, None, 3),  # chunks across the edges of blocks
+        (15, 3, 5, 5, 15),
+        (6, 0, 2, 2, 3),
+    ],
+)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_chunks_of_columns(width, blocks, b, gather, scatter, transpose: bool) -> None:
+    x = torch.randn(2, 3, width, dtype=torch.float64, requires_grad=True)
+    rotation = _rotation(blocks, b).requires_grad_()
+    pairs = [c and random_pair(width // c, seed) for seed, c in enumerate((gather, scatter))]
+
+    def function(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        return ops.rotate_blocks(x, rotation, *pairs, transpose)
+
+    assert_close(function(x, rotation), references.rotate(x, rotation, *pairs, transpose))
+    assert torch.autograd.gradcheck(function, (x, rotation))
+    arguments = (x.detach().float(), rotation.detach().float(), *pairs, transpose)
+    torch.library.opcheck(torch.ops.poetx.rotate_blocks.default, arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_data_under_fp32_rotations(dtype) -> None:
     x, rotation, pair = torch.randn(33, 22).to(dtype), _rotation(5, 4), random_pair(22)

@@ -22,6 +22,7 @@ from poetx_compile.parametrization import (
 )
 from poetx_compile.prepare import prepare
 from tests.models import MLP, OddZoo, SwiGLU
+from tests.references import expand
 from tests.tolerances import assert_close
 
 CONFIG = POETXConfig(block_size=4)
@@ -118,12 +119,16 @@ def test_the_effective_weight_is_the_ops() -> None:
     assert torch.equal(linear.weight, expected)
 
 
-def test_the_stored_weight_is_permuted_once() -> None:
-    linear = nn.Linear(11, 7)
+@pytest.mark.parametrize(
+    ("kind", "m", "n"), [("random", 11, 7), ("chunked", 40, 7), ("chunked", 32, 48)]
+)
+def test_the_stored_weight_is_permuted_once(kind: str, m: int, n: int) -> None:
+    linear = nn.Linear(m, n)
     before = linear.weight.detach().clone()
-    prepare(linear, CONFIG)
+    prepare(linear, POETXConfig(block_size=4, permutation=kind))
     e = equivalence_of(linear)
-    permuted = before[e.perm_out.pair[0]][:, e.perm_in.pair[0]]
+    rows, columns = expand(e.perm_out.pair, n)[0], expand(e.perm_in.pair, m)[0]
+    permuted = before[rows][:, columns]
     assert torch.equal(stored_weight(linear), permuted)
     assert not torch.equal(stored_weight(linear), before)
     assert stored_weight(linear).is_contiguous()

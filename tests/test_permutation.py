@@ -10,24 +10,37 @@ import pytest
 import torch
 from torch import nn
 
-from poetx_compile.permutation import CHUNK, Permutation, draw_permutation
+from poetx_compile.ops.permute import pair_index
+from poetx_compile.permutation import CHUNK, Permutation, chunk_size, draw_permutation
 
 KEY = {"seed": 3, "draw": 2, "group": 5, "kind": "random"}
 
 
 @pytest.mark.parametrize("kind", ["random", "chunked"])
-@pytest.mark.parametrize("size", [1, 2, 7, 16, 31, 32, 40, 129])
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 31, 32, 40, 129, 4096])
 def test_a_pair_is_a_permutation_and_its_inverse(kind: str, size: int) -> None:
     pair = draw_permutation(size, **(KEY | {"kind": kind}))
+    chunks = size // chunk_size(size, kind)
     assert pair.dtype == torch.int64
-    assert pair.shape == (2, size)
-    assert pair[0].sort().values.tolist() == list(range(size))
-    assert pair[0][pair[1]].tolist() == list(range(size))
+    assert pair.shape == (2, chunks)
+    assert pair[0].sort().values.tolist() == list(range(chunks))
+    assert pair[0][pair[1]].tolist() == list(range(chunks))
 
 
-def test_draw_zero_is_the_identity() -> None:
-    pair = draw_permutation(50, **(KEY | {"draw": 0}))
-    assert pair.tolist() == [list(range(50))] * 2
+@pytest.mark.parametrize(
+    ("size", "chunk"),
+    [(1, 1), (2, 1), (4, 2), (16, 8), (31, 1), (64, 32), (40, 8), (46, 2), (192, 64), (14336, 64)],
+)
+def test_chunks_divide_the_size_into_two_at_least(size: int, chunk: int) -> None:
+    assert chunk_size(size, "chunked") == chunk
+    assert chunk_size(size, "random") == 1
+
+
+@pytest.mark.parametrize("kind", ["random", "chunked"])
+def test_draw_zero_is_the_identity(kind: str) -> None:
+    pair = draw_permutation(56, **(KEY | {"draw": 0, "kind": kind}))
+    for row in (0, 1):
+        assert pair_index(pair, row, 56).tolist() == list(range(56))
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"draw": 3}, {"group": 6}])
@@ -38,23 +51,32 @@ def test_every_part_of_the_key_counts(change: dict[str, int]) -> None:
 
 
 def test_chunks_stay_together() -> None:
-    permutation = draw_permutation(4 * CHUNK, **(KEY | {"kind": "chunked"}))[0]
+    pair = draw_permutation(4 * CHUNK, **(KEY | {"kind": "chunked"}))
+    permutation, inverse = (pair_index(pair, row, 4 * CHUNK) for row in (0, 1))
     chunks = permutation.view(-1, CHUNK)
     assert (chunks[:, 0] % CHUNK == 0).all()
     assert torch.equal(chunks, chunks[:, :1] + torch.arange(CHUNK))
     assert not torch.equal(permutation, torch.arange(4 * CHUNK))
+    assert torch.equal(permutation[inverse], torch.arange(4 * CHUNK))
 
 
 @pytest.mark.parametrize("kind", ["random", "chunked"])
-@pytest.mark.parametrize("size", [11, 3 * CHUNK + 8])
-def test_coordinates_that_no_block_covers_change_with_the_draw(kind: str, size: int) -> None:
-    # The last 8 or 3 places are left over by blocks; in time every coordinate must leave them.
-    left_over = 3 if size == 11 else 8
+@pytest.mark.parametrize(
+    ("size", "b"), [(11, 8), (3 * CHUNK + 8, 16), (CHUNK, 9), (2 * CHUNK, 31), (6, 5), (40, 25)]
+)
+def test_no_coordinate_is_left_over_by_the_blocks_for_ever(kind: str, size: int, b: int) -> None:
     stuck = set(range(size))
     for draw in range(1, 40):
-        permutation = draw_permutation(size, **(KEY | {"draw": draw, "kind": kind}))[0]
-        stuck &= set(permutation[-left_over:].tolist())
+        pair = draw_permutation(size, **(KEY | {"draw": draw, "kind": kind}))
+        stuck &= set(pair_index(pair, 0, size)[size // b * b :].tolist())
     assert not stuck
+
+
+@pytest.mark.parametrize(("block", "chunk"), [(256, 64), (255, 32), (128, 32), (8, 2), (7, 1)])
+def test_a_block_holds_four_chunks_at_least(block: int, chunk: int) -> None:
+    assert chunk_size(4096, "chunked", block) == chunk
+    pair = draw_permutation(4096, **(KEY | {"kind": "chunked", "block": block}))
+    assert pair.shape == (2, 4096 // chunk)
 
 
 def test_the_global_generator_is_neither_read_nor_advanced() -> None:
@@ -83,11 +105,12 @@ def test_another_process_draws_the_same() -> None:
 
 
 def _module(**change) -> Permutation:
-    return Permutation(50, **(KEY | change))
+    return Permutation(56, **(KEY | change))
 
 
-def test_redraw_writes_in_place() -> None:
-    module = _module()
+@pytest.mark.parametrize("kind", ["random", "chunked"])
+def test_redraw_writes_in_place(kind: str) -> None:
+    module = _module(kind=kind)
     pair, address = module.pair, module.pair.data_ptr()
     ahead = module.peek(7, 9)
     module.redraw(7, 9)

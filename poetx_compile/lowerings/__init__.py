@@ -8,8 +8,9 @@ or the launches of a Triton kernel where one applies.
 
 from __future__ import annotations
 
+from poetx_compile.lowerings.analysis import compile_inner
 from poetx_compile.lowerings.chain import chain_passes
 from poetx_compile.lowerings.expand import ExpandOps
 from poetx_compile.lowerings.identity import source_digest
 
-__all__ = ["ExpandOps", "chain_passes", "source_digest"]
+__all__ = ["ExpandOps", "chain_passes", "compile_inner", "source_digest"]

@@ -22,6 +22,7 @@ compiles and launches them itself, without the dispatch of an op in Python, and 
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -37,17 +38,32 @@ from poetx_compile.lowerings.trace import trace_launches, trace_reference
 from poetx_compile.ops import kernels
 from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
+from poetx_compile.ops.fold import fold_weight_reference
+from poetx_compile.ops.folded_linear import folded_linear_reference
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
+from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
+from poetx_compile.ops.tangent import (
+    rotation_tangent_backward_reference,
+    rotation_tangent_reference,
+)
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "cayley_neumann": cayley_neumann_reference,
     "cayley_neumann_backward": cayley_neumann_backward_reference,
+    "rotation_tangent": rotation_tangent_reference,
+    "rotation_tangent_backward": rotation_tangent_backward_reference,
+    "fold_weight": fold_weight_reference,
+    "folded_linear": folded_linear_reference,
     "rotate_blocks": rotate_blocks_reference,
     "block_product": block_product_reference,
+    "stacked_block_products": stacked_block_products_reference,
     "permute_columns": permute_columns_reference,
 }
 """Ops that are expanded. `cayley_exact` and its backward call a solver: nothing to fuse there."""
+
+_IEEE = {"cayley_neumann", "cayley_neumann_backward", "rotation_tangent_backward"}
+"""Ops with products of fp32 blocks (see `_needs_ieee`)."""
 
 # Kept from the replaced node: where it came from, and what the partitioner said about it.
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "from_node")
@@ -111,7 +127,7 @@ def _needs_ieee(name: str, values: tuple[Any, ...]) -> bool:
     """
     exact = torch.get_float32_matmul_precision() == "highest"
     fp32 = values[0].dtype == torch.float32
-    return name.startswith("cayley") and fp32 and not exact
+    return name in _IEEE and fp32 and not exact
 
 
 def _arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -161,3 +177,18 @@ def _inline(graph: fx.Graph, node: fx.Node, expansion: fx.GraphModule) -> None:
             environment[inner] = copy
     node.replace_all_uses_with(result)
     graph.erase_node(node)
+    _erase_unused(graph, inputs)
+
+
+def _erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase those of `nodes` that nothing reads any more, and what only they have read.
+
+    A tangent is an argument of `folded_linear` and of nothing that is computed.
+    """
+    for node in nodes:
+        pure = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+        if node.users or not (pure or node.target is operator.getitem):
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        _erase_unused(graph, inputs)

@@ -4,8 +4,12 @@
 ``orthogonal_equivalence``  the effective weight ``R W₀ P`` (weight-centric; what eager runs)
 ``cayley_neumann``          packed skew parameters → rotations, by the Cayley-Neumann expansion
 ``cayley_exact``            packed skew parameters → rotations, by a batched solve
+``rotation_tangent``        zeros that carry the gradient of a rotation folded into a weight
+``fold_weight``             the effective weight from given rotations, for the folded formulation
+``folded_linear``           linear over such a weight; its backward gives the rotations' gradients
 ``rotate_blocks``           block-diagonal product, columns gathered before and scattered after
 ``block_product``           blocks of ``Xᵀ Y``: the gradient of a rotation
+``stacked_block_products``  two of them over the same tokens: the gradients of both sides at once
 ``permute_columns``         one gather of the columns, its backward the inverse gather
 ==========================  =====================================================================
 
@@ -17,16 +21,24 @@ from __future__ import annotations
 
 from poetx_compile.ops.block_product import block_product
 from poetx_compile.ops.cayley import cayley_exact, cayley_neumann, rotations
+from poetx_compile.ops.fold import fold_weight
+from poetx_compile.ops.folded_linear import folded_linear
 from poetx_compile.ops.orthogonal_equivalence import orthogonal_equivalence
 from poetx_compile.ops.permute import permute_columns
 from poetx_compile.ops.rotate import rotate_blocks
+from poetx_compile.ops.stacked_block_products import stacked_block_products
+from poetx_compile.ops.tangent import rotation_tangent
 
 __all__ = [
     "block_product",
     "cayley_exact",
     "cayley_neumann",
+    "fold_weight",
+    "folded_linear",
     "orthogonal_equivalence",
     "permute_columns",
     "rotate_blocks",
+    "rotation_tangent",
     "rotations",
+    "stacked_block_products",
 ]

@@ -1,7 +1,9 @@
 """``poetx::permute_columns``: a gather of the last dimension by a permutation pair.
 
-A *permutation pair* is an int64 tensor [2, d]: row 0 a permutation of 0 … d−1, row 1 its inverse.
-Every gather's backward is then a gather too, never a scatter-add.
+A *permutation pair* of d columns is an int64 tensor [2, d/c]: row 0 a permutation of the d/c chunks
+of c neighbouring columns, row 1 its inverse. Any c that divides d will do, and the shapes say which
+it is: c = 1 permutes single columns, c = 16 is what the kernels gather without a pass of its own.
+Every gather's backward is a gather too, never a scatter-add.
 """
 
 from __future__ import annotations
@@ -13,34 +15,53 @@ from poetx_compile.ops import kernels
 
 
 def check_pair(pair: Tensor | None, width: int, name: str) -> None:
-    """Raise unless `pair` is ``None`` or an int64 permutation pair [2, width]."""
+    """Raise unless `pair` is ``None`` or an int64 permutation pair of `width` columns."""
     if pair is None:
         return
     torch._check(
         pair.dim() == 2 and pair.shape[0] == 2 and pair.dtype == torch.int64,
         lambda: (
-            f"poetx: {name} must be an int64 permutation pair [2, d], "
+            f"poetx: {name} must be an int64 permutation pair [2, d/c], "
             f"got {pair.dtype} {list(pair.shape)}"
         ),
     )
+    chunks = pair.shape[1]
     torch._check(
-        pair.shape[1] == width,
-        lambda: f"poetx: {name} is over {pair.shape[1]} columns, the tensor has {width}",
+        chunks == width or (chunks > 0 and width % chunks == 0),
+        lambda: (
+            f"poetx: {name} is over {chunks} columns, the tensor has {width}: "
+            f"not equal, and not chunks of columns, for {chunks} does not divide {width}"
+        ),
     )
+
+
+def pair_index(pair: Tensor, row: int, width: int) -> Tensor:
+    """Row `row` of a permutation pair as an index of single columns: int64 [width].
+
+    Args:
+        pair: int64 [2, d/c], already checked against the width.
+        row: 0 for the permutation, 1 for its inverse.
+        width: d.
+    """
+    chunks = pair.shape[1]
+    if chunks == width:
+        return pair[row]
+    chunk = width // chunks
+    return (pair[row].unsqueeze(1) * chunk + torch.arange(chunk, device=pair.device)).flatten()
 
 
 def permute_columns_reference(x: Tensor, pair: Tensor, inverse: bool) -> Tensor:
     """The definition of `permute_columns` in plain torch ops."""
-    return x.index_select(-1, pair[1 if inverse else 0])
+    return x.index_select(-1, pair_index(pair, 1 if inverse else 0, x.shape[-1]))
 
 
 @torch.library.custom_op("poetx::permute_columns", mutates_args=())
 def permute_columns(x: Tensor, pair: Tensor, inverse: bool = False) -> Tensor:
-    """``x[..., pair[0]]``, or ``x[..., pair[1]]`` with `inverse`.
+    """``x[..., pair[0]]``, or ``x[..., pair[1]]`` with `inverse`, by columns or chunks of them.
 
     Args:
         x: [..., d], any dtype.
-        pair: the permutation pair, int64 [2, d].
+        pair: the permutation pair, int64 [2, d/c] with any c that divides d.
 
     Returns:
         [..., d], contiguous, of x's dtype.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from poetx_compile.ops import kernels
-from poetx_compile.ops.permute import check_pair
+from poetx_compile.ops.permute import check_pair, pair_index
 from poetx_compile.ops.precision import without_autocast
 
 
@@ -50,7 +50,7 @@ def rotate_blocks_reference(
     blocks, b, _ = rotation.shape
     width = x.shape[-1]
     if gather is not None:
-        x = x.index_select(-1, gather[0])
+        x = x.index_select(-1, pair_index(gather, 0, width))
     if blocks > 0:
         eye = torch.eye(b, dtype=rotation.dtype, device=rotation.device)
         delta = ((rotation.mT if transpose else rotation) - eye).to(x.dtype)
@@ -59,7 +59,7 @@ def rotate_blocks_reference(
         rotated = rotated.reshape(*x.shape[:-1], blocks * b)
         x = rotated if blocks * b == width else torch.cat([rotated, x[..., blocks * b :]], dim=-1)
     if scatter is not None:
-        x = x.index_select(-1, scatter[1])
+        x = x.index_select(-1, pair_index(scatter, 1, width))
     return x
 
 
@@ -78,8 +78,9 @@ def rotate_blocks(
         x: [..., d], floating point. Under autocast it is cast to the autocast dtype, as the input
             of a linear is.
         rotation: [blocks, b, b] with blocks·b ≤ d, float32 or float64.
-        gather: permutation pair γ of the input columns, int64 [2, d], or ``None``.
-        scatter: permutation pair σ of the output columns, int64 [2, d], or ``None``.
+        gather: permutation pair γ of the input columns, int64 [2, d/c] with any c that divides d
+            (see `permute_columns`), or ``None``.
+        scatter: permutation pair σ of the output columns, with a c of its own, or ``None``.
         transpose: multiply by the transposed blocks.
 
     Returns:

@@ -8,10 +8,10 @@ few reads of Q, so most steps are covered by a bound that is arithmetic on the h
 
 with `turn`, the largest turn of a step per unit of learning rate, taken from the first step after
 each merge (there Q is that step) and from the growth between measurements. A measurement is
-launched where the bound has moved by a sixteenth of the limit or nears it, and is read one step
-later, when the device has finished it and is busy with the next step: nothing waits. (Only the
-first of a run is waited for, and all of them where merges come every few steps.) Which step reads
-which measurement does not depend on timing, so all ranks decide alike.
+launched where the bound has come half of the way to the limit, and is read one step later, when the
+device has finished it and is busy with the next step: nothing waits. (Only the first of a run is
+waited for, and all of them where merges come every few steps.) Which step reads which measurement
+does not depend on timing, so all ranks decide alike.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ UNDERESTIMATE = 1.02
 SAFETY = 1.25
 """Allowance for steps that turn further than those measured."""
 
-RESOLUTION = 1 / 16
-"""A measurement is renewed when the bound has moved by this fraction of the limit: steps that
-suddenly double their turn overshoot the limit by about as much."""
+WAY = 1 / 2
+"""A measurement is renewed when the bound has come this far from it to the limit: steps that
+suddenly double their turn are noticed before they pass it."""
+
+LARGE_STEP = 1 / 16
+"""A step that turns by more than this fraction of the limit is measured and read at once."""
 
 MAX_AGE = 16
 """A measurement is renewed after this many steps, however little they seem to turn."""
@@ -84,7 +87,7 @@ class AngleGuard:
             self._pending = _Measurement(self._skews, ledger, step)
             # Waited for only where there is nothing to predict from yet, and where a single step
             # is so large that a merge, far dearer, comes every few steps anyway.
-            if ledger[TURN] == 0.0 or SAFETY * ledger[TURN] * lr > RESOLUTION * self._limit:
+            if ledger[TURN] == 0.0 or SAFETY * ledger[TURN] * lr > LARGE_STEP * self._limit:
                 self.collect(ledger)
         return self._bound(ledger, lr) > self._limit
 
@@ -124,8 +127,7 @@ class AngleGuard:
         return (
             ledger[TURN] == 0.0
             or (ledger[ANGLE] == 0.0 and age == 1)
-            or then - UNDERESTIMATE * ledger[ANGLE] > RESOLUTION * self._limit
-            or then > self._limit
+            or then > (1 - WAY) * UNDERESTIMATE * ledger[ANGLE] + WAY * self._limit
             or age >= MAX_AGE
         )
 

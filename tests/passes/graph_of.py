@@ -16,6 +16,7 @@ from tests.tolerances import assert_close
 
 def prepared(model: nn.Module, block_size: int | tuple[int, int] = 8, **config: Any) -> nn.Module:
     """`model` prepared, with rotations away from the identity."""
+    config.setdefault("formulation", "input_centric")
     poetx.prepare(model, poetx.POETXConfig(block_size=block_size, **config))
     generator = torch.Generator().manual_seed(1)
     for _, _, equivalence in prepared_linears(model):

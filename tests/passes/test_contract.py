@@ -90,14 +90,19 @@ def test_the_graph_of_dynamo_is_not_touched():
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "adopt_linear"])
 def test_every_pass_can_be_left_out_and_the_function_stays(name):
-    model = prepared(SwiGLU().double())
-    x = torch.randn(3, 16).double()
+    model = SwiGLU().double()
+    formulation = "folded" if name == "folded" else "input_centric"
+    config = poetx.POETXConfig(block_size=8, formulation=formulation)
+    poetx.prepare(model, config, shared=[("gate_proj.out", "up_proj.out", "down_proj.in")])
+    model, x = prepared(model, formulation=formulation), torch.randn(3, 16).double()
     options = {"stage": "aot_eager", "disable_passes": name, "verify_passes": True}
     y = torch.compile(model, backend=poetx.poetx_backend, options=options)(x)
     torch.testing.assert_close(y, model(x))
     marks = {
+        "folded": "rotate_blocks",
         "input_centric": "orthogonal_equivalence",
         "share_permutations": "rotate_blocks(x, ",
+        "cancel_permutations": "gate_proj.perm_out, False)",
         "batch_cayley": "cayley_neumann(gate_proj.skew_in",
         "recompute": "cayley",
     }

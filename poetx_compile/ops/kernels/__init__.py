@@ -8,9 +8,14 @@ op                         kernel                                arguments it ta
 =========================  ====================================  ===============================
 `cayley_neumann`           `cayley.cayley_neumann`               fp32, every order
 `cayley_neumann_backward`  `cayley.cayley_neumann_backward`      fp32, order 3
+`rotation_tangent_…`       `tangent.rotation_tangent_backward`   fp32, order 3, narrow, b ≤ 256
+`fold_weight`              `fold.fold_weight`                    to bf16/fp16, rotations fp32
 `rotate_blocks`            `rotate.rotate_blocks`                x fp32/bf16/fp16, rotation fp32
 `block_product`            `block_product.block_product`         fp32/bf16/fp16, also mixed
-`permute_columns`          `permute.permute_columns`             2- and 4-byte elements
+`stacked_block_products`   `block_product.stacked_…`             fp32/bf16/fp16
+`permute_columns`          `permute.permute_columns`             2- and 4-byte elements; rows up to
+                                                                 `MAX_PERMUTE_WIDTH`, of any width
+                                                                 in chunks
 =========================  ====================================  ===============================
 """
 
@@ -25,12 +30,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx_compile.ops.kernels.common import FUSED_RUN, run_length
+from poetx_compile.ops.kernels.narrow import narrow_applies
+
 # ROCm devices have this type too; `input_precision` knows the difference.
 _DEVICE_TYPE = "cuda"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 MAX_PERMUTE_WIDTH = 32768
-"""Columns of a row that `permute_columns` holds in shared memory at once (4 bytes each)."""
+"""Columns of a row that `permute_columns` holds in shared memory at once (4 bytes each), where the
+chunks of the permutation are too short to be moved one by one."""
 
 
 @functools.cache
@@ -41,27 +50,84 @@ def _triton_runs_on(index: int) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-def _cayley_neumann(skew: Tensor, block_size: int, order: int) -> bool:
+def _cayley_neumann(skew: Tensor, block_size: int, order: int, narrow: bool = False) -> bool:
     return skew.dtype == torch.float32 and block_size >= 2
 
 
-def _cayley_neumann_backward(grad: Tensor, skew: Tensor, block_size: int, order: int) -> bool:
+def _cayley_neumann_backward(
+    grad: Tensor, skew: Tensor, block_size: int, order: int, narrow: bool = False
+) -> bool:
     fp32 = skew.dtype == grad.dtype == torch.float32
     return fp32 and block_size >= 2 and order == 3
 
 
-def _rotate_blocks(x: Tensor, rotation: Tensor, *_: Any) -> bool:
-    return x.dtype in _FLOATS and rotation.dtype == torch.float32 and _static(rotation.shape[1])
+def _rotation_tangent_backward(
+    grad: Tensor, skew: Tensor, block_size: int, order: int | None, narrow: bool
+) -> bool:
+    fp32 = skew.dtype == grad.dtype == torch.float32
+    return fp32 and narrow and narrow_applies(block_size, order)
 
 
-def _block_product(x: Tensor, y: Tensor, blocks: int, block_size: int, *_: Any) -> bool:
-    static = _static(blocks) and _static(block_size)
-    return x.dtype in _FLOATS and y.dtype in _FLOATS and static and blocks > 0
+def _fold_weight(
+    weight: Tensor,
+    rotation_in: Tensor | None,
+    rotation_out: Tensor | None,
+    perm_in: Tensor | None,
+    perm_out: Tensor | None,
+    dtype: torch.dtype,
+) -> bool:
+    rotations = [r for r in (rotation_in, rotation_out) if r is not None]
+    narrow = dtype in (torch.bfloat16, torch.float16) and weight.dtype in _FLOATS
+    fp32 = bool(rotations) and all(r.dtype == torch.float32 for r in rotations)
+    return narrow and fp32 and all(map(_static, weight.shape)) and _permutable(weight, perm_in)
+
+
+def _rotate_blocks(
+    x: Tensor, rotation: Tensor, gather: Tensor | None, scatter: Tensor | None, _: bool
+) -> bool:
+    floats = x.dtype in _FLOATS and rotation.dtype == torch.float32
+    return floats and _static(rotation.shape[1]) and _permutable(x, gather, scatter)
+
+
+def _block_product(
+    x: Tensor,
+    y: Tensor,
+    blocks: int,
+    block_size: int,
+    gather_x: Tensor | None,
+    gather_y: Tensor | None,
+) -> bool:
+    floats = x.dtype in _FLOATS and y.dtype in _FLOATS
+    static = _static(blocks) and _static(block_size) and blocks > 0
+    return floats and static and _permutable(x, gather_x, gather_y)
+
+
+def _stacked_block_products(
+    x1: Tensor,
+    y1: Tensor,
+    x2: Tensor,
+    y2: Tensor,
+    blocks1: int,
+    blocks2: int,
+    block_size: int,
+    gather1: Tensor | None,
+    gather2: Tensor | None,
+) -> bool:
+    first = _block_product(x1, y1, blocks1, block_size, gather1, gather1)
+    return first and _block_product(x2, y2, blocks2, block_size, gather2, gather2)
 
 
 def _permute_columns(x: Tensor, pair: Tensor, inverse: bool) -> bool:
+    return x.element_size() in (2, 4) and _permutable(x, pair)
+
+
+def _permutable(x: Tensor, *pairs: Tensor | None) -> bool:
+    """Whether the kernels take rows of this width and permute them by these pairs."""
     width = x.shape[-1]
-    return x.element_size() in (2, 4) and _static(width) and width <= MAX_PERMUTE_WIDTH
+    return _static(width) and all(
+        pair is None or width <= MAX_PERMUTE_WIDTH or run_length(width, 0, pair) >= FUSED_RUN
+        for pair in pairs
+    )
 
 
 def _static(size: Any) -> bool:
@@ -72,16 +138,22 @@ def _static(size: Any) -> bool:
 _MODULES = {
     "cayley_neumann": "cayley",
     "cayley_neumann_backward": "cayley",
+    "rotation_tangent_backward": "tangent",
+    "fold_weight": "fold",
     "rotate_blocks": "rotate",
     "block_product": "block_product",
+    "stacked_block_products": "block_product",
     "permute_columns": "permute",
 }
 
 _ARGUMENTS: dict[str, Callable[..., bool]] = {
     "cayley_neumann": _cayley_neumann,
     "cayley_neumann_backward": _cayley_neumann_backward,
+    "rotation_tangent_backward": _rotation_tangent_backward,
+    "fold_weight": _fold_weight,
     "rotate_blocks": _rotate_blocks,
     "block_product": _block_product,
+    "stacked_block_products": _stacked_block_products,
     "permute_columns": _permute_columns,
 }
 
@@ -89,8 +161,12 @@ _ARGUMENTS: dict[str, Callable[..., bool]] = {
 def applies(op: str, *args: Any) -> bool:
     """Whether the kernel of `op` runs for these arguments (real or fake tensors).
 
-    A symbolic number of tokens counts as not empty: the op looks again when it runs.
+    A symbolic number of tokens counts as not empty: the op looks again when it runs. An op that
+    has no kernel is false.
     """
+    takes = _ARGUMENTS.get(op)
+    if takes is None:
+        return False
     tensors = [a for a in args if isinstance(a, Tensor)]
     device = tensors[0].device
     if device.type != _DEVICE_TYPE or any(t.device != device for t in tensors):
@@ -98,7 +174,7 @@ def applies(op: str, *args: Any) -> bool:
     if any(isinstance(size, int) and size == 0 for t in tensors for size in t.shape):
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _triton_runs_on(index) and _ARGUMENTS[op](*args)
+    return _triton_runs_on(index) and takes(*args)
 
 
 def run(op: str, *args: Any) -> Tensor:

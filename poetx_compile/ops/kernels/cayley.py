@@ -22,6 +22,8 @@ the incoming gradient), four launches of four products::
 
 In memory beside the result: Q, P and H (forward); Q, S, A, Y and M (backward). They are padded with
 zeros to N×N, whole tiles, so that rows are aligned and no product needs a mask.
+
+With `narrow`, order 3 and blocks that fit, the kernels of `cayley_narrow` run instead.
 """
 
 from __future__ import annotations
@@ -34,139 +36,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from poetx_compile.ops.kernels import cayley_narrow
 from poetx_compile.ops.kernels.common import input_precision, launch, power_of_two
+from poetx_compile.ops.kernels.narrow import narrow_applies
+from poetx_compile.ops.kernels.tiles import (
+    above_diagonal,
+    add_product,
+    identity,
+    packed_index,
+    position,
+    store_tile,
+    tile_of,
+)
+from poetx_compile.ops.kernels.unpack import unpack_and_split_kernel, unpack_kernel
 from poetx_compile.ops.polynomial import coefficients
-
-
-@triton.jit
-def _tile(matrix, rows, columns, N: tl.constexpr):
-    """matrix[rows, columns] of one padded block."""
-    return tl.load(matrix + rows[:, None] * N + columns[None, :])
-
-
-@triton.jit
-def _masked_tile(matrix, rows, columns, B: tl.constexpr):
-    """matrix[rows, columns] of one block, zero outside."""
-    inside = (rows[:, None] < B) & (columns[None, :] < B)
-    return tl.load(matrix + rows[:, None] * B + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_tile(matrix, rows, columns, value, WIDTH: tl.constexpr):
-    """Write the part that lies in the matrix."""
-    inside = (rows[:, None] < WIDTH) & (columns[None, :] < WIDTH)
-    tl.store(matrix + rows[:, None] * WIDTH + columns[None, :], value, mask=inside)
-
-
-@triton.jit
-def _identity(rows, columns):
-    return tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
-
-
-@triton.jit
-def _packed_index(rows, columns, B: tl.constexpr):
-    r = rows[:, None]
-    return r * (2 * B - r - 1) // 2 + (columns[None, :] - r - 1)
-
-
-@triton.jit
-def _above_diagonal(rows, columns, B: tl.constexpr):
-    return (rows[:, None] < columns[None, :]) & (columns[None, :] < B)
-
-
-@triton.jit
-def _position(N: tl.constexpr, TILE: tl.constexpr):
-    """(block, row tile, column tile) of this program; the tiles of a block run side by side."""
-    tiles: tl.constexpr = N // TILE
-    program = tl.program_id(0)
-    tile = program % (tiles * tiles)
-    return (program // (tiles * tiles)).to(tl.int64), tile // tiles, tile % tiles
-
-
-@triton.jit
-def _add_product(
-    total,
-    left,
-    right,
-    rows,
-    columns,
-    N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """total + (left right^T)[rows, columns]."""
-    for start in range(0, N, TILE_K):
-        ks = start + tl.arange(0, TILE_K)
-        left_tile = _tile(left, rows, ks, N)
-        right_tile = tl.trans(_tile(right, columns, ks, N))
-        total = tl.dot(left_tile, right_tile, total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
-def _unpack_tile(packed, out, rows, columns, on_diagonal, B: tl.constexpr, N: tl.constexpr):
-    """Write Q on a tile on or above the diagonal, and its mirror image."""
-    stored = _above_diagonal(rows, columns, B)
-    value = tl.load(packed + _packed_index(rows, columns, B), mask=stored, other=0.0)
-    mirrored = -tl.trans(value)
-    if on_diagonal:
-        _store_tile(out, rows, columns, value + mirrored, N)
-    else:
-        _store_tile(out, rows, columns, value, N)
-        _store_tile(out, columns, rows, mirrored, N)
-
-
-@triton.jit
-def unpack_kernel(
-    packed,  # f32[blocks, B(B-1)/2]
-    out,  # f32[blocks, N, N]
-    B: tl.constexpr,
-    N: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """out = Q."""
-    block, row_tile, column_tile = _position(N, TILE)
-    if row_tile > column_tile:
-        return
-    rows = row_tile * TILE + tl.arange(0, TILE)
-    columns = column_tile * TILE + tl.arange(0, TILE)
-    packed += block * (B * (B - 1) // 2)
-    out += block * (N * N)
-    _unpack_tile(packed, out, rows, columns, row_tile == column_tile, B, N)
-
-
-@triton.jit
-def unpack_and_split_kernel(
-    packed,  # f32[blocks, B(B-1)/2]
-    grad,  # f32[blocks, B, B]
-    q_out,  # f32[blocks, N, N]
-    s_out,  # f32[blocks, N, N]
-    a_out,  # f32[blocks, N, N]
-    B: tl.constexpr,
-    N: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Q, S = grad + grad^T, A = grad - grad^T."""
-    block, row_tile, column_tile = _position(N, TILE)
-    if row_tile > column_tile:
-        return
-    rows = row_tile * TILE + tl.arange(0, TILE)
-    columns = column_tile * TILE + tl.arange(0, TILE)
-    packed += block * (B * (B - 1) // 2)
-    grad += block * (B * B)
-    q_out += block * (N * N)
-    s_out += block * (N * N)
-    a_out += block * (N * N)
-    _unpack_tile(packed, q_out, rows, columns, row_tile == column_tile, B, N)
-    direct = _masked_tile(grad, rows, columns, B)
-    flipped = tl.trans(_masked_tile(grad, columns, rows, B))
-    s = direct + flipped
-    a = direct - flipped
-    _store_tile(s_out, rows, columns, s, N)
-    _store_tile(a_out, rows, columns, a, N)
-    if row_tile != column_tile:
-        _store_tile(s_out, columns, rows, tl.trans(s), N)
-        _store_tile(a_out, columns, rows, -tl.trans(a), N)
 
 
 @triton.jit
@@ -183,7 +66,7 @@ def square_kernel(
     PRECISION: tl.constexpr,
 ):
     """P = Q Q and H = OUT_I I + OUT_Q Q + P."""
-    block, row_tile, column_tile = _position(N, TILE)
+    block, row_tile, column_tile = position(N, TILE)
     if row_tile > column_tile:
         return
     q += block * (N * N)
@@ -192,14 +75,14 @@ def square_kernel(
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
     p = tl.zeros((TILE, TILE), tl.float32)
-    p = -_add_product(p, q, q, rows, columns, N, TILE_K, PRECISION)
-    odd = OUT_Q * _tile(q, rows, columns, N)
-    even = p + OUT_I * _identity(rows, columns)
-    _store_tile(p_out, rows, columns, p, N)
-    _store_tile(h_out, rows, columns, even + odd, WIDTH)
+    p = -add_product(p, q, q, rows, columns, N, TILE_K, PRECISION)
+    odd = OUT_Q * tile_of(q, rows, columns, N)
+    even = p + OUT_I * identity(rows, columns)
+    store_tile(p_out, rows, columns, p, N)
+    store_tile(h_out, rows, columns, even + odd, WIDTH)
     if row_tile != column_tile:
-        _store_tile(p_out, columns, rows, tl.trans(p), N)
-        _store_tile(h_out, columns, rows, tl.trans(even - odd), WIDTH)
+        store_tile(p_out, columns, rows, tl.trans(p), N)
+        store_tile(h_out, columns, rows, tl.trans(even - odd), WIDTH)
 
 
 @triton.jit
@@ -218,19 +101,19 @@ def horner_step_kernel(
     PRECISION: tl.constexpr,
 ):
     """out = H P + OUT_I I + OUT_Q Q + OUT_P P."""
-    block, row_tile, column_tile = _position(N, TILE)
+    block, row_tile, column_tile = position(N, TILE)
     q += block * (N * N)
     p += block * (N * N)
     h += block * (N * N)
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
     result = tl.zeros((TILE, TILE), tl.float32)
-    result = _add_product(result, h, p, rows, columns, N, TILE_K, PRECISION)
-    result += OUT_I * _identity(rows, columns)
-    result += OUT_Q * _tile(q, rows, columns, N)
+    result = add_product(result, h, p, rows, columns, N, TILE_K, PRECISION)
+    result += OUT_I * identity(rows, columns)
+    result += OUT_Q * tile_of(q, rows, columns, N)
     if OUT_P != 0:
-        result += OUT_P * _tile(p, rows, columns, N)
-    _store_tile(out + block * (WIDTH * WIDTH), rows, columns, result, WIDTH)
+        result += OUT_P * tile_of(p, rows, columns, N)
+    store_tile(out + block * (WIDTH * WIDTH), rows, columns, result, WIDTH)
 
 
 @triton.jit
@@ -249,7 +132,7 @@ def backward_product_kernel(
     PRECISION: tl.constexpr,
 ):
     """out = X Q^T + Q Y^T + 2 addend; where SKEW, X Q^T - Q X^T + 2 addend, which is skew."""
-    block, row_tile, column_tile = _position(N, TILE)
+    block, row_tile, column_tile = position(N, TILE)
     if SKEW and row_tile > column_tile:
         return
     x += block * (N * N)
@@ -259,24 +142,24 @@ def backward_product_kernel(
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
     result = tl.zeros((TILE, TILE), tl.float32)
-    result = _add_product(result, x, q, rows, columns, N, TILE_K, PRECISION)
+    result = add_product(result, x, q, rows, columns, N, TILE_K, PRECISION)
     if SKEW:
         if row_tile == column_tile:
             result -= tl.trans(result)
         else:
-            result = -_add_product(-result, q, x, rows, columns, N, TILE_K, PRECISION)
+            result = -add_product(-result, q, x, rows, columns, N, TILE_K, PRECISION)
     else:
-        result = _add_product(result, q, y, rows, columns, N, TILE_K, PRECISION)
-    result += 2 * _tile(addend, rows, columns, N)
+        result = add_product(result, q, y, rows, columns, N, TILE_K, PRECISION)
+    result += 2 * tile_of(addend, rows, columns, N)
     if PACKED:
         out += block * (B * (B - 1) // 2)
-        stored = _above_diagonal(rows, columns, B)
-        tl.store(out + _packed_index(rows, columns, B), result, mask=stored)
+        stored = above_diagonal(rows, columns, B)
+        tl.store(out + packed_index(rows, columns, B), result, mask=stored)
     else:
         out += block * (N * N)
-        _store_tile(out, rows, columns, result, N)
+        store_tile(out, rows, columns, result, N)
         if SKEW and row_tile != column_tile:
-            _store_tile(out, columns, rows, -tl.trans(result), N)
+            store_tile(out, columns, rows, -tl.trans(result), N)
 
 
 @dataclass(frozen=True)
@@ -321,9 +204,11 @@ class _Tiling:
         }
 
 
-def cayley_neumann(skew: Tensor, block_size: int, order: int) -> Tensor:
+def cayley_neumann(skew: Tensor, block_size: int, order: int, narrow: bool = False) -> Tensor:
     """`ops.cayley_neumann` of fp32 blocks: 1 + ⌈(k+1)/2⌉ launches, at least two."""
     skew = skew.contiguous()
+    if narrow and narrow_applies(block_size, order):
+        return cayley_narrow.cayley_neumann(skew, block_size)
     blocks = skew.shape[0]
     tiling = _Tiling(block_size)
     programs, padded, constants = tiling.programs(blocks), tiling.padded, tiling.product()
@@ -353,16 +238,20 @@ def cayley_neumann(skew: Tensor, block_size: int, order: int) -> Tensor:
     return inner
 
 
-def cayley_neumann_backward(grad: Tensor, skew: Tensor, block_size: int, order: int) -> Tensor:
+def cayley_neumann_backward(
+    grad: Tensor, skew: Tensor, block_size: int, order: int, narrow: bool = False
+) -> Tensor:
     """`ops.cayley_neumann_backward` of fp32 blocks of order 3: four launches."""
     assert order == 3, order
     grad, skew = grad.contiguous(), skew.contiguous()
+    if narrow and narrow_applies(block_size, order):
+        return cayley_narrow.cayley_neumann_backward(grad, skew, block_size)
     blocks = skew.shape[0]
     tiling = _Tiling(block_size)
     programs, padded = tiling.programs(blocks), tiling.padded
     q, s, a, y, m = (skew.new_empty(blocks, padded, padded) for _ in range(5))
     out = torch.empty_like(skew)
-    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, **tiling.unpacking())
+    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, SIGN=1, **tiling.unpacking())
 
     def product(x: Tensor, other: Tensor, addend: Tensor, result: Tensor, **form: bool) -> None:
         constants = {"B": block_size, **form, **tiling.product()}

@@ -1,13 +1,23 @@
-"""What the kernels share: how they are launched, the precision of products, block sizes."""
+"""What the kernels share: launches, the precision of products, sizes, chunks of permutations."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+MULTIPROCESSORS = 132
+"""Of a large GPU (H100, H200). A constant: splits of a sum must not depend on the device."""
+
+FUSED_RUN = 8
+"""Neighbouring columns a gather needs to be part of a product: 16 bytes of 2-byte elements, one
+load of a thread. Shorter ones cost 3 to 20 times the plain product, a permutation of its own one
+pass over the data."""
 
 _tracing = contextvars.ContextVar("poetx_tracing_launches", default=False)
 
@@ -70,6 +80,30 @@ def ceil_div(a: Any, b: int) -> Any:
 def power_of_two(size: int, low: int, high: int) -> int:
     """The smallest power of two ≥ `size`, within [low, high]."""
     return max(low, min(high, 1 << (size - 1).bit_length()))
+
+
+def chunk_length(pair: Tensor | None, width: Any) -> int:
+    """c of a permutation pair of `width` columns; 0 without a pair."""
+    return 0 if pair is None else width // pair.shape[1]
+
+
+def run_length(width: Any, block_size: int, *pairs: Tensor | None) -> int:
+    """Columns, at most 16, whose aligned groups stay together under every pair, in every block.
+
+    Such a group is one contiguous run of memory that begins at a multiple of its length.
+    `block_size` is 0 where there are no blocks.
+    """
+    return math.gcd(16, block_size, *(chunk_length(pair, width) for pair in pairs))
+
+
+def is_fused(pair: Tensor | None, width: Any, block_size: int) -> bool:
+    """Whether a product of blocks gathers (scatters) by this pair itself."""
+    return pair is not None and run_length(width, block_size, pair) >= FUSED_RUN
+
+
+def row_or(pair: Tensor | None, row: int, otherwise: Tensor) -> Tensor:
+    """A row of a pair; `otherwise`, for a kernel that will not read it, without a pair."""
+    return otherwise if pair is None else pair.select(0, row)
 
 
 def known(size: Any, otherwise: int) -> int:

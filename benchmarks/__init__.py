@@ -1,0 +1,14 @@
+"""Benchmarks, run by hand from the root of the repository; every row names its hardware.
+
+==============================  ====================================================================
+``python -m benchmarks.layers``   one layer, forward + backward, against a trained `nn.Linear`
+``python -m benchmarks.cayley``   packed skew parameters → rotations, and the gradient
+``python -m benchmarks.permute``  a permutation of the columns of an activation
+``python -m benchmarks.merge``    merge-then-reinitialise of one layer
+``python -m benchmarks.step``     a training step of a whole model against dense AdamW
+``python -m benchmarks.plot``     figures of the results of `layers`
+==============================  ====================================================================
+
+Each prints a table and writes ``benchmarks/results/<name>-<gpu>.json``, a list of rows, after every
+row. No time is taken of anything that has not passed its correctness gate in the same process.
+"""

@@ -1,0 +1,135 @@
+"""A training step of a whole model, POET-X against the same model with fused AdamW.
+
+Each method runs in a process of its own with empty compiler caches: tokens/s (merges spread over
+their interval), the time of the first step, and memory by part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks import options, peer
+from benchmarks.options import list_of, positive
+from benchmarks.rows import Row, line, result_path, table, write
+from benchmarks.step_worker import DENSE, OPTIMIZERS, PEER, POETX, StepCase
+
+ROOT = Path(__file__).resolve().parent.parent
+
+COLUMNS = (
+    "method", "optimizer", "variant", "formulation", "permutation", "block_size", "ms", "linear_ms",
+    "ratio", "tokens_per_s", "speed_ratio", "first_step_s", "first_step_ratio", "weights_mib",
+    "gradients_mib", "optimizer_mib", "activations_mib", "peak_mib", "peak_ratio", "merge_share",
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Row]:
+    """Run the benchmark; returns its rows, the dense one first."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.cuda_graphs and args.stage != "inductor":
+        parser.error("--cuda-graphs needs --stage inductor")
+    if unknown := sorted(set(args.optimizers) - set(OPTIMIZERS)):
+        parser.error(f"--optimizers {','.join(unknown)}: use some of {','.join(OPTIMIZERS)}")
+    rows: list[Row] = []
+    for case in cases(args):
+        row = _in_process(case)
+        rows.append(compared(row, rows[0] if rows else row))
+        path = result_path(args.output, args.name, row["gpu"])
+        write(path, rows)
+        print(f"{len(rows)}: {line(rows[-1], COLUMNS)}", file=sys.stderr, flush=True)
+    print(f"{table(rows, COLUMNS)}\n\n{len(rows)} rows in {path}")
+    return rows
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = options.parser("step", __doc__)
+    options.add_poetx(parser, block_sizes=(256,))
+    peer.add_option(parser)
+    add = parser.add_argument
+    add("--optimizers", type=list_of(str), default=("adamw",), help="of POET-X: adamw,muon")
+    add("--preset", default="1b", help="shapes of examples/llama.py")
+    add("--vocabulary", type=positive, default=32000)
+    add("--batch", type=positive, default=8)
+    add("--length", type=positive, default=1024)
+    add("--lr", type=float, default=1e-4)
+    add("--cuda-graphs", action="store_true", help='compile with mode="reduce-overhead"')
+    add("--warmup", type=int, default=5, help="steps after the first that are not timed")
+    add("--steps", type=positive, default=10, help="steps timed in each round")
+    add("--rounds", type=positive, default=3)
+    add("--merge-interval", type=positive, default=200, help="over which a merge is spread")
+    return parser
+
+
+def cases(args: argparse.Namespace) -> Iterator[StepCase]:
+    """The dense model, all choices of POET-X, and the peer's two variants where there is one."""
+    fields = {field.name for field in dataclasses.fields(StepCase)}
+    common = {name: value for name, value in vars(args).items() if name in fields}
+    device = options.pick_device(args.device)
+    common["dtype"] = str(options.pick_dtype(args.dtype, device)).removeprefix("torch.")
+    common["peer"] = None
+    dense = StepCase(method=DENSE, **common)
+    yield dense
+    for block_size, optimizer, variant in itertools.product(
+        args.block_sizes, args.optimizers, args.variants
+    ):
+        for formulation, permutation in itertools.product(args.formulations, args.permutations):
+            yield dataclasses.replace(
+                dense,
+                method=POETX,
+                block_size=block_size,
+                optimizer=optimizer,
+                variant=variant,
+                formulation=formulation,
+                permutation=permutation,
+            )
+        if args.peer is not None:
+            yield dataclasses.replace(
+                dense,
+                method=PEER,
+                block_size=block_size,
+                variant=variant,
+                peer=str(args.peer.resolve()),
+            )
+
+
+def compared(row: Row, dense: Row) -> Row:
+    """A row with its ratios over the dense one; a dense row has no configuration of POET-X."""
+    ratios = {
+        "linear_ms": dense["ms"],
+        "ratio": row["ms"] / dense["ms"],
+        "speed_ratio": row["tokens_per_s"] / dense["tokens_per_s"],
+        "first_step_ratio": row["first_step_s"] / dense["first_step_s"],
+        "peak_ratio": row["peak_mib"] / dense["peak_mib"] if row["peak_mib"] else None,
+    }
+    if row["method"] == POETX:
+        return row | ratios
+    unused = ["formulation", "permutation", "optimizer"]
+    unused += ["variant", "block_size"] if row["method"] == DENSE else []
+    return row | ratios | dict.fromkeys(unused)
+
+
+def _in_process(case: StepCase) -> Row:
+    """Run the worker with empty caches and read its row; it writes what it has to say to stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "row.json"
+        environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),
+            "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
+        }
+        command = [sys.executable, "-m", "benchmarks.step_worker"]
+        command += [json.dumps(dataclasses.asdict(case)), str(output)]
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

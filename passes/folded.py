@@ -1,0 +1,166 @@
+"""Pass `folded`: rotations go into the weight, side by side, where that is the cheaper form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from poetx_compile.passes import cost, graphs, sides
+from poetx_compile.passes.contract import GraphPass, Refusal
+from poetx_compile.passes.cost import Machine
+
+CONDITION = "fold where T >"
+"""How a side's choice is told, T being the number of tokens."""
+
+_NONE = (None, None, None)
+
+
+class Folded(GraphPass[fx.Node]):
+    """Linear over an orthogonal-equivalence weight → linear over a weight that is folded once.
+
+    Before (x: [..., m], S: [n, m])::
+
+        w: [n, m] = poetx.orthogonal_equivalence(S, skew_in, skew_out, perm_in, perm_out, b, b', k)
+        y: [..., n] = linear(x, w, bias)
+
+    After, with both sides folded::
+
+        g_in: [m//b, b, b] fp32 = poetx.cayley_neumann(skew_in.detach(), b, k, narrow)
+        g_out: [n//b', b', b'] fp32 = poetx.cayley_neumann((-skew_out).detach(), b', k, narrow)
+        w: [n, m] = poetx.fold_weight(S, g_in, g_out, perm_in, perm_out, dtype)
+        e_in: [m//b, b, b] = poetx.rotation_tangent(skew_in, b, k, narrow)
+        e_out: [n//b', b', b'] = poetx.rotation_tangent(-skew_out, b', k, narrow)
+        v: [..., n] = poetx.folded_linear(x, w, e_in, e_out, perm_in, perm_out)
+        y: [..., n] = v + bias.type_as(v)
+
+    The tangents are zeros that carry gradients and are never computed; no activation is rotated or
+    permuted, and nothing but x and v is kept. A side that is not folded is rotated as in
+    `input_centric`, around the product with the weight that the other side is folded into.
+
+    With ``formulation="auto"`` each side takes the cheaper form by the model of `cost`, at the
+    sizes seen while tracing, and only where the layer computes in bf16 or fp16. Handles what
+    `input_centric` handles, and refuses what it refuses.
+
+    Args:
+        formulation: ``"auto"`` or ``"folded"`` (every side).
+        folds: how often a step folds: 1 where the weight is kept for the backward, else 2.
+        machine: the rates of the cost model.
+        within_guard: whether the angles stay where the inverse of a rotation may be a series
+            (docs/numerics.md); without it ``"auto"`` rotates.
+    """
+
+    name = "folded"
+
+    def __init__(
+        self,
+        formulation: str = "auto",
+        folds: int = 1,
+        machine: Machine | None = None,
+        within_guard: bool = True,
+    ):
+        self.formulation, self.folds, self.within_guard = formulation, folds, within_guard
+        self.machine = machine or Machine()
+        self._chosen: dict[fx.Node, list[sides.Side]] = {}
+
+    def sites(self, graph: fx.Graph) -> Iterable[fx.Node]:
+        return [n for n in graph.nodes if graphs.is_op(n, *graphs.EQUIVALENCE)]
+
+    def describe(self, site: fx.Node) -> dict[str, Any]:
+        return sides.describe(site)
+
+    def decide(self, site: fx.Node) -> str:
+        if other := sides.reader_other_than_linear(site):
+            raise Refusal(f"the weight is read by {other}, not by F.linear")
+        if any(graphs.in_transform(u) for u in site.users):
+            raise Refusal("inside a torch.func transform")
+        if len({sides.compute_dtype(linear) for linear in site.users}) != 1:
+            raise Refusal("its calls compute in several dtypes")
+        both = [side for side in sides.sides_of(site) if side.blocks]
+        if not both:
+            raise Refusal("no side has a rotation")
+        if self.formulation == "folded":
+            self._chosen[site] = both
+            return "folded"
+        if not sides.is_narrow(site):
+            raise Refusal("rotated: a weight is folded where the layer computes in bf16 or fp16")
+        if not self.within_guard:
+            raise Refusal("rotated: to fold, the angle guard (max_angle) must be at its default")
+        formulas = {side.name: self._formula(site, side) for side in both}
+        self._chosen[site] = [side for side in both if self._cheaper(site, side)]
+        detail = ", ".join(
+            f"{'folded' if side in self._chosen[site] else 'rotated'} {formulas[side.name]}"
+            for side in both
+        )
+        if not self._chosen[site]:
+            raise Refusal(detail)
+        return detail
+
+    def _costs(self, site: fx.Node, side: sides.Side) -> tuple[sympy.Expr, sympy.Expr]:
+        """Seconds of rotating (a function of the tokens) and of folding this side."""
+        side_in, side_out = sides.sides_of(site)
+        dtype = sides.compute_dtype(next(iter(site.users)))
+        assert dtype is not None
+        rotate = cost.rotate_seconds(side.width, side.block, dtype.itemsize, self.machine)
+        shape = (side_out.width, side_in.width)
+        return rotate, cost.fold_seconds(
+            shape, side.block, dtype.itemsize, self.machine, self.folds
+        )
+
+    def _cheaper(self, site: fx.Node, side: sides.Side) -> bool:
+        """Whether folding is cheaper at the sizes seen while tracing."""
+        rotate, fold = self._costs(site, side)
+        tokens = 0
+        for linear in site.users:
+            shape = graphs.shape_of(graphs.linear_arguments(linear)[0])
+            assert shape is not None
+            tokens += cost.hint_of(shape)
+        return bool(fold < rotate.subs(cost.TOKENS, tokens))
+
+    def _formula(self, site: fx.Node, side: sides.Side) -> str:
+        """The choice as a condition on the number of tokens T."""
+        rotate, fold = self._costs(site, side)
+        return f"{side.name} ({CONDITION} {cost.break_even(rotate, fold)})"
+
+    def apply(self, graph: fx.Graph, site: fx.Node) -> None:
+        stored, narrow = site.args[0], sides.is_narrow(site)
+        side_in, side_out = sides.sides_of(site)
+        chosen = self._chosen.pop(site)
+        first = next(iter(site.users))
+        with graph.inserting_before(site):
+            (turn_in, r_in, e_in, pair_in), (turn_out, r_out, e_out, pair_out) = [
+                (None, *sides.folded(graph, side, first, narrow))
+                if side in chosen
+                else (sides.rotation(graph, side, first, narrow) if side.blocks else None, *_NONE)
+                for side in (side_in, side_out)
+            ]
+            weight = sides.once(
+                graph,
+                torch.ops.poetx.fold_weight.default,
+                (stored, r_in, r_out, pair_in, pair_out, sides.compute_dtype(first)),
+                first,
+                graphs.FOLDED_WEIGHT,
+            )
+        for linear in list(site.users):
+            x, _, bias = graphs.linear_arguments(linear)
+            with graph.inserting_before(linear):
+                y = x
+                if turn_in is not None:
+                    y = sides.rotate(graph, y, turn_in, side_in.pair, None)
+                    graphs.inherit(y, linear, graphs.INTERMEDIATE)
+                y = graph.call_function(
+                    torch.ops.poetx.folded_linear.default,
+                    (y, weight, e_in, e_out, pair_in, pair_out),
+                )
+                role = graphs.OUTPUT if turn_out is None else graphs.INTERMEDIATE
+                graphs.inherit(y, linear, role)
+                if turn_out is not None:
+                    y = sides.rotate(graph, y, turn_out, None, side_out.pair)
+                    graphs.inherit(y, linear)
+                y = sides.add_bias(graph, y, bias, linear)
+            linear.replace_all_uses_with(y)
+            graph.erase_node(linear)
+        graph.erase_node(site)

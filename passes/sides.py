@@ -1,0 +1,139 @@
+"""The nodes that both formulations of a layer are made of."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from poetx_compile.passes import graphs
+
+NARROW = (torch.bfloat16, torch.float16)
+"""Compute dtypes that round a rotation so much that its products need no fp32 operands."""
+
+
+class Side(NamedTuple):
+    """One side of an orthogonal-equivalence weight: the arguments of the op, and its width."""
+
+    name: str
+    skew: fx.Node
+    pair: fx.Node
+    block: int
+    order: int | None
+    width: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks; a side of size 1 has none."""
+        shape = graphs.shape_of(self.skew)
+        return self.width // min(self.block, self.width) if shape is None else int(shape[0])
+
+
+def sides_of(equivalence: fx.Node) -> tuple[Side, Side]:
+    """The input and the output side of an ``orthogonal_equivalence`` node."""
+    stored, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order = equivalence.args
+    shape = graphs.shape_of(stored)
+    assert shape is not None, "a weight has a known shape"
+    n, m = (int(size) for size in shape)
+    return (
+        Side("in", skew_in, perm_in, block_in, order, m),  # type: ignore[arg-type]
+        Side("out", skew_out, perm_out, block_out, order, n),  # type: ignore[arg-type]
+    )
+
+
+def compute_dtype(linear: fx.Node) -> torch.dtype | None:
+    """The dtype a linear computes in, that of autocast included."""
+    value = linear.meta.get(graphs.VALUE)
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def is_narrow(equivalence: fx.Node) -> bool:
+    """Whether every linear over this weight computes in bf16 or fp16."""
+    dtypes = {compute_dtype(linear) for linear in equivalence.users}
+    return bool(dtypes) and dtypes <= set(NARROW)
+
+
+def rotation(graph: fx.Graph, side: Side, origin: fx.Node, narrow: bool, skew: Any = None) -> Any:
+    """The rotations of a side [blocks, b, b], of its skew parameter or of `skew` in its place."""
+    skew = side.skew if skew is None else skew
+    target: Any = torch.ops.poetx.cayley_neumann.default
+    args: tuple[Any, ...] = (skew, side.block, side.order, *_if(narrow))
+    if side.order is None:
+        target, args = torch.ops.poetx.cayley_exact.default, (skew, side.block)
+    return once(graph, target, args, origin, graphs.ROTATION)
+
+
+def _if(narrow: bool) -> tuple[bool, ...]:
+    """The last argument of the Cayley ops, left out where it has its default."""
+    return (True,) if narrow else ()
+
+
+def folded(
+    graph: fx.Graph, side: Side, origin: fx.Node, narrow: bool
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """What a folded side needs: its rotations, their tangent [blocks, b, b], its permutation.
+
+    The output side's rotations multiply the weight from the left: Gᵀ, which is that of −Q. The
+    gradient goes through the tangent alone.
+    """
+    skew = side.skew
+    if side.name == "out":
+        skew = once(graph, "neg", (skew,), origin, graphs.ROTATION)
+    constant = once(graph, "detach", (skew,), origin, graphs.ROTATION)
+    target = torch.ops.poetx.rotation_tangent.default
+    args = (skew, side.block, side.order, *_if(narrow))
+    tangent = once(graph, target, args, origin, graphs.TANGENT)
+    return rotation(graph, side, origin, narrow, constant), tangent, side.pair
+
+
+def rotate(graph: fx.Graph, x: Any, rotations: Any, gather: Any, scatter: Any) -> fx.Node:
+    """``x`` rotated by blocks of columns."""
+    return graph.call_function(
+        torch.ops.poetx.rotate_blocks.default, (x, rotations, gather, scatter, False)
+    )
+
+
+def add_bias(graph: fx.Graph, y: fx.Node, bias: Any, origin: fx.Node) -> fx.Node:
+    """``y + bias`` in y's dtype, behind the rotation; y where there is no bias."""
+    if bias is None:
+        return y
+    cast = graphs.inherit(graph.call_method("type_as", (bias, y)), origin)
+    return graphs.inherit(graph.call_function(operator.add, (y, cast)), origin)
+
+
+def once(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node, role: str
+) -> fx.Node:
+    """The node ``target(*args)``, the one there is already where there is one.
+
+    A module that is called twice reads its weight twice; rotations are built once.
+    """
+    first = next(a for a in args if isinstance(a, fx.Node))
+    for made in first.users:
+        if made.target == target and made.args == args and not made.kwargs:
+            return made
+    make = graph.call_method if isinstance(target, str) else graph.call_function
+    return graphs.inherit(make(target, args), origin, role)
+
+
+def reader_other_than_linear(equivalence: fx.Node) -> str | None:
+    """The name of a reader of the weight that is no ``F.linear`` over it, if there is one."""
+    for user in equivalence.users:
+        if graphs.is_linear(user):
+            x, w, bias = graphs.linear_arguments(user)
+            if w is equivalence and x is not equivalence and bias is not equivalence:
+                continue
+        return getattr(user.target, "__name__", str(user.target))
+    return None
+
+
+def describe(equivalence: fx.Node) -> dict[str, Any]:
+    """The fields of an event about one weight."""
+    side_in, side_out = sides_of(equivalence)
+    return {
+        "layers": graphs.layers_of([equivalence]),
+        "shape": (side_out.width, side_in.width),
+        "blocks": " | ".join(f"{side.blocks}x{side.block}" for side in (side_in, side_out)),
+    }

@@ -1,0 +1,71 @@
+"""Triton's mutation analysis, done once a kernel instead of three times a launch.
+
+Inductor asks of every node that launches a user's kernel which tensors it writes, and each time the
+kernel is parsed down to Triton's IR, some 20 ms. A model launches a handful of kernels thousands of
+times: on a 24-layer model that was most of the first step. The answer depends on the kernel, its
+constants and the dtypes of its tensors alone, so it is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+_FUNCTIONS = ("identify_mutated_tensors", "identify_accessed_tensors")
+"""The analysis in torch 2.11 and its successor; the module has one of the two."""
+
+_answers: dict[Hashable, Any] = {}
+_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def analysis_kept() -> Iterator[None]:
+    """Inside, the analysis of this package's kernels is remembered; other kernels are untouched."""
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    with _lock, contextlib.ExitStack() as patches:
+        for name in _FUNCTIONS:
+            function = getattr(triton_kernel_wrap, name, None)
+            if function is not None:
+                kept = _remembering(name, function)
+                patches.enter_context(mock.patch.object(triton_kernel_wrap, name, kept))
+        yield
+
+
+def _remembering(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def identify(kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> Any:
+        ours = str(getattr(kernel, "__module__", "")).startswith("poetx_compile.")
+        if not ours or tma_descriptor_metadata:
+            return function(kernel, kwargs, tma_descriptor_metadata)
+        key = name, kernel, tuple((k, _kind(v)) for k, v in kwargs.items())
+        if key not in _answers:
+            _answers[key] = function(kernel, kwargs, tma_descriptor_metadata)
+        return _answers[key]
+
+    return identify
+
+
+def _kind(value: Any) -> Hashable:
+    """What the analysis sees of an argument."""
+    if isinstance(value, Tensor):
+        return value.dtype
+    if hasattr(value, "get_dtype"):  # a tensor while Inductor lowers the graph
+        return value.get_dtype()
+    if isinstance(value, torch.SymInt | sympy.Expr) and not isinstance(value, sympy.Integer):
+        return "symbolic"
+    return value
+
+
+def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Inductor's compilation of one graph (forward, backward or inference), analysis kept."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    with analysis_kept():
+        return compile_fx_inner(gm, example_inputs, **kwargs)

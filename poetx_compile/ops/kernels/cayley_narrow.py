@@ -1,0 +1,255 @@
+"""Triton kernels of the Cayley-Neumann expansion of order 3 with 2-byte operands.
+
+For results that are rounded to bf16 or fp16 where they are used. Operands of products are rounded
+to bf16, sums are fp32, and the term of first order stays fp32: ``2Q`` of the rotation,
+``2(∂L/∂G − ∂L/∂Gᵀ)`` of the gradient. Rounding Q instead would turn every plane by a slightly other
+angle, an error as large as the rounding of the result; in the products, which are of second order,
+it is smaller by the angle.
+
+Forward, two launches. Q (128 KiB of bf16 at b = 256) stays in the shared memory of a program while
+a panel of rows goes through the three products of Horner's rule::
+
+    1:  Q                                   unpacked, rounded
+    2:  G = I + 2Q + ((Q Q + 2Q) Q + 2Q) Q  by row panels, read from and written to memory once
+
+Backward, four launches of four products. With x and y the products by −Q from the left and right,
+and S and A twice the symmetric and skew part of the incoming gradient, the gradient is
+``2A + 2(x² + xy + y²) A + (x + y)(2 + x² + y²) S = 2A + K − Kᵀ`` with
+``K = x [2S + x(A + B) + y B]``, ``B = A + x S``::
+
+    1:  Q unpacked, S, A                    rounded
+    2:  B = A − Q S
+    3:  M = 2S − Q (A + B) − B Q
+    4:  result = 2A + Qᵀ M − Mᵀ Q           above the diagonal, written packed
+
+Matrices are padded with zeros to N×N, a power of two, so that rows are aligned, N can be the side
+of a tile, and no product needs a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from poetx_compile.ops.kernels.common import launch
+from poetx_compile.ops.kernels.narrow import NarrowTiling
+from poetx_compile.ops.kernels.tiles import (
+    above_diagonal,
+    identity,
+    masked_tile,
+    packed_index,
+    position,
+    store_tile,
+    tile_of,
+)
+from poetx_compile.ops.kernels.unpack import unpack_and_split_kernel, unpack_kernel
+
+
+@triton.jit
+def panel_position(N: tl.constexpr, PANEL: tl.constexpr):
+    """(block, rows) of this program; the panels of a block run side by side."""
+    program = tl.program_id(0)
+    rows = (program % (N // PANEL)) * PANEL + tl.arange(0, PANEL)
+    return (program // (N // PANEL)).to(tl.int64), rows
+
+
+@triton.jit
+def _unpacked(packed, rows, columns, B: tl.constexpr):
+    """Q[rows, columns] in fp32, both triangles read in the order in which they are stored."""
+    r = rows[:, None]
+    c = columns[None, :]
+    above = above_diagonal(rows, columns, B)
+    below = (c < r) & (r < B)
+    upper = tl.load(packed + packed_index(rows, columns, B), mask=above, other=0.0)
+    at = c * (2 * B - c - 1) // 2 + (r - c - 1)
+    return upper - tl.load(packed + at, mask=below, other=0.0)
+
+
+@triton.jit
+def rotation_kernel(
+    q,  # [blocks, N, N], 2-byte elements
+    packed,  # f32[blocks, B(B-1)/2]
+    out,  # f32[blocks, B, B]
+    B: tl.constexpr,
+    N: tl.constexpr,
+    PANEL: tl.constexpr,
+):
+    """out = I + 2Q + 2Q^2 + 2Q^3 + Q^4 on a panel of rows."""
+    block, rows = panel_position(N, PANEL)
+    q += block * (N * N)
+    columns = tl.arange(0, N)
+    resident = tile_of(q, columns, columns, N)
+    panel = tile_of(q, rows, columns, N).to(tl.float32)
+    total = -panel
+    # A loop, not unrolled: Triton splits the rows of a chain of products among all warps, which
+    # leaves some of them idle where a panel is low; of one product it splits the columns too.
+    for _ in range(3):
+        total = tl.dot((total + 2 * panel).to(q.dtype.element_ty), resident)
+    packed += block * (B * (B - 1) // 2)
+    result = total + 2 * _unpacked(packed, rows, columns, B) + identity(rows, columns)
+    store_tile(out + block * (B * B), rows, columns, result, B)
+
+
+@triton.jit
+def backward_step_kernel(
+    q,  # [blocks, N, N], 2-byte elements, like all the others
+    right,  # [blocks, N, N]
+    other,  # [blocks, N, N]
+    addend,  # [blocks, N, N]
+    out,  # [blocks, N, N]
+    N: tl.constexpr,
+    SECOND: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """out = addend - Q right; where SECOND, 2 addend - Q (right + other) - other Q."""
+    block, row_tile, column_tile = position(N, TILE)
+    base = block * (N * N)
+    q += base
+    right += base
+    other += base
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, N, TILE_K):
+        ks = start + tl.arange(0, TILE_K)
+        factor = tile_of(right, ks, columns, N)
+        if SECOND:
+            factor = factor.to(tl.float32) + tile_of(other, ks, columns, N).to(tl.float32)
+            factor = factor.to(q.dtype.element_ty)
+            total = tl.dot(tile_of(other, rows, ks, N), tile_of(q, ks, columns, N), total)
+        total = tl.dot(tile_of(q, rows, ks, N), factor, total)
+    result = tile_of(addend + base, rows, columns, N).to(tl.float32)
+    if SECOND:
+        result = 2 * result
+    store_tile(out + base, rows, columns, result - total, N)
+
+
+@triton.jit
+def packed_gradient_kernel(
+    left,  # [blocks, N, N], 2-byte elements
+    right,  # [blocks, N, N], 2-byte elements
+    addend,  # [blocks, N, N], 2-byte elements; read where HAS_ADDEND
+    grad,  # f32[blocks, B, B]
+    out,  # f32[blocks, B(B-1)/2]
+    B: tl.constexpr,
+    N: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """out = 2 (grad - grad^T) + K - K^T with K = addend + left^T right, packed."""
+    block, row_tile, column_tile = position(N, TILE)
+    if row_tile > column_tile:
+        return
+    base = block * (N * N)
+    left += base
+    right += base
+    addend += base
+    grad += block * (B * B)
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
+    # First (left^T right)^T, so that one accumulator takes the difference.
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, N, TILE_K):
+        ks = start + tl.arange(0, TILE_K)
+        transposed = tl.trans(tile_of(right, ks, rows, N))
+        total = tl.dot(transposed, tile_of(left, ks, columns, N), total)
+    total = -total
+    for start in range(0, N, TILE_K):
+        ks = start + tl.arange(0, TILE_K)
+        transposed = tl.trans(tile_of(left, ks, rows, N))
+        total = tl.dot(transposed, tile_of(right, ks, columns, N), total)
+    if HAS_ADDEND:
+        total += tile_of(addend, rows, columns, N).to(tl.float32)
+        total -= tl.trans(tile_of(addend, columns, rows, N)).to(tl.float32)
+    leading = masked_tile(grad, rows, columns, B) - tl.trans(masked_tile(grad, columns, rows, B))
+    out += block * (B * (B - 1) // 2)
+    stored = above_diagonal(rows, columns, B)
+    tl.store(out + packed_index(rows, columns, B), 2 * leading + total, mask=stored)
+
+
+def cayley_neumann(
+    skew: Tensor,
+    block_size: int,
+    *,
+    tiling: NarrowTiling | None = None,
+    operands: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Rotations of order 3 of contiguous fp32 `skew`; two launches.
+
+    Args:
+        skew: f32[blocks, b(b−1)/2], contiguous.
+        block_size: b.
+        tiling: default that of the block size.
+        operands: what products take. bf16 keeps the range of fp32.
+
+    Returns:
+        f32[blocks, b, b].
+    """
+    tiling = tiling or NarrowTiling(block_size)
+    blocks, padded = skew.shape[0], tiling.padded
+    q = skew.new_empty(blocks, padded, padded, dtype=operands)
+    out = skew.new_empty(blocks, block_size, block_size)
+    launch(unpack_kernel, tiling.unpacking_programs(blocks), skew, q, **tiling.unpacking())
+    launch(rotation_kernel, tiling.panels(blocks), q, skew, out, B=block_size, **tiling.chain())
+    return out
+
+
+def cayley_neumann_backward(
+    grad: Tensor,
+    skew: Tensor,
+    block_size: int,
+    *,
+    tiling: NarrowTiling | None = None,
+    operands: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Gradient of `cayley_neumann`: from f32[blocks, b, b] to f32[blocks, b(b−1)/2]; four launches.
+
+    Arguments as for `cayley_neumann`; both tensors are contiguous.
+    """
+    tiling = tiling or NarrowTiling(block_size)
+    q, s, a = split(grad, skew, tiling, operands)
+    b_out, m_out = torch.empty_like(q), torch.empty_like(q)
+    programs, constants = tiling.tiles(skew.shape[0]), tiling.product()
+    launch(backward_step_kernel, programs, q, s, s, a, b_out, SECOND=False, **constants)
+    launch(backward_step_kernel, programs, q, a, b_out, s, m_out, SECOND=True, **constants)
+    return packed_gradient(q, m_out, None, grad, tiling)
+
+
+def split(
+    grad: Tensor, skew: Tensor, tiling: NarrowTiling, operands: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, ``S = grad + gradᵀ`` and ``A = grad − gradᵀ``; padded, of `operands`."""
+    blocks, padded = skew.shape[0], tiling.padded
+    q, s, a = (skew.new_empty(blocks, padded, padded, dtype=operands) for _ in range(3))
+    programs = tiling.unpacking_programs(blocks)
+    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, **tiling.unpacking())
+    return q, s, a
+
+
+def packed_gradient(
+    left: Tensor,
+    right: Tensor,
+    addend: Tensor | None,
+    grad: Tensor,
+    tiling: NarrowTiling,
+) -> Tensor:
+    """``2 (grad − gradᵀ) + K − Kᵀ``, ``K = addend + leftᵀ right``, above the diagonal."""
+    blocks, b = grad.shape[0], tiling.block_size
+    out = grad.new_empty(blocks, b * (b - 1) // 2)
+    launch(
+        packed_gradient_kernel,
+        tiling.tiles(blocks),
+        left,
+        right,
+        left if addend is None else addend,
+        grad,
+        out,
+        B=b,
+        HAS_ADDEND=addend is not None,
+        **tiling.product(),
+    )
+    return out

@@ -1,0 +1,74 @@
+"""What the Triton kernels of b×b blocks share: tiles of matrices and the packed index.
+
+Matrices of a block are row-major; N is the side padded to whole tiles, B the block size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of(matrix, rows, columns, N: tl.constexpr):
+    """matrix[rows, columns] of one padded block."""
+    return tl.load(matrix + rows[:, None] * N + columns[None, :])
+
+
+@triton.jit
+def masked_tile(matrix, rows, columns, B: tl.constexpr):
+    """matrix[rows, columns] of one block, zero outside."""
+    inside = (rows[:, None] < B) & (columns[None, :] < B)
+    return tl.load(matrix + rows[:, None] * B + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(matrix, rows, columns, value, WIDTH: tl.constexpr):
+    """Write the part that lies in the matrix."""
+    inside = (rows[:, None] < WIDTH) & (columns[None, :] < WIDTH)
+    tl.store(matrix + rows[:, None] * WIDTH + columns[None, :], value, mask=inside)
+
+
+@triton.jit
+def identity(rows, columns):
+    return tl.where(rows[:, None] == columns[None, :], 1.0, 0.0)
+
+
+@triton.jit
+def packed_index(rows, columns, B: tl.constexpr):
+    r = rows[:, None]
+    return r * (2 * B - r - 1) // 2 + (columns[None, :] - r - 1)
+
+
+@triton.jit
+def above_diagonal(rows, columns, B: tl.constexpr):
+    return (rows[:, None] < columns[None, :]) & (columns[None, :] < B)
+
+
+@triton.jit
+def position(N: tl.constexpr, TILE: tl.constexpr):
+    """(block, row tile, column tile) of this program; the tiles of a block run side by side."""
+    tiles: tl.constexpr = N // TILE
+    program = tl.program_id(0)
+    tile = program % (tiles * tiles)
+    return (program // (tiles * tiles)).to(tl.int64), tile // tiles, tile % tiles
+
+
+@triton.jit
+def add_product(
+    total,
+    left,
+    right,
+    rows,
+    columns,
+    N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """total + (left right^T)[rows, columns]."""
+    for start in range(0, N, TILE_K):
+        ks = start + tl.arange(0, TILE_K)
+        left_tile = tile_of(left, rows, ks, N)
+        right_tile = tl.trans(tile_of(right, columns, ks, N))
+        total = tl.dot(left_tile, right_tile, total, input_precision=PRECISION)
+    return total

@@ -1,0 +1,92 @@
+"""Triton kernels that unpack skew blocks, and split a gradient into symmetric and skew part.
+
+Bandwidth-bound. What they write is rounded to the dtype of the output: a rounded skew matrix is
+skew, a rounded symmetric one symmetric.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from poetx_compile.ops.kernels.tiles import (
+    above_diagonal,
+    masked_tile,
+    packed_index,
+    position,
+    store_tile,
+)
+
+
+@triton.jit
+def _unpack_tile(
+    packed,
+    out,
+    rows,
+    columns,
+    on_diagonal,
+    B: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Write Q on a tile on or above the diagonal, and its mirror image."""
+    stored = above_diagonal(rows, columns, B)
+    value = tl.load(packed + packed_index(rows, columns, B), mask=stored, other=0.0)
+    mirrored = -tl.trans(value)
+    if on_diagonal:
+        store_tile(out, rows, columns, value + mirrored, N)
+    else:
+        store_tile(out, rows, columns, value, N)
+        store_tile(out, columns, rows, mirrored, N)
+
+
+@triton.jit
+def unpack_kernel(
+    packed,  # f32[blocks, B(B-1)/2]
+    out,  # [blocks, N, N]
+    B: tl.constexpr,
+    N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """out = Q."""
+    block, row_tile, column_tile = position(N, TILE)
+    if row_tile > column_tile:
+        return
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
+    packed += block * (B * (B - 1) // 2)
+    out += block * (N * N)
+    _unpack_tile(packed, out, rows, columns, row_tile == column_tile, B, N)
+
+
+@triton.jit
+def unpack_and_split_kernel(
+    packed,  # f32[blocks, B(B-1)/2]
+    grad,  # f32[blocks, B, B]
+    q_out,  # [blocks, N, N]
+    s_out,  # [blocks, N, N]
+    a_out,  # [blocks, N, N]
+    B: tl.constexpr,
+    N: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Q, S = grad + grad^T, A = grad - grad^T."""
+    block, row_tile, column_tile = position(N, TILE)
+    if row_tile > column_tile:
+        return
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
+    packed += block * (B * (B - 1) // 2)
+    grad += block * (B * B)
+    q_out += block * (N * N)
+    s_out += block * (N * N)
+    a_out += block * (N * N)
+    _unpack_tile(packed, q_out, rows, columns, row_tile == column_tile, B, N)
+    direct = masked_tile(grad, rows, columns, B)
+    flipped = tl.trans(masked_tile(grad, columns, rows, B))
+    s = direct + flipped
+    a = direct - flipped
+    store_tile(s_out, rows, columns, s, N)
+    store_tile(a_out, rows, columns, a, N)
+    if row_tile != column_tile:
+        store_tile(s_out, columns, rows, tl.trans(s), N)
+        store_tile(a_out, columns, rows, -tl.trans(a), N)
