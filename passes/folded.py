@@ -16,6 +16,9 @@ from poetx_compile.passes.cost import Machine
 CONDITION = "fold where T >"
 """How a side's choice is told, T being the number of tokens."""
 
+MAX_BLOCK = 256
+"""The largest block whose tangent has a kernel; elsewhere its gradient is a batched solve."""
+
 _NONE = (None, None, None)
 
 
@@ -42,8 +45,9 @@ class Folded(GraphPass[fx.Node]):
     `input_centric`, around the product with the weight that the other side is folded into.
 
     With ``formulation="auto"`` each side takes the cheaper form by the model of `cost`, at the
-    sizes seen while tracing, and only where the layer computes in bf16 or fp16. Handles what
-    `input_centric` handles, and refuses what it refuses.
+    sizes seen while tracing, and only where the layer computes in bf16 or fp16, with rotations of
+    order 3 in blocks of at most `MAX_BLOCK`. Handles what `input_centric` handles, and refuses what
+    it refuses.
 
     Args:
         formulation: ``"auto"`` or ``"folded"`` (every side).
@@ -88,7 +92,9 @@ class Folded(GraphPass[fx.Node]):
         if not sides.is_narrow(site):
             raise Refusal("rotated: a weight is folded where the layer computes in bf16 or fp16")
         if not self.within_guard:
-            raise Refusal("rotated: to fold, the angle guard (max_angle) must be at its default")
+            raise Refusal("rotated: folding needs the angle guard (max_angle of at most 0.25)")
+        if not all(side.order == 3 and side.block <= MAX_BLOCK for side in both):
+            raise Refusal(f"rotated: folding is fast for order 3 and blocks up to {MAX_BLOCK}")
         formulas = {side.name: self._formula(site, side) for side in both}
         self._chosen[site] = [side for side in both if self._cheaper(site, side)]
         detail = ", ".join(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -108,12 +109,15 @@ def test_memory_budget_reaches_the_partitioner(monkeypatch):
     assert seen == [0.5]
 
 
-@pytest.mark.parametrize("variant", ["fast", "mem"])
-def test_inductor_equals_eager_with_gradients(variant):
+@pytest.mark.parametrize(
+    ("variant", "formulation"),
+    [("fast", "input_centric"), ("mem", "input_centric"), ("mem", "folded")],
+)
+def test_inductor_equals_eager_with_gradients(variant, formulation):
     model = prepared(nn.Linear(16, 24))
     reference = copy.deepcopy(model)
     x, weights = torch.randn(6, 16), torch.randn(6, 24)
-    (run(model, x, variant=variant) * weights).sum().backward()
+    (run(model, x, variant=variant, formulation=formulation) * weights).sum().backward()
     (reference(x) * weights).sum().backward()
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
@@ -121,20 +125,22 @@ def test_inductor_equals_eager_with_gradients(variant):
             assert_close(p.grad, q.grad, what=name)
 
 
-def losses_and_gradients(path: str, steps: int = 20) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """20 steps of SGD with two merges, by eager or by the compiler."""
+def losses_and_gradients(
+    steps: int = 20, **options: str
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """20 steps of SGD with two merges: by eager, or by the compiler where there are options."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = TinyLM(layers=1).double()
-    config = poetx.POETXConfig(block_size=8, merge_interval=8, max_angle=None)
+    config = poetx.POETXConfig(block_size=8, merge_interval=8)
     poetx.prepare(model, config)
     call = model
-    if path != "eager":
+    if options:
         call = torch.compile(
             model,
             backend=poetx.poetx_backend,
             fullgraph=True,
-            options={"stage": "aot_eager", "variant": path},
+            options={"stage": "aot_eager", **options},
         )
     optimizer = torch.optim.SGD(poetx.param_groups(model, lr=0.1, poetx_lr=0.02), momentum=0.9)
     schedule = poetx.attach(optimizer, model)
@@ -155,10 +161,10 @@ def losses_and_gradients(path: str, steps: int = 20) -> tuple[list[float], dict[
     return losses, gradients
 
 
-def test_eager_fast_and_mem_train_alike_over_two_merges():
-    expected, expected_gradients = losses_and_gradients("eager")
-    for variant in ("fast", "mem"):
-        losses, gradients = losses_and_gradients(variant)
+def test_all_ways_train_like_eager_over_two_merges():
+    expected, expected_gradients = losses_and_gradients()
+    for variant, formulation in itertools.product(("fast", "mem"), ("input_centric", "folded")):
+        losses, gradients = losses_and_gradients(variant=variant, formulation=formulation)
         assert relative_error(torch.tensor(losses), torch.tensor(expected)) < 1e-5
         for name, gradient in gradients.items():
             assert relative_error(gradient, expected_gradients[name]) < 1e-5, name

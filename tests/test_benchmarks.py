@@ -111,7 +111,7 @@ def test_cayley(tmp_path: Path) -> None:
         (f"cayley {op}", b, order, narrow)
         for b in (5, 8)
         for order, narrow in ((3, False), (3, True), ("exact", False))
-        for op in ("forward", "backward", "tangent in", "tangent out")
+        for op in ("forward", "backward", "tangent")
     ]
 
 

@@ -162,6 +162,15 @@ def test_fp32_rotates() -> None:
     assert "bf16 or fp16" in refusal.detail
 
 
+@pytest.mark.parametrize("config", [{"neumann_order": 2}, {"cayley": "exact"}, {"block_size": 512}])
+def test_auto_rotates_where_the_tangent_would_be_a_solve(config) -> None:
+    model = prepared(nn.Linear(512, 512).bfloat16(), formulation="auto", **config)
+    explanation = explained(model, torch.randn(64, 512).bfloat16())
+    assert explanation.rows[0].formulation == "input_centric"
+    (refusal,) = explanation.graphs[0].record.refused("folded")
+    assert "order 3 and blocks up to 256" in refusal.detail
+
+
 def test_without_the_angle_guard_auto_rotates_and_folded_raises() -> None:
     model = prepared(nn.Linear(64, 64).bfloat16(), formulation="auto", max_angle=None)
     assert detail(model, 4096) == "input_centric"
