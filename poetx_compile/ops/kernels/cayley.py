@@ -251,7 +251,7 @@ def cayley_neumann_backward(
     programs, padded = tiling.programs(blocks), tiling.padded
     q, s, a, y, m = (skew.new_empty(blocks, padded, padded) for _ in range(5))
     out = torch.empty_like(skew)
-    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, SIGN=1, **tiling.unpacking())
+    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, **tiling.unpacking())
 
     def product(x: Tensor, other: Tensor, addend: Tensor, result: Tensor, **form: bool) -> None:
         constants = {"B": block_size, **form, **tiling.product()}
