@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import pytest
-import torch
+_PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if _PARALLEL:
+    # A process a core already: threads and compile workers of each would only compete.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-_THREADS = min(2, os.cpu_count() or 1)
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+_THREADS = 1 if _PARALLEL else min(2, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
