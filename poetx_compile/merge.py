@@ -14,7 +14,8 @@ arithmetic is the same on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,10 @@ POLAR_STEPS = 4
 """Newton-Schulz steps of `polar_factor`. Each takes an error δ of a singular value to 1.5 δ²: from
 θ = 0.25 (δ = θ⁴ = 0.004) two reach fp32, four do so from θ = 0.6. They cost less than the merge."""
 
+ROTATIONS_BYTES = 128 * 2**20
+"""Bytes of rotations that are built at once, from as many layers as fit: a launch for each layer
+leaves a GPU idle most of the time, and each check of `polar_factor` waits for it."""
+
 _ORTHOGONAL = 1e-4
 """Entries of ``XᵀX − I`` that fp32 and a converged iteration stay below by two digits."""
 
@@ -46,7 +51,7 @@ def merge(model: nn.Module) -> None:
 
     The outputs of the model move by the rounding of the weights' dtype and, with polar factors, by
     about 2θ⁴ where θ is the largest angle. Besides the model itself at most one layer's weight is
-    alive, twice in fp32.
+    alive, twice in fp32, and some copies of `ROTATIONS_BYTES`.
 
     Args:
         model: the whole prepared model (layers share permutations), compiled or not.
@@ -62,8 +67,10 @@ def merge(model: nn.Module) -> None:
         equivalence.interrupted = True
     try:
         old_pairs = _redraw(e for _, e in layers)
-        for module, equivalence in layers:
-            _merge_layer(stored_weight(module), equivalence, old_pairs)
+        for batch in _batches(layers):
+            rotations_of = _merged_rotations([e for _, e in batch])
+            for (module, equivalence), turns in zip(batch, rotations_of, strict=True):
+                _merge_layer(stored_weight(module), equivalence, turns, old_pairs)
     except BaseException as error:
         error.add_note(f"poetx: {INTERRUPTED}")
         raise
@@ -88,16 +95,54 @@ def _redraw(equivalences: Iterable[OrthogonalEquivalence]) -> dict[Permutation, 
     return old
 
 
+Layer = tuple[nn.Linear, OrthogonalEquivalence]
+
+
+def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    """The layers in order, in batches whose rotations take `ROTATIONS_BYTES`, or of one layer."""
+    batch: list[Layer] = []
+    held = 0
+    for layer in layers:
+        e = layer[1]
+        size = 4 * (e.blocks_in * e.block_in**2 + e.blocks_out * e.block_out**2)
+        if batch and held + size > ROTATIONS_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(layer)
+        held += size
+    if batch:
+        yield batch
+
+
+def _merged_rotations(equivalences: Sequence[OrthogonalEquivalence]) -> list[list[Tensor]]:
+    """The rotations of the input and the output side of each layer, those of one kind at once."""
+    sides = [
+        ((skew.device, skew.dtype, b, e.order, e.merge_rotation), skew)
+        for e in equivalences
+        for skew, b in ((e.skew_in, e.block_in), (e.skew_out, e.block_out))
+    ]
+    alike: dict[tuple, list[Tensor]] = defaultdict(list)
+    for kind, skew in sides:
+        alike[kind].append(skew)
+    made = {}
+    for kind, skews in alike.items():
+        *_, b, order, how = kind
+        with ieee_fp32():
+            together = merged_rotation(torch.cat(skews), b, order, how)
+        made[kind] = iter(together.split([len(skew) for skew in skews]))
+    rotations_of = [next(made[kind]) for kind, _ in sides]
+    return [rotations_of[i : i + 2] for i in range(0, len(rotations_of), 2)]
+
+
 def _merge_layer(
-    stored: Tensor, equivalence: OrthogonalEquivalence, old_pairs: dict[Permutation, Tensor]
+    stored: Tensor,
+    equivalence: OrthogonalEquivalence,
+    rotations: Sequence[Tensor],
+    old_pairs: dict[Permutation, Tensor],
 ) -> None:
     e = equivalence
     with ieee_fp32():
-        rotated = rotate_weight(
-            stored,
-            merged_rotation(e.skew_in, e.block_in, e.order, e.merge_rotation),
-            merged_rotation(e.skew_out, e.block_out, e.order, e.merge_rotation),
-        )
+        rotated = rotate_weight(stored, *rotations)
     # weight = rotated[old inverse], then [new]: one gather a side, in the narrow dtype.
     rows = _composed(old_pairs[e.perm_out], e.perm_out)
     columns = _composed(old_pairs[e.perm_in], e.perm_in)
@@ -167,10 +212,13 @@ def polar_factor(matrix: Tensor, steps: int = POLAR_STEPS) -> Tensor:
     x = matrix
     for _ in range(steps):
         x = 1.5 * x - 0.5 * torch.bmm(x, torch.bmm(x.mT, x))
-    error = _minus_identity(torch.bmm(x.mT, x)).abs().amax() if x.numel() else x.new_zeros(())
-    if not error < _ORTHOGONAL:
-        u, _, vh = torch.linalg.svd(matrix)
-        x = torch.bmm(u, vh)
+    error = (
+        _minus_identity(torch.bmm(x.mT, x)).abs().flatten(1).amax(1) if x.numel() else x[:, 0, 0]
+    )
+    converged = error < _ORTHOGONAL
+    if not converged.all():
+        u, _, vh = torch.linalg.svd(matrix[~converged])
+        x[~converged] = torch.bmm(u, vh)
     return x
 
 

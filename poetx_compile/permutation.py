@@ -60,12 +60,14 @@ def draw_permutation(
     default device is followed.
     """
     chunks = size // chunk_size(size, kind, block)
-    permutation = torch.arange(chunks, device="cpu")
+    identity = torch.arange(chunks, device="cpu")
+    permutation = identity
     if draw > 0:
         key = hashlib.sha256(f"{seed}/{draw}/{group}/{size}".encode()).digest()
         generator = torch.Generator("cpu").manual_seed(int.from_bytes(key[:8], "little") >> 1)
         permutation = torch.randperm(chunks, generator=generator, device="cpu")
-    return torch.stack([permutation, permutation.argsort()])
+    inverse = torch.empty_like(permutation).scatter_(0, permutation, identity)
+    return torch.stack([permutation, inverse])
 
 
 class Permutation(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -200,6 +201,37 @@ def test_in_place_without_recompilation(permutation: str) -> None:
     assert counter.frame_count == frames
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert {name: t.data_ptr() for name, t in tensors.items()} == addresses
+
+
+@pytest.mark.parametrize(("limit", "calls"), [(1, 10), (12_000, 5)])
+def test_how_many_layers_are_merged_at_once_does_not_matter(
+    limit: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of several block sizes, more than one to a batch, and a side without any block."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([Siblings(), nn.Linear(40, 1), nn.Linear(1, 40), nn.Linear(37, 8)])
+    poetx.prepare(model, config())
+    turn(model, 0.2)
+    other = copy.deepcopy(model)
+    merge(model)
+    sizes = []
+    real = merge_module.merged_rotation
+
+    def counted(skew, *args):
+        sizes.append(len(skew))
+        return real(skew, *args)
+
+    monkeypatch.setattr(merge_module, "ROTATIONS_BYTES", limit)
+    monkeypatch.setattr(merge_module, "merged_rotation", counted)
+    merge(other)
+    assert len(sizes) == calls
+    for (name, value), same in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        if value.is_floating_point():
+            assert_close(same, value, what=name)
+        else:
+            assert torch.equal(same, value)
 
 
 def _break_second_layer(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
