@@ -16,7 +16,13 @@ from poetx_compile.passes.contract import GraphPass, Refusal
 DEFAULT_BYTES = 64 * 2**20
 """Bytes of rotations in one batch: the q, k, v, o sides of a 4096-wide layer at b = 256."""
 
-_OPS = (torch.ops.poetx.cayley_neumann, torch.ops.poetx.rotation_tangent)
+_OPS = (
+    torch.ops.poetx.cayley_neumann,
+    torch.ops.poetx.rotation_delta,
+    torch.ops.poetx.rotation_tangent,
+)
+_FLIPPED = 4
+"""Position of the number of flipped blocks, in the ops that have it."""
 
 
 @dataclasses.dataclass
@@ -44,12 +50,13 @@ class BatchCayley(GraphPass[Batch]):
         g: [B_1+B_2, b, b] = poetx.cayley_neumann(packed, b, k, narrow)
         g_1, g_2 = split(g, [B_1, B_2])
 
-    The same with ``poetx.rotation_tangent``, where it is the backward that is batched. Bitwise the
-    same. Neighbours in graph order are batched until their rotations reach `max_bytes`, so that not
-    every rotation of the model is alive at once; with `recompute` the backward builds each batch
-    again just before its layers. Handles static and symbolic shapes of everything but the skew
+    The same with ``poetx.rotation_delta``, and with ``poetx.rotation_tangent``, where it is the
+    backward that is batched; nodes whose blocks are flipped come last in a batch. Bitwise the same.
+    Neighbours in graph order are batched until their rotations reach `max_bytes`, so that not every
+    rotation of the model is alive at once; with `recompute` the backward builds each batch again
+    just before its layers. Handles static and symbolic shapes of everything but the skew
     parameters; a lone node stays as it is. Refuses a skew that is not an input of the graph (or
-    such an input negated or detached), because it may not exist yet where the batch is built.
+    such an input detached), because it may not exist yet where the batch is built.
     """
 
     name = "batch_cayley"
@@ -62,8 +69,7 @@ class BatchCayley(GraphPass[Batch]):
         for node in graph.nodes:
             if graphs.is_op(node, *_OPS):
                 value = node.meta[graphs.VALUE]
-                detached = _is(node.args[0], "detach")
-                key = (node.target, *node.args[1:], value.dtype, value.device, detached)
+                key = (node.target, *node.args[1:_FLIPPED], value.dtype, value.device)
                 alike[key].append(node)
         return [batch for nodes in alike.values() for batch in self._chunks(nodes)]
 
@@ -97,53 +103,48 @@ class BatchCayley(GraphPass[Batch]):
     def apply(self, graph: fx.Graph, site: Batch) -> None:
         first = site.nodes[0]
         role = first.meta.get(graphs.ROLE, graphs.ROTATION)
-        sizes = [n.meta[graphs.VALUE].shape[0] for n in site.nodes]
+        nodes = sorted(site.nodes, key=_flipped)  # stable: flipped ones last
+        sizes = [n.meta[graphs.VALUE].shape[0] for n in nodes]
+        flipped = sum(map(_flipped, nodes))
         with graph.inserting_before(first):
-            made: list[fx.Node] = []
-            skews = [self._skew(graph, node, made) for node in site.nodes]
-            packed = graph.call_function(torch.cat, (skews,))
-            made.append(packed)
-            if _is(first.args[0], "detach"):
+            packed = graph.call_function(torch.cat, ([_parameter(n) for n in nodes],))
+            graphs.inherit(packed, first, graphs.ROTATION)
+            if _is_detached(first):
                 packed = graph.call_method("detach", (packed,))
-                made.append(packed)
-            together = graph.call_function(first.target, (packed, *first.args[1:]))  # type: ignore[arg-type]
+                graphs.inherit(packed, first, graphs.ROTATION)
+            arguments = (
+                packed,
+                *first.args[1:_FLIPPED],
+                *([flipped] * (len(first.args) > _FLIPPED)),
+            )
+            together = graph.call_function(first.target, arguments)  # type: ignore[arg-type]
             parts = graph.call_function(torch.split, (together, sizes))
-            for node in made:
-                graphs.inherit(node, first, graphs.ROTATION)
             for node in (together, parts):
                 graphs.inherit(node, first, role)
-            slices = [graphs.getitem(graph, parts, i) for i in range(len(site.nodes))]
-        for node, part in zip(site.nodes, slices, strict=True):
+            slices = [graphs.getitem(graph, parts, i) for i in range(len(nodes))]
+        for node, part in zip(nodes, slices, strict=True):
             graphs.inherit(part, node, role)
             node.replace_all_uses_with(part)
-            read: Any = node.args[0]
+            read = node.args[0]
             graph.erase_node(node)
-            while _is(read, "detach", "neg") and not read.users:
-                above = read.args[0]
+            if isinstance(read, fx.Node) and read.op == "call_method" and not read.users:
                 graph.erase_node(read)
-                read = above
-
-    @staticmethod
-    def _skew(graph: fx.Graph, node: fx.Node, made: list[fx.Node]) -> fx.Node:
-        """What goes into the batch for `node`: its parameter or, made anew here, its negative."""
-        read: Any = node.args[0]
-        skew = _parameter(node)
-        if _is(read, "detach"):
-            read = read.args[0]
-        if not _is(read, "neg"):
-            return skew
-        made.append(graph.call_method("neg", (skew,)))
-        return made[-1]
 
 
-def _is(skew: Any, *methods: str) -> bool:
-    return isinstance(skew, fx.Node) and skew.op == "call_method" and skew.target in methods
+def _flipped(node: fx.Node) -> int:
+    """How many of a node's blocks are flipped: all or none."""
+    return node.args[_FLIPPED] if len(node.args) > _FLIPPED else 0  # type: ignore[return-value]
+
+
+def _is_detached(node: fx.Node) -> bool:
+    skew = node.args[0]
+    return isinstance(skew, fx.Node) and skew.op == "call_method" and skew.target == "detach"
 
 
 def _parameter(node: fx.Node) -> fx.Node:
-    """The skew parameter a node reads, as it is or negated, detached or not."""
+    """The skew parameter a node reads, as it is or detached."""
     skew: Any = node.args[0]
-    while _is(skew, "detach", "neg"):
+    if _is_detached(node):
         skew = skew.args[0]
     assert isinstance(skew, fx.Node)
     return skew

@@ -32,14 +32,15 @@ class Folded(GraphPass[fx.Node]):
 
     After, with both sides folded::
 
-        g_in: [m//b, b, b] fp32 = poetx.cayley_neumann(skew_in.detach(), b, k, narrow)
-        g_out: [n//b', b', b'] fp32 = poetx.cayley_neumann((-skew_out).detach(), b', k, narrow)
-        w: [n, m] = poetx.fold_weight(S, g_in, g_out, perm_in, perm_out, dtype)
-        e_in: [m//b, b, b] = poetx.rotation_tangent(skew_in, b, k, narrow)
-        e_out: [n//b', b', b'] = poetx.rotation_tangent(-skew_out, b', k, narrow)
+        d_in: [m//b, b, b] dtype = poetx.rotation_delta(skew_in.detach(), b, k, dtype, 0)
+        d_out: [n//b', b', b'] dtype = poetx.rotation_delta(skew_out.detach(), b', k, dtype, n//b')
+        w: [n, m] dtype = poetx.fold_weight(S, d_in, d_out, perm_in, perm_out, dtype)
+        e_in: [m//b, b, b] fp32 = poetx.rotation_tangent(skew_in, b, k, narrow, 0)
+        e_out: [n//b', b', b'] fp32 = poetx.rotation_tangent(skew_out, b', k, narrow, n//b')
         v: [..., n] = poetx.folded_linear(x, w, e_in, e_out, perm_in, perm_out)
         y: [..., n] = v + bias.type_as(v)
 
+    The last number counts flipped blocks, those of −Q: what multiplies from the left is flipped.
     The tangents are zeros that carry gradients and are never computed; no activation is rotated or
     permuted, and nothing but x and v is kept. A side that is not folded is rotated as in
     `input_centric`, around the product with the weight that the other side is folded into.
@@ -137,7 +138,7 @@ class Folded(GraphPass[fx.Node]):
         chosen = self._chosen.pop(site)
         first = next(iter(site.users))
         with graph.inserting_before(site):
-            (turn_in, r_in, e_in, pair_in), (turn_out, r_out, e_out, pair_out) = [
+            (turn_in, d_in, e_in, pair_in), (turn_out, d_out, e_out, pair_out) = [
                 (None, *sides.folded(graph, side, first, narrow))
                 if side in chosen
                 else (sides.rotation(graph, side, first, narrow) if side.blocks else None, *_NONE)
@@ -146,7 +147,7 @@ class Folded(GraphPass[fx.Node]):
             weight = sides.once(
                 graph,
                 torch.ops.poetx.fold_weight.default,
-                (stored, r_in, r_out, pair_in, pair_out, sides.compute_dtype(first)),
+                (stored, d_in, d_out, pair_in, pair_out, sides.compute_dtype(first)),
                 first,
                 graphs.FOLDED_WEIGHT,
             )

@@ -55,37 +55,31 @@ def is_narrow(equivalence: fx.Node) -> bool:
     return bool(dtypes) and dtypes <= set(NARROW)
 
 
-def rotation(graph: fx.Graph, side: Side, origin: fx.Node, narrow: bool, skew: Any = None) -> Any:
-    """The rotations of a side [blocks, b, b], of its skew parameter or of `skew` in its place."""
-    skew = side.skew if skew is None else skew
+def rotation(graph: fx.Graph, side: Side, origin: fx.Node, narrow: bool) -> fx.Node:
+    """The rotations of a side [blocks, b, b]."""
     target: Any = torch.ops.poetx.cayley_neumann.default
-    args: tuple[Any, ...] = (skew, side.block, side.order, *_if(narrow))
+    # The last argument is left out where it has its default.
+    args: tuple[Any, ...] = (side.skew, side.block, side.order, *((True,) if narrow else ()))
     if side.order is None:
-        target, args = torch.ops.poetx.cayley_exact.default, (skew, side.block)
+        target, args = torch.ops.poetx.cayley_exact.default, (side.skew, side.block)
     return once(graph, target, args, origin, graphs.ROTATION)
-
-
-def _if(narrow: bool) -> tuple[bool, ...]:
-    """The last argument of the Cayley ops, left out where it has its default."""
-    return (True,) if narrow else ()
 
 
 def folded(
     graph: fx.Graph, side: Side, origin: fx.Node, narrow: bool
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """What a folded side needs: its rotations, their tangent [blocks, b, b], its permutation.
+    """What a folded side needs: its deltas, their tangent [blocks, b, b], its permutation.
 
-    The output side's rotations multiply the weight from the left: Gᵀ, which is that of −Q. The
-    gradient goes through the tangent alone.
+    The output side's rotations multiply the weight from the left: Gᵀ, flipped. The gradient goes
+    through the tangent alone.
     """
-    skew = side.skew
-    if side.name == "out":
-        skew = once(graph, "neg", (skew,), origin, graphs.ROTATION)
-    constant = once(graph, "detach", (skew,), origin, graphs.ROTATION)
-    target = torch.ops.poetx.rotation_tangent.default
-    args = (skew, side.block, side.order, *_if(narrow))
-    tangent = once(graph, target, args, origin, graphs.TANGENT)
-    return rotation(graph, side, origin, narrow, constant), tangent, side.pair
+    flipped = side.blocks if side.name == "out" else 0
+    constant = once(graph, "detach", (side.skew,), origin, graphs.ROTATION)
+    args: tuple[Any, ...] = (constant, side.block, side.order, compute_dtype(origin), flipped)
+    delta = once(graph, torch.ops.poetx.rotation_delta.default, args, origin, graphs.ROTATION)
+    args = (side.skew, side.block, side.order, narrow, flipped)
+    tangent = once(graph, torch.ops.poetx.rotation_tangent.default, args, origin, graphs.TANGENT)
+    return delta, tangent, side.pair
 
 
 def rotate(graph: fx.Graph, x: Any, rotations: Any, gather: Any, scatter: Any) -> fx.Node:

@@ -137,8 +137,9 @@ def _compile(
             return _aot_eager(graph, inputs)
         from torch._inductor.compile_fx import compile_fx
 
-        from poetx_compile.lowerings import ExpandOps, chain_passes, compile_inner
+        from poetx_compile.lowerings import ExpandOps, chain_passes, compile_inner, register
 
+        register()
         identity = options.identity() | {"config_in_force": config.to_dict()}
         settings = dict(options.inductor)
         users = settings.get("post_grad_custom_pre_pass", _configured_pre_pass())

@@ -25,6 +25,7 @@ from poetx_compile.errors import InterruptedMergeError
 from poetx_compile.ops import rotations
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
+from poetx_compile.ops.rotation_delta import minus_identity
 from poetx_compile.parametrization import (
     INTERRUPTED,
     OrthogonalEquivalence,
@@ -176,11 +177,11 @@ def rotate_weight(weight: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> 
     blocks, b, _ = rotation_in.shape
     if blocks:
         columns = wide[:, : blocks * b].view(n, blocks, b).transpose(0, 1)
-        columns += torch.bmm(columns, _minus_identity(rotation_in).mT)
+        columns += torch.bmm(columns, minus_identity(rotation_in).mT)
     blocks, b, _ = rotation_out.shape
     if blocks:
         rows = wide[: blocks * b].view(blocks, b, m)
-        rows += torch.bmm(_minus_identity(rotation_out).mT, rows)
+        rows += torch.bmm(minus_identity(rotation_out).mT, rows)
     return wide
 
 
@@ -212,15 +213,9 @@ def polar_factor(matrix: Tensor, steps: int = POLAR_STEPS) -> Tensor:
     x = matrix
     for _ in range(steps):
         x = 1.5 * x - 0.5 * torch.bmm(x, torch.bmm(x.mT, x))
-    error = (
-        _minus_identity(torch.bmm(x.mT, x)).abs().flatten(1).amax(1) if x.numel() else x[:, 0, 0]
-    )
+    error = minus_identity(torch.bmm(x.mT, x)).abs().flatten(1).amax(1) if x.numel() else x[:, 0, 0]
     converged = error < _ORTHOGONAL
     if not converged.all():
         u, _, vh = torch.linalg.svd(matrix[~converged])
         x[~converged] = torch.bmm(u, vh)
     return x
-
-
-def _minus_identity(rotation: Tensor) -> Tensor:
-    return rotation - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from poetx_compile.lowerings import ExpandOps
+from poetx_compile.lowerings.trace import RESULT, arguments, trace_launches, written_by
 from poetx_compile.ops import kernels
 
 pytestmark = pytest.mark.skipif(
@@ -47,6 +49,10 @@ def pair(width: int) -> torch.Tensor:
 BF16 = torch.bfloat16
 
 
+def narrow(blocks: int, b: int) -> torch.Tensor:
+    return meta(blocks, b, b, dtype=BF16)
+
+
 def stacked(widths: tuple[int, int], b: int, chunk: int | None) -> tuple[Any, ...]:
     """Arguments of `stacked_block_products`."""
     operands = [meta(512, widths[i], dtype=BF16) for i in (0, 0, 1, 1)]
@@ -66,8 +72,11 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         for op, grad in (
             ("cayley_neumann", ()),
             ("cayley_neumann_backward", (meta(4, b, b),)),
-            ("rotation_tangent_backward", (meta(4, b, b),)),
         )
+    },
+    **{
+        f"tangent, b {b}": ("rotation_tangent_backward", (meta(4, b, b), skew(b), b, 3, True, 2))
+        for b in (2, 77, 256)
     },
     "rotate bf16": (
         "rotate_blocks",
@@ -144,8 +153,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "fold_weight",
         (
             meta(1024, 512, dtype=BF16),
-            meta(2, 256, 256),
-            meta(4, 256, 256),
+            meta(2, 256, 256, dtype=BF16),
+            meta(4, 256, 256, dtype=BF16),
             pair(32),
             pair(64),
             BF16,
@@ -155,8 +164,8 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "fold_weight",
         (
             meta(512, 1024, dtype=torch.float16),
-            meta(4, 256, 256),
-            meta(2, 256, 256),
+            meta(4, 256, 256, dtype=torch.float16),
+            meta(2, 256, 256, dtype=torch.float16),
             pair(1024),
             pair(512),
             torch.float16,
@@ -164,20 +173,29 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "fold both, b 192 and 128, tails": (
         "fold_weight",
-        (meta(1000, 496), meta(2, 192, 192), meta(7, 128, 128), pair(62), None, BF16),
+        (meta(1000, 496), narrow(2, 192), narrow(7, 128), pair(62), None, BF16),
     ),
     "fold both, b 128 and 248, tails": (
         "fold_weight",
-        (meta(1000, 528, dtype=BF16), meta(4, 128, 128), meta(4, 248, 248), None, None, BF16),
+        (meta(1000, 528, dtype=BF16), narrow(4, 128), narrow(4, 248), None, None, BF16),
     ),
     "fold one after the other, odd": (
         "fold_weight",
-        (meta(99, 200, dtype=BF16), meta(2, 77, 77), meta(1, 77, 77), None, pair(99), BF16),
+        (meta(99, 200, dtype=BF16), narrow(2, 77), narrow(1, 77), None, pair(99), BF16),
     ),
     "fold rows with a tail, b 192": (
         "fold_weight",
-        (meta(496, 512, dtype=BF16), None, meta(2, 192, 192), None, pair(496), BF16),
+        (meta(496, 512, dtype=BF16), None, narrow(2, 192), None, pair(496), BF16),
     ),
+    "fold columns, b 192": (
+        "fold_weight",
+        (meta(512, 496, dtype=BF16), narrow(2, 192), None, pair(62), None, BF16),
+    ),
+    "fold columns, odd": (
+        "fold_weight",
+        (meta(512, 499, dtype=BF16), narrow(6, 77), None, pair(499), None, BF16),
+    ),
+    **{f"delta, b {b}": ("rotation_delta", (skew(b), b, 3, BF16, 2)) for b in (2, 77, 256)},
     "permute, widest": ("permute_columns", (meta(4096, 32768, dtype=BF16), pair(32768), False)),
     "permute, chunks": ("permute_columns", (meta(4096, 53248, dtype=BF16), pair(3328), False)),
     "permute fp32, chunks of 8": ("permute_columns", (meta(4096, 1032), pair(129), True)),
@@ -259,7 +277,7 @@ def test_narrow_kernels_need_the_shared_memory_they_ask_for(b, compiled_launches
     kernels.implementation("cayley_neumann")(skew(b), b, 3, True)
     kernels.implementation("cayley_neumann_backward")(meta(4, b, b), skew(b), b, 3, True)
     tangent = kernels.implementation("rotation_tangent_backward")
-    tangent(meta(4, b, b), skew(b), b, 3, True)
+    tangent(meta(4, b, b), skew(b), b, 3, True, 2)
     assert len(compiled_launches) == 2 + 4 + 4
     # Rows of a few bytes are padded; a kernel of any size starts with a kilobyte.
     limit = max(NarrowTiling(b).shared_bytes(), 4096)
@@ -286,6 +304,7 @@ def test_where_narrow_kernels_do_not_fit_the_precise_ones_run(
             torch.empty(skew(b).shape, device="cuda"),
         )
     assert not kernels.applies("rotation_tangent_backward", grad, packed, b, order, True)
+    assert not kernels.applies("rotation_delta", packed, b, order, BF16, 0)
 
 
 def test_chain_of_products_keeps_all_warps_busy(compiled_launches):
@@ -388,6 +407,26 @@ def offline_driver(monkeypatch) -> Iterator[None]:
     driver._active = before
 
 
+def written(gm: torch.fx.GraphModule) -> list[list[str] | None]:
+    """What each launch writes that the ops of a graph become; ``None`` for an op that stays."""
+    ExpandOps()(gm.graph)
+    gm.graph.lint()
+    found: list[list[str] | None] = []
+    for node in gm.graph.nodes:
+        name = str(node.target).removeprefix("poetx.").removesuffix(".default")
+        if name in kernels.OPS:
+            values = map_arg(arguments(node), lambda n: n.meta["val"])
+            launches = trace_launches(name, values)
+            result = launches and launches.meta[RESULT].meta["val"]
+            assert result is None or (result.shape, result.dtype, result.stride()) == (
+                node.meta["val"].shape,
+                node.meta["val"].dtype,
+                node.meta["val"].stride(),
+            )
+            found += [None] if launches is None else written_by(launches)
+    return found
+
+
 def rotated_layer(x: torch.Tensor, packed: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
     rotation = torch.ops.poetx.cayley_neumann(packed, 32, 3)
     return torch.ops.poetx.rotate_blocks(x, rotation, gather, None, False)
@@ -408,21 +447,8 @@ def test_ops_become_launches_that_write_their_outputs_alone(offline_driver, chun
     inputs = on_fake_gpu(mode, chunk)
     with mode:
         gm = make_fx(rotated_layer)(*inputs)
-    ExpandOps()(gm.graph)
-    gm.graph.lint()
-    assert "poetx" not in str(gm.graph)
-    launches = gm.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional
-    )
     # Three for the rotation; permute (single columns alone), round G - I, rotate.
-    assert [node.kwargs["tensors_to_clone"] for node in launches] == [
-        ["out"],
-        ["p_out", "h_out"],
-        *[["out"]] * (4 if chunk == 1 else 3),
-    ]
-    (result,) = gm.graph.output_node().all_input_nodes
-    assert result.meta["val"].shape == (8, 64, 112)
-    assert result.meta["val"].dtype == torch.bfloat16
+    assert written(gm) == [["out"], ["p_out", "h_out"], *[["out"]] * (4 if chunk == 1 else 3)]
 
 
 def tangent_gradient(packed: torch.Tensor, grad: torch.Tensor, narrow: bool) -> torch.Tensor:
@@ -436,32 +462,25 @@ def test_narrow_tangents_become_launches(narrow, offline_driver):
         packed = torch.empty(3, 32 * 31 // 2, device="cuda")
         grad = torch.empty(3, 32, 32, device="cuda")
         gm = make_fx(tangent_gradient)(packed, grad, narrow)
-    ExpandOps()(gm.graph)
-    gm.graph.lint()
-    assert "poetx" not in str(gm.graph)
-    launches = gm.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional
-    )
-    written = [node.kwargs["tensors_to_clone"] for node in launches]
     kernel = [["q_out", "s_out", "a_out"], ["f_out", "h_out", "t_out"], ["d_out", "v_out"], ["out"]]
-    assert written == (kernel if narrow else [])  # the reference elsewhere: a solve and products
+    assert written(gm) == (kernel if narrow else [])  # the reference elsewhere
+    assert ("poetx" in str(gm.graph)) == narrow
 
 
 def both_sides(width: int, b_in: int, b_out: int) -> tuple[Any, ...]:
     """Arguments of `fold_weight` with rotations on both sides."""
-    rotations = meta(width // b_in, b_in, b_in), meta(512 // b_out, b_out, b_out)
+    deltas = narrow(width // b_in, b_in), narrow(512 // b_out, b_out)
     perm_in = pair(width // 16) if width % 16 == 0 else None
-    return (meta(512, width, dtype=BF16), *rotations, perm_in, pair(512), BF16)
+    return (meta(512, width, dtype=BF16), *deltas, perm_in, pair(512), BF16)
 
 
 @pytest.mark.parametrize("b", [72, 128, 256])
-def test_fold_of_both_sides_is_two_launches_that_fit(b, compiled_launches):
+def test_fold_of_both_sides_is_one_launch_that_fits(b, compiled_launches):
     from poetx_compile.ops.kernels.fold_both import FoldTiling
 
     kernels.implementation("fold_weight")(*both_sides(512, 256, b))
-    names = [kernel.metadata.name for kernel in compiled_launches]
-    assert names == ["rounded_deltas_kernel", "fold_both_kernel"]
-    fold = compiled_launches[1]
+    (fold,) = compiled_launches
+    assert fold.metadata.name == "fold_both_kernel"
     assert fold.metadata.shared <= FoldTiling().shared_bytes(b)
     assert fold.asm["ttgir"].count("ttng.warp_group_dot ") == 2  # one in the loop, one behind it
     assert re.search(r"st\.global\S*\.v4", fold.asm["ptx"])
@@ -486,8 +505,8 @@ def test_sides_that_do_not_fit_are_folded_one_after_the_other(
         monkeypatch.setattr(module, "shared_memory", lambda: capacity)
     kernels.implementation("fold_weight")(*both_sides(width, b_in, b_out))
     names = [kernel.metadata.name for kernel in compiled_launches]
-    assert names.count("rounded_delta_kernel") == 2
     assert "fold_both_kernel" not in names
+    assert any(name.startswith("rotate") for name in names)
 
 
 @pytest.mark.parametrize("chunk", [1, 16])
@@ -495,20 +514,13 @@ def test_fold_of_both_sides_becomes_launches(chunk, offline_driver):
     mode = FakeTensorMode()
     with mode:
         weight = torch.empty(256, 512, device="cuda", dtype=BF16)
-        rotations = [torch.empty(blocks, 128, 128, device="cuda") for blocks in (4, 2)]
+        deltas = [torch.empty(blocks, 128, 128, device="cuda", dtype=BF16) for blocks in (4, 2)]
         perms = [
             torch.empty(2, width // chunk, device="cuda", dtype=torch.int64) for width in (512, 256)
         ]
-        gm = make_fx(torch.ops.poetx.fold_weight)(weight, *rotations, *perms, BF16)
-    ExpandOps()(gm.graph)
-    gm.graph.lint()
-    assert "poetx" not in str(gm.graph)
-    launches = gm.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional
-    )
-    written = [node.kwargs["tensors_to_clone"] for node in launches]
+        gm = make_fx(torch.ops.poetx.fold_weight)(weight, *deltas, *perms, BF16)
     # Single columns are permuted afterwards.
-    assert written == [["first_out", "second_out"], ["out"], ["out"]][: 3 if chunk == 1 else 2]
+    assert written(gm) == [["out"]] * (2 if chunk == 1 else 1)
 
 
 def test_chunks_are_gathered_inside_the_launch_of_the_product(offline_driver):
@@ -520,13 +532,7 @@ def test_chunks_are_gathered_inside_the_launch_of_the_product(offline_driver):
     inputs = on_fake_gpu(mode, chunk=16)
     with mode:
         gm = make_fx(product)(*inputs)
-    ExpandOps()(gm.graph)
-    gm.graph.lint()
-    assert "poetx" not in str(gm.graph)
-    launches = gm.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional
-    )
-    assert [node.kwargs["tensors_to_clone"] for node in launches] == [["out"], ["out"]]
+    assert written(gm) == [["out"], ["out"]]
 
 
 def test_both_products_of_a_folded_layer_are_one_launch(offline_driver):
@@ -538,15 +544,7 @@ def test_both_products_of_a_folded_layer_are_one_launch(offline_driver):
     inputs = on_fake_gpu(mode, chunk=16)
     with mode:
         gm = make_fx(products)(*inputs)
-    ExpandOps()(gm.graph)
-    gm.graph.lint()
-    assert "poetx" not in str(gm.graph)
-    (launch,) = gm.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.triton_kernel_wrapper_functional
-    )
-    assert launch.kwargs["tensors_to_clone"] == ["out"]
-    (result,) = gm.graph.output_node().all_input_nodes
-    assert result.meta["val"].shape == (2, 32, 32)
+    assert written(gm) == [["out"]]
 
 
 def test_op_stays_a_call_where_written_arguments_are_unknown(offline_driver, caplog):
@@ -562,7 +560,5 @@ def test_op_stays_a_call_where_written_arguments_are_unknown(offline_driver, cap
             raise RuntimeError("no target")
 
     driver.set_active(Broken())
-    ExpandOps()(gm.graph)
-    assert "poetx.cayley_neumann" in str(gm.graph)
-    assert "poetx.rotate_blocks" in str(gm.graph)
+    assert written(gm) == [None, None]
     assert "the op stays a call" in caplog.text

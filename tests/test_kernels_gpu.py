@@ -21,6 +21,7 @@ from poetx_compile.ops.fold import fold_weight_reference
 from poetx_compile.ops.packing import pack
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
+from poetx_compile.ops.rotation_delta import rotation_delta_reference
 from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
 from poetx_compile.ops.tangent import rotation_tangent_backward_reference
 from tests.tolerances import assert_close
@@ -61,6 +62,11 @@ def skew(blocks: int, b: int, angle: float = 0.25) -> Tensor:
 
 def near_identity(blocks: int, b: int) -> Tensor:
     return cayley_neumann_reference(skew(blocks, b).double(), b, 3).float()
+
+
+def delta(blocks: int, b: int, dtype: torch.dtype) -> torch.Tensor:
+    eye = torch.eye(b, device=DEVICE)
+    return (near_identity(blocks, b) - eye).to(dtype)
 
 
 def wide(*args: Any) -> list[Any]:
@@ -138,11 +144,36 @@ def test_narrow_cayley_neumann_backward(b, scale, poisoned):
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("b", NARROW_BLOCKS)
 def test_narrow_rotation_tangent_backward(b, scale, poisoned):
-    args = (scale * torch.randn(3, b, b, device=DEVICE).mT, skew(3, b), b, 3, True)
-    assert kernels.applies("rotation_tangent_backward", *args)
-    actual = torch.ops.poetx.rotation_tangent_backward(*args)
-    assert actual.is_contiguous()
-    assert_close(actual, rotation_tangent_backward_reference(*wide(*args)), torch.float16)
+    for flipped in (0, 2):
+        args = (scale * torch.randn(3, b, b, device=DEVICE).mT, skew(3, b), b, 3, True, flipped)
+        assert kernels.applies("rotation_tangent_backward", *args)
+        actual = torch.ops.poetx.rotation_tangent_backward(*args)
+        assert actual.is_contiguous()
+        assert_close(actual, rotation_tangent_backward_reference(*wide(*args)), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("b", NARROW_BLOCKS)
+def test_rotation_delta(b, dtype, poisoned):
+    packed = skew(3, b)
+    for flipped in (0, 2, 3):
+        args = (packed, b, 3, dtype, flipped)
+        assert kernels.applies("rotation_delta", *args)
+        expected = rotation_delta_reference(packed.double(), b, 3, torch.float64, flipped)
+        assert_close(torch.ops.poetx.rotation_delta(*args), expected, dtype)
+
+
+def test_rotation_delta_without_a_kernel_of_its_own_is_that_of_the_rotations():
+    for b, order, dtype in (
+        (512, 3, torch.bfloat16),
+        (64, 2, torch.bfloat16),
+        (64, 3, torch.float),
+    ):
+        packed = skew(2, b)
+        assert not kernels.applies("rotation_delta", packed, b, order, dtype, 1)
+        actual = torch.ops.poetx.rotation_delta(packed, b, order, dtype, 1)
+        expected = rotation_delta_reference(packed.double(), b, order, torch.float64, 1)
+        assert_close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("skew_part", [0.0, 0.1, 1.0])
@@ -229,11 +260,11 @@ def test_rotate_blocks_takes_strided_arguments():
 )
 @pytest.mark.parametrize("permuted", [None, "columns", "chunks"])
 def test_fold_weight(dtype, shape, b_in, b_out, permuted, poisoned):
-    rotations = near_identity(shape[1] // b_in, b_in), near_identity(shape[0] // b_out, b_out)
+    deltas = delta(shape[1] // b_in, b_in, dtype), delta(shape[0] // b_out, b_out, dtype)
     orders = [pairs(width, permuted)[0] for width in reversed(shape)]
     weight = torch.randn(shape, device=DEVICE).to(dtype)
     for stored, sides in ((dtype, (0, 1)), (torch.float32, (0, 1)), (dtype, (0,)), (dtype, (1,))):
-        given = [given[i] if i in sides else None for given in (rotations, orders) for i in (0, 1)]
+        given = [given[i] if i in sides else None for given in (deltas, orders) for i in (0, 1)]
         args = (weight.to(stored), *given)
         assert kernels.applies("fold_weight", *args, dtype)
         actual = torch.ops.poetx.fold_weight(*args, dtype)
@@ -245,8 +276,8 @@ def test_fold_weight(dtype, shape, b_in, b_out, permuted, poisoned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fold_of_what_is_behind_the_blocks_of_both_sides_is_exact(dtype, poisoned):
     weight = torch.randn(700, 1040, device=DEVICE).to(dtype)
-    rotations = near_identity(1, 256), near_identity(1, 128)
-    actual = torch.ops.poetx.fold_weight(weight, *rotations, None, None, dtype)
+    deltas = delta(1, 256, dtype), delta(1, 128, dtype)
+    actual = torch.ops.poetx.fold_weight(weight, *deltas, None, None, dtype)
     assert torch.equal(actual[128:, 256:], weight[128:, 256:])
 
 

@@ -79,12 +79,18 @@ for b, sizes in ((2, {}), (5, {}), (33, {}), (70, {}), (70, small)):
         def narrow(host, module, *args, less=0.0):
             wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
             expected = reference(host.__name__, module)(*wide) - less
-            accepted = args[:-1] if module == "cayley" else args
+            accepted = args[:-1] if host.__name__.startswith("cayley") else args
             assert_close(host(*accepted, **given) - less, expected, operands, host.__name__)
 
         narrow(cayley_narrow.cayley_neumann, "cayley", packed, b, 3, less=torch.eye(b))
         narrow(cayley_narrow.cayley_neumann_backward, "cayley", grad, packed, b, 3)
-        narrow(tangent.rotation_tangent_backward, "tangent", grad, packed, b, 3, True)
+        for flipped in (0, 1):
+            narrow(tangent.rotation_tangent_backward, "tangent", grad, packed, b, 3, True, flipped)
+            exact = reference("rotation_delta", "rotation_delta")
+            expected = exact(packed.double(), b, 3, torch.float64, flipped)
+            delta = cayley_narrow.rotation_delta(packed, b, 3, operands, flipped, **given)
+            assert delta.dtype == operands
+            assert_close(delta, expected, operands, "rotation_delta")
 """,
     "rotate": """
 for dtype in (torch.float32, torch.float16):
@@ -117,24 +123,28 @@ assert torch.equal(kernels.implementation("rotate_blocks")(x, identity, None, No
 for rows, width, b in ((160, 64, 72), (256, 96, 128), (7, 10, 3), (200, 66, 65)):
     for stored in (torch.float16, torch.float32):
         weight = torch.randn(rows, width).to(stored)
-        sides = [torch.eye(b) + 0.1 * torch.randn(size // b, b, b) for size in (width, rows)]
+        sides = [(0.1 * torch.randn(size // b, b, b)).half() for size in (width, rows)]
         pairs = pair(width), pair(rows)
         if width >= b:
             check("fold_weight", "fold", weight, *sides, *pairs, torch.float16)
             check("fold_weight", "fold", weight, sides[0], None, pairs[0], None, torch.float16)
         check("fold_weight", "fold", weight, None, sides[1], None, pairs[1], torch.float16)
-rotation = torch.eye(72) + 0.1 * torch.randn(2, 72, 72)  # rows in chunks of 8, and a tail
+delta = (0.1 * torch.randn(2, 72, 72)).half()  # rows in chunks of 8, and a tail
 for order in (None, pair(20)):
-    args = (torch.randn(160, 64).half(), None, rotation, None, order, torch.float16)
+    args = (torch.randn(160, 64).half(), None, delta, None, order, torch.float16)
     check("fold_weight", "fold", *args)
 weight = torch.randn(200, 32)  # more than a block of rows behind the last one that is rotated
-check("fold_weight", "fold", weight, None, rotation[:1], None, pair(200), torch.float16)
+check("fold_weight", "fold", weight, None, delta[:1], None, pair(200), torch.float16)
+# Columns alone, G - I in shared memory and not.
+for width, b in ((160, 72), (96, 33), (200, 66)):
+    sides = (0.1 * torch.randn(width // b, b, b)).half(), None
+    check("fold_weight", "fold", torch.randn(70, width), *sides, pair(width), None, torch.float16)
 """,
     "fold_both": """
 from poetx_compile.ops.kernels.fold_both import FoldTiling, _splits, fits, fold_both
 
-def near_identity(blocks, b):
-    return torch.eye(b) + 0.1 * torch.randn(blocks, b, b)
+def small(blocks, b):
+    return (0.1 * torch.randn(blocks, b, b)).half()
 
 # Tails on both sides; two tiles a block; blocks of two sizes; more than a block of either tail.
 for rows, width, left, right in (
@@ -144,23 +154,21 @@ for rows, width, left, right in (
     (250, 400, (1, 80), (1, 128)),
 ):
     weight = torch.randn(rows, width).half()
-    rotations = near_identity(*right), near_identity(*left).mT
-    assert fits(weight, *rotations)
+    deltas = small(*right), small(*left).mT
+    assert fits(weight, *deltas)
     orders = ((None, None), (pair(width), pair(rows)), (pair(width // 16), None),
               (pair(width // 8), pair(rows // 2)))
     for perm_in, perm_out in orders:
-        check("fold_weight", "fold", weight, *rotations, perm_in, perm_out, torch.float16)
-    check("fold_weight", "fold", weight.float(), *rotations, None, None, torch.float16)
-    narrower = fold_both(weight, *rotations, None, None, tiling=FoldTiling(64, 64, 2))
-    assert_close(narrower, fold_both(weight, *rotations, None, None))
+        check("fold_weight", "fold", weight, *deltas, perm_in, perm_out, torch.float16)
+    check("fold_weight", "fold", weight.float(), *deltas, None, None, torch.float16)
+    narrower = fold_both(weight, *deltas, None, None, tiling=FoldTiling(64, 64, 2))
+    assert_close(narrower, fold_both(weight, *deltas, None, None))
 # One rounding: without a rotation to the left, that of the product of the rounded matrices.
-weight, rotation = torch.randn(144, 80).half(), near_identity(1, 80)
-identity = torch.eye(72).expand(2, 72, 72)
-rounded = torch.eye(80).double() + (rotation[0] - torch.eye(80)).half().double()
-once = (weight.double() @ rounded.T).half()
-actual = fold_both(weight, rotation, identity, None, None)
+weight, delta, zero = torch.randn(144, 80).half(), small(1, 80), torch.zeros(2, 72, 72).half()
+once = (weight.double() @ (torch.eye(80) + delta[0].double()).T).half()
+actual = fold_both(weight, delta, zero, None, None)
 assert (actual != once).float().mean() < 0.01  # sums in fp32 next to a tie
-assert torch.equal(fold_both(weight, identity[:1], identity, None, None), weight)
+assert torch.equal(fold_both(weight, zero[:1], zero, None, None), weight)
 assert [_splits(*sizes) for sizes in ((8, 16, 132), (16, 32, 132), (132, 1, 132))] == [16, 8, 1]
 """,
     "block_product": """

@@ -23,25 +23,33 @@ CASES = [
 ]
 
 
-def _arguments(case: tuple[int, ...], dtype: torch.dtype = torch.float64):
+def _arguments(
+    case: tuple[int, ...], dtype: torch.dtype = torch.float64, stored: torch.dtype | None = None
+):
+    """(weight in `stored`, deltas in `dtype`, permutations), without the dtype of the result."""
     n, m, blocks_out, b_out, blocks_in, b_in = case
-    weight = torch.randn(n, m, dtype=torch.float64).to(dtype)
-    rotations = [
-        references.cayley(random_skew(blocks, b), b, 3).to(torch.promote_types(dtype, torch.float))
+    weight = torch.randn(n, m, dtype=torch.float64).to(stored or dtype)
+    deltas = [
+        (references.cayley(random_skew(blocks, b), b, 3) - torch.eye(b)).to(dtype)
         for blocks, b in ((blocks_in, b_in), (blocks_out, b_out))
     ]
-    return weight, *rotations, random_pair(m, 1), random_pair(n, 2)
+    return weight, *deltas, random_pair(m, 1), random_pair(n, 2)
 
 
-def _expected(weight, rotation_in, rotation_out, perm_in, perm_out) -> torch.Tensor:
+def _expected(weight, delta_in, delta_out, perm_in, perm_out) -> torch.Tensor:
     """``W[perm_out][:, perm_in] = L S D_inᵀ`` with dense matrices."""
+
+    def dense(delta: torch.Tensor, size: int) -> torch.Tensor:
+        eye = torch.eye(delta.shape[-1], dtype=torch.float64)
+        return references.block_diagonal(delta.double() + eye, size)
+
     folded = weight.double()
     n, m = weight.shape
-    if rotation_out is not None:
-        folded = references.block_diagonal(rotation_out.double(), n) @ folded
+    if delta_out is not None:
+        folded = dense(delta_out, n) @ folded
         folded = folded if perm_out is None else folded[perm_out[1]]
-    if rotation_in is not None:
-        folded = folded @ references.block_diagonal(rotation_in.double(), m).T
+    if delta_in is not None:
+        folded = folded @ dense(delta_in, m).T
         folded = folded if perm_in is None else folded[:, perm_in[1]]
     return folded
 
@@ -49,8 +57,8 @@ def _expected(weight, rotation_in, rotation_out, perm_in, perm_out) -> torch.Ten
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True), (False, False)])
 def test_is_the_dense_product(case, sides) -> None:
-    weight, g_in, g_out, perm_in, perm_out = _arguments(case)
-    args = [g_in if sides[0] else None, g_out if sides[1] else None]
+    weight, delta_in, delta_out, perm_in, perm_out = _arguments(case)
+    args = [delta_in if sides[0] else None, delta_out if sides[1] else None]
     for permuted in (sides, (False, False)):
         pairs = [
             pair if on else None for pair, on in zip((perm_in, perm_out), permuted, strict=True)
@@ -64,17 +72,19 @@ def test_is_the_dense_product(case, sides) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype, stored) -> None:
-    args = _arguments((64, 48, 4, 16, 3, 16), stored)
-    actual = ops.fold_weight(*args, dtype)
+    weight, *deltas, perm_in, perm_out = _arguments((64, 48, 4, 16, 3, 16), dtype, stored)
+    actual = ops.fold_weight(weight, *deltas, perm_in, perm_out, dtype)
     assert actual.dtype == dtype
-    assert torch.equal(actual, ops.fold_weight(*args, torch.float32).to(dtype))
+    wide = [delta.float() for delta in deltas]
+    expected = ops.fold_weight(weight, *wide, perm_in, perm_out, torch.float32)
+    assert torch.equal(actual, expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_identity_only_permutes(dtype) -> None:
     weight, _, _, perm_in, perm_out = _arguments((12, 8, 3, 4, 2, 4), dtype)
-    eye = torch.eye(4).repeat(3, 1, 1)
-    actual = ops.fold_weight(weight, eye[:2], eye, perm_in, perm_out, dtype)
+    zero = torch.zeros(3, 4, 4, dtype=dtype)
+    actual = ops.fold_weight(weight, zero[:2], zero, perm_in, perm_out, dtype)
     assert torch.equal(actual[perm_out[0]][:, perm_in[0]], weight)
 
 
@@ -82,8 +92,11 @@ def test_is_the_effective_weight() -> None:
     weight, skew_in, skew_out = torch.randn(20, 12), random_skew(1, 8).float(), random_skew(2, 8)
     skew_out, pairs = skew_out.float(), (random_pair(12), random_pair(20))
     expected = ops.orthogonal_equivalence(weight, skew_in, skew_out, *pairs, 8, 8, 3)
-    g_in, g_out = (ops.cayley_neumann(skew, 8, 3) for skew in (skew_in, -skew_out))
-    assert_close(ops.fold_weight(weight, g_in, g_out, *pairs, torch.float32), expected)
+    deltas = [
+        ops.rotation_delta(skew, 8, 3, torch.float32, flipped)
+        for skew, flipped in ((skew_in, 0), (skew_out, 2))
+    ]
+    assert_close(ops.fold_weight(weight, *deltas, *pairs, torch.float32), expected)
 
 
 def test_autocast_changes_nothing() -> None:
@@ -95,7 +108,8 @@ def test_autocast_changes_nothing() -> None:
 
 def test_opcheck() -> None:
     args = _arguments(CASES[1], torch.float32)
-    torch.library.opcheck(ops.fold_weight, (*args, torch.bfloat16))
+    narrow = _arguments(CASES[1], torch.bfloat16, torch.float32)
+    torch.library.opcheck(ops.fold_weight, (*narrow, torch.bfloat16))
     torch.library.opcheck(ops.fold_weight, (args[0], None, args[2], None, args[4], torch.float32))
 
 
@@ -103,9 +117,9 @@ def test_opcheck() -> None:
     ("change", "message"),
     [
         ({0: torch.zeros(2, 2, 2)}, "weight must be a floating point matrix"),
-        ({1: None}, "perm_in without rotation_in"),
-        ({2: torch.zeros(3, 2, 1)}, r"rotation_out must be \[blocks, b, b\]"),
-        ({1: torch.zeros(2, 4, 4).bfloat16()}, "rotation_in must be float32 or float64"),
+        ({1: None}, "perm_in without delta_in"),
+        ({2: torch.zeros(3, 2, 1)}, r"delta_out must be \[blocks, b, b\]"),
+        ({1: torch.zeros(2, 4, 4).bfloat16()}, "delta_in must have the dtype of the result"),
         ({1: torch.zeros(3, 4, 4)}, "3 blocks of 4 do not fit into 8"),
         ({4: random_pair(5)}, "perm_out"),
     ],

@@ -27,16 +27,15 @@ def _layer(n: int, m: int, b: int, dtype: torch.dtype = torch.float64):
 def _folded(x, layer, b_in, b_out, order, sides=(True, True)) -> torch.Tensor:
     """The layer by the folded formulation; a side that is off takes no part."""
     weight, skew_in, skew_out, perm_in, perm_out = layer
-    rotations, tangents, pairs = [], [], []
-    for on, skew, b, pair, left in (
-        (sides[0], skew_in, b_in, perm_in, False),
-        (sides[1], skew_out, b_out, perm_out, True),
+    deltas, tangents, pairs = [], [], []
+    for on, skew, b, pair, flipped in (
+        (sides[0], skew_in, b_in, perm_in, 0),
+        (sides[1], skew_out, b_out, perm_out, len(skew_out)),
     ):
-        skew = -skew if left else skew
-        rotations.append(ops.rotations(skew.detach(), b, order) if on else None)
-        tangents.append(ops.rotation_tangent(skew, b, order) if on else None)
+        deltas.append(ops.rotation_delta(skew.detach(), b, order, x.dtype, flipped) if on else None)
+        tangents.append(ops.rotation_tangent(skew, b, order, False, flipped) if on else None)
         pairs.append(pair if on else None)
-    folded = ops.fold_weight(weight, *rotations, *pairs, x.dtype)
+    folded = ops.fold_weight(weight, *deltas, *pairs, x.dtype)
     return ops.folded_linear(x, folded, *tangents, *pairs)
 
 

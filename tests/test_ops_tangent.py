@@ -42,6 +42,21 @@ def test_gradient_is_that_of_the_relative_rotation(blocks, b, order, dtype) -> N
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("flipped", [1, 3])
+def test_the_gradient_of_a_flipped_block_is_that_at_minus_q(order, flipped) -> None:
+    skew = random_skew(3, 5, angle=0.5)
+    grad = torch.randn(3, 5, 5, dtype=torch.float64)
+    sign = torch.ones(3, 1, dtype=torch.float64)
+    sign[3 - flipped :] = -1
+
+    def negated(leaf: Tensor) -> Tensor:
+        return oracle(sign * leaf, 5, order)
+
+    actual = gradient(ops.rotation_tangent, skew, grad, 5, order, False, flipped)
+    assert_close(actual, gradient(negated, skew, grad))
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_value_is_zero(order) -> None:
     tangent = ops.rotation_tangent(random_skew(3, 5, dtype=torch.float32), 5, order)
     assert torch.equal(tangent, torch.zeros(3, 5, 5))
@@ -60,7 +75,8 @@ def test_gradient_leads_back_through_a_product_that_was_folded(left) -> None:
 
     def folded(leaf: Tensor) -> Tensor:
         g = references.cayley(leaf.detach(), 8, 3)
-        moved = torch.eye(8, dtype=leaf.dtype) + ops.rotation_tangent(-leaf if left else leaf, 8, 3)
+        moved = torch.eye(8, dtype=leaf.dtype)
+        moved = moved + ops.rotation_tangent(leaf, 8, 3, False, int(left))
         return moved @ g.mT @ x if left else x @ moved @ g
 
     assert_close(gradient(folded, skew, weights), gradient(rotated, skew, weights))
@@ -82,9 +98,9 @@ def test_narrow_is_exact_where_no_kernel_runs(order) -> None:
 )
 def test_opcheck(blocks, b, order, dtype) -> None:
     skew = random_skew(blocks, b, dtype=dtype)
-    arguments = (skew.clone().requires_grad_(), b, order, True)
+    arguments = (skew.clone().requires_grad_(), b, order, True, blocks // 2)
     torch.library.opcheck(torch.ops.poetx.rotation_tangent.default, arguments)
-    arguments = (torch.randn(blocks, b, b, dtype=dtype), skew, b, order, True)
+    arguments = (torch.randn(blocks, b, b, dtype=dtype), skew, b, order, True, blocks // 2)
     torch.library.opcheck(torch.ops.poetx.rotation_tangent_backward.default, arguments)
 
 

@@ -2,8 +2,9 @@
 
 The ops stay opaque through AOTAutograd, so that the partitioner sees one node with a packed input
 and saves nothing else. After partitioning `ExpandOps`, an Inductor ``post_grad_custom_pre_pass``,
-replaces each of them by what should be compiled: the reference as aten nodes, which Inductor fuses,
-or the launches of a Triton kernel where one applies.
+replaces each of them by its reference as aten nodes, which Inductor fuses. Where a Triton kernel
+applies the op stays until Inductor lowers the graph; its lowering (`launches`) becomes the kernel's
+launches.
 """
 
 from __future__ import annotations
@@ -12,5 +13,6 @@ from poetx_compile.lowerings.analysis import compile_inner
 from poetx_compile.lowerings.chain import chain_passes
 from poetx_compile.lowerings.expand import ExpandOps
 from poetx_compile.lowerings.identity import source_digest
+from poetx_compile.lowerings.launches import register
 
-__all__ = ["ExpandOps", "chain_passes", "compile_inner", "source_digest"]
+__all__ = ["ExpandOps", "chain_passes", "compile_inner", "register", "source_digest"]

@@ -41,10 +41,11 @@ def analysis_kept() -> Iterator[None]:
 
 def _remembering(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def identify(kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> Any:
-        ours = str(getattr(kernel, "__module__", "")).startswith("poetx_compile.")
+        written = getattr(kernel, "fn", kernel)  # inside the launch parameters it is wrapped with
+        ours = str(getattr(written, "__module__", "")).startswith("poetx_compile.")
         if not ours or tma_descriptor_metadata:
             return function(kernel, kwargs, tma_descriptor_metadata)
-        key = name, kernel, tuple((k, _kind(v)) for k, v in kwargs.items())
+        key = name, written, tuple((k, _kind(v)) for k, v in kwargs.items())
         if key not in _answers:
             _answers[key] = function(kernel, kwargs, tma_descriptor_metadata)
         return _answers[key]

@@ -15,8 +15,7 @@ kernels between them remain::
     product     = bmm(square, inner)
     rotation    = …                                               # pointwise kernel 3
 
-After, where a kernel applies: its launches as ``triton_kernel_wrapper_functional`` nodes. Inductor
-compiles and launches them itself, without the dispatch of an op in Python, and plans their buffers.
+Where a kernel applies the op stays: its lowering (`launches`) makes the kernel's launches of it.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from torch.fx.node import map_arg
 
 from poetx_compile import ops  # noqa: F401  (defines the ops)
 from poetx_compile.lowerings.identity import cache_identity
-from poetx_compile.lowerings.trace import trace_launches, trace_reference
+from poetx_compile.lowerings.trace import arguments, signature, trace_reference
 from poetx_compile.ops import kernels
 from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
@@ -42,6 +41,7 @@ from poetx_compile.ops.fold import fold_weight_reference
 from poetx_compile.ops.folded_linear import folded_linear_reference
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
+from poetx_compile.ops.rotation_delta import rotation_delta_reference
 from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
 from poetx_compile.ops.tangent import (
     rotation_tangent_backward_reference,
@@ -51,6 +51,7 @@ from poetx_compile.ops.tangent import (
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "cayley_neumann": cayley_neumann_reference,
     "cayley_neumann_backward": cayley_neumann_backward_reference,
+    "rotation_delta": rotation_delta_reference,
     "rotation_tangent": rotation_tangent_reference,
     "rotation_tangent_backward": rotation_tangent_backward_reference,
     "fold_weight": fold_weight_reference,
@@ -62,7 +63,12 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
 }
 """Ops that are expanded. `cayley_exact` and its backward call a solver: nothing to fuse there."""
 
-_IEEE = {"cayley_neumann", "cayley_neumann_backward", "rotation_tangent_backward"}
+_IEEE = {
+    "cayley_neumann",
+    "cayley_neumann_backward",
+    "rotation_delta",
+    "rotation_tangent_backward",
+}
 """Ops with products of fp32 blocks (see `_needs_ieee`)."""
 
 # Kept from the replaced node: where it came from, and what the partitioner said about it.
@@ -93,8 +99,8 @@ class ExpandOps(CustomGraphPass):
             name = _op_name(node)
             if name is None:
                 continue
-            args = _arguments(node)
-            key = (name, *map(_signature, args))
+            args = arguments(node)
+            key = (name, *map(signature, args))
             if key not in traces:
                 traces[key] = _expansion(name, args)
             expansion = traces[key]
@@ -106,8 +112,11 @@ def _expansion(name: str, args: tuple[Any, ...]) -> fx.GraphModule | None:
     """The graph that replaces op `name` at `args`; ``None`` where the op stays a call."""
     values = map_arg(args, lambda n: n.meta["val"])
     if kernels.applies(name, *values):
-        return trace_launches(name, values)
-    return None if _needs_ieee(name, values) else trace_reference(REFERENCES[name], values)
+        return None  # `launches` takes it from here
+    # The exact transform calls a solver: nothing to fuse there.
+    solves = name == "rotation_delta" and values[2] is None
+    stays = solves or _needs_ieee(name, values)
+    return None if stays else trace_reference(REFERENCES[name], values)
 
 
 def _op_name(node: fx.Node) -> str | None:
@@ -130,32 +139,9 @@ def _needs_ieee(name: str, values: tuple[Any, ...]) -> bool:
     return name in _IEEE and fp32 and not exact
 
 
-def _arguments(node: fx.Node) -> tuple[Any, ...]:
-    """All arguments of the schema in order, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    values = []
-    for position, argument in enumerate(node.target._schema.arguments):
-        if position < len(node.args):
-            values.append(node.args[position])
-        elif argument.name in node.kwargs:
-            values.append(node.kwargs[argument.name])
-        else:
-            values.append(argument.default_value)
-    return tuple(values)
-
-
-def _signature(argument: Any) -> Hashable:
-    """What a trace depends on: the metadata of a tensor, a symbolic size by its expression."""
-    value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
-    if isinstance(value, Tensor):
-        sizes = tuple(map(str, value.shape)), tuple(map(str, value.stride()))
-        return (*sizes, value.dtype, value.device)
-    return type(value), str(value)
-
-
 def _inline(graph: fx.Graph, node: fx.Node, expansion: fx.GraphModule) -> None:
     """Replace `node` by a copy of `expansion` over its arguments."""
-    inputs = [a for a in _arguments(node) if isinstance(a, fx.Node)]
+    inputs = [a for a in arguments(node) if isinstance(a, fx.Node)]
     environment = dict(zip(expansion.graph.find_nodes(op="placeholder"), inputs, strict=True))
     fake_mode = detect_fake_mode([n.meta["val"] for n in inputs])
     assert fake_mode is not None, "a post-grad graph carries fake tensors"

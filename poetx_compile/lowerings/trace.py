@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
 from poetx_compile.ops import kernels
 from poetx_compile.ops.kernels.common import traced_launches
 
 log = logging.getLogger("poetx_compile")
+
+RESULT = "poetx_result"
 
 
 def trace_reference(function: Callable[..., Tensor], values: tuple[Any, ...]) -> fx.GraphModule:
@@ -28,6 +31,18 @@ def trace_reference(function: Callable[..., Tensor], values: tuple[Any, ...]) ->
     Returns:
         A functional graph whose one output is contiguous and aliases no input.
     """
+    # Functionalised: an op of the reference that writes in place becomes one that does not, as in
+    # every other graph at this stage.
+    traced = _trace(function, values, torch.func.functionalize)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def _trace(
+    function: Callable[..., Tensor],
+    values: tuple[Any, ...],
+    transform: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda call: call,
+) -> fx.GraphModule:
     from torch._inductor.decomposition import select_decomp_table
 
     places = [i for i, v in enumerate(values) if isinstance(v, Tensor | torch.SymInt)]
@@ -43,21 +58,18 @@ def trace_reference(function: Callable[..., Tensor], values: tuple[Any, ...]) ->
 
     fake_mode = detect_fake_mode(inputs)
     assert fake_mode is not None, "a post-grad graph carries fake tensors"
-    # Functionalised: a kernel's output buffer becomes the result of a functional node, as in every
-    # other graph at this stage; Inductor makes it a write in place again.
-    functional = torch.func.functionalize(call)
     # A backward may be compiled inside the user's autocast region; its graph is past autocast.
     with fake_mode, torch._C._DisableAutocast(), torch.fx.traceback.preserve_node_meta(False):
-        traced = make_fx(functional, decomposition_table=select_decomp_table())(*inputs)
-    traced.graph.eliminate_dead_code()
-    return traced
+        return make_fx(transform(call), decomposition_table=select_decomp_table())(*inputs)
 
 
 def trace_launches(op: str, values: tuple[Any, ...]) -> fx.GraphModule | None:
-    """The launches of the kernel of `op` as ``triton_kernel_wrapper_functional`` nodes.
+    """The launches of the kernel of `op` as ``triton_kernel_wrapper_mutation`` nodes.
 
-    Arguments and result as for `trace_reference`; ``None`` where Triton could not tell what the
-    launches write. Then the op has to stay a call, which launches the same kernel.
+    Arguments as for `trace_reference`. A graph to lower, not to rewrite: the launches write into
+    buffers that stand before them, and in place of an output, which would be taken for one of the
+    whole graph, ``meta[RESULT]`` is the node of the result. ``None`` where Triton could not tell
+    what the launches write. Then the op has to stay a call, which launches the same kernel.
     """
     host = kernels.implementation(op)
 
@@ -65,19 +77,32 @@ def trace_launches(op: str, values: tuple[Any, ...]) -> fx.GraphModule | None:
         with traced_launches():
             return host(*args)
 
-    traced = trace_reference(recorded, values)
+    traced = _trace(recorded, values)
+    output = traced.graph.output_node()
+    traced.meta[RESULT] = output.args[0]
+    traced.graph.erase_node(output)
     return traced if _writes_outputs_only(traced) else None
 
 
-def _writes_outputs_only(traced: fx.GraphModule) -> bool:
-    """Whether Inductor found of every launch that it writes what is called ``out`` or ``*_out``.
+def written_by(launches: fx.GraphModule) -> list[list[str]]:
+    """What Triton finds each launch of a `trace_launches` to write, by the kernel's names."""
+    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
 
-    It reads that from the compiled kernel; where it cannot, it takes every argument for written and
-    would copy them all.
+    launch = torch.ops.higher_order.triton_kernel_wrapper_mutation
+    found = []
+    for node in launches.graph.find_nodes(op="call_function", target=launch):
+        given = map_arg(node.kwargs, lambda n: n.meta["val"])
+        asked = ("kernel_idx", "constant_args_idx", "kwargs", "tma_descriptor_metadata")
+        found.append(get_mutated_tensors(*(given[name] for name in asked)))
+    return found
+
+
+def _writes_outputs_only(launches: fx.GraphModule) -> bool:
+    """Whether Inductor will find that every launch writes what is called ``out`` or ``*_out``.
+
+    It reads that from the compiled kernel; where it cannot, it takes every argument for written.
     """
-    higher_order = torch.ops.higher_order.triton_kernel_wrapper_functional
-    for node in traced.graph.find_nodes(op="call_function", target=higher_order):
-        written = node.kwargs["tensors_to_clone"]
+    for written in written_by(launches):
         others = [n for n in written if n != "out" and not n.endswith("_out")]
         if others or not written:
             log.warning(
@@ -87,3 +112,26 @@ def _writes_outputs_only(traced: fx.GraphModule) -> bool:
             )
             return False
     return True
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """All arguments of the schema in order, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    values = []
+    for position, argument in enumerate(node.target._schema.arguments):
+        if position < len(node.args):
+            values.append(node.args[position])
+        elif argument.name in node.kwargs:
+            values.append(node.kwargs[argument.name])
+        else:
+            values.append(argument.default_value)
+    return tuple(values)
+
+
+def signature(argument: Any) -> Hashable:
+    """What a trace depends on: the metadata of a tensor, a symbolic size by its expression."""
+    value = argument.meta["val"] if isinstance(argument, fx.Node) else argument
+    if isinstance(value, Tensor):
+        sizes = tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+        return (*sizes, value.dtype, value.device)
+    return type(value), str(value)

@@ -4,6 +4,7 @@
 ``orthogonal_equivalence``  the effective weight ``R W₀ P`` (weight-centric; what eager runs)
 ``cayley_neumann``          packed skew parameters → rotations, by the Cayley-Neumann expansion
 ``cayley_exact``            packed skew parameters → rotations, by a batched solve
+``rotation_delta``          packed skew parameters → G − I, rounded: what is folded into a weight
 ``rotation_tangent``        zeros that carry the gradient of a rotation folded into a weight
 ``fold_weight``             the effective weight from given rotations, for the folded formulation
 ``folded_linear``           linear over such a weight; its backward gives the rotations' gradients
@@ -26,6 +27,7 @@ from poetx_compile.ops.folded_linear import folded_linear
 from poetx_compile.ops.orthogonal_equivalence import orthogonal_equivalence
 from poetx_compile.ops.permute import permute_columns
 from poetx_compile.ops.rotate import rotate_blocks
+from poetx_compile.ops.rotation_delta import rotation_delta
 from poetx_compile.ops.stacked_block_products import stacked_block_products
 from poetx_compile.ops.tangent import rotation_tangent
 
@@ -38,6 +40,7 @@ __all__ = [
     "orthogonal_equivalence",
     "permute_columns",
     "rotate_blocks",
+    "rotation_delta",
     "rotation_tangent",
     "rotations",
     "stacked_block_products",

@@ -8,10 +8,10 @@ from torch import Tensor
 from poetx_compile.ops import kernels
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
-from poetx_compile.ops.rotate import rotate_blocks_reference
+from poetx_compile.ops.rotate import rotate_by_delta
 
 
-def _check(weight, rotation_in, rotation_out, perm_in, perm_out) -> None:
+def _check(weight, delta_in, delta_out, perm_in, perm_out, dtype) -> None:
     torch._check(
         weight.dim() == 2 and weight.is_floating_point(),
         lambda: (
@@ -20,33 +20,32 @@ def _check(weight, rotation_in, rotation_out, perm_in, perm_out) -> None:
         ),
     )
     sides = (
-        ("in", rotation_in, perm_in, weight.shape[1]),
-        ("out", rotation_out, perm_out, weight.shape[0]),
+        ("in", delta_in, perm_in, weight.shape[1]),
+        ("out", delta_out, perm_out, weight.shape[0]),
     )
-    for side, rotation, pair, width in sides:
+    for side, delta, pair, width in sides:
         torch._check(
-            rotation is not None or pair is None,
-            lambda side=side: f"poetx: perm_{side} without rotation_{side}",
+            delta is not None or pair is None,
+            lambda side=side: f"poetx: perm_{side} without delta_{side}",
         )
-        if rotation is None:
+        if delta is None:
             continue
         torch._check(
-            rotation.dim() == 3 and rotation.shape[1] == rotation.shape[2],
-            lambda side=side, r=rotation: (
-                f"poetx: rotation_{side} must be [blocks, b, b], got {list(r.shape)}"
+            delta.dim() == 3 and delta.shape[1] == delta.shape[2],
+            lambda side=side, d=delta: (
+                f"poetx: delta_{side} must be [blocks, b, b], got {list(d.shape)}"
             ),
         )
         torch._check(
-            rotation.dtype in (torch.float32, torch.float64),
-            lambda side=side, r=rotation: (
-                f"poetx: rotation_{side} must be float32 or float64, got {r.dtype}"
+            delta.dtype == dtype,
+            lambda side=side, d=delta: (
+                f"poetx: delta_{side} must have the dtype of the result, {dtype}, got {d.dtype}"
             ),
         )
         torch._check(
-            rotation.shape[0] * rotation.shape[1] <= width,
-            lambda side=side, r=rotation, width=width: (
-                f"poetx: rotation_{side}: {r.shape[0]} blocks of {r.shape[1]} do not fit into "
-                f"{width}"
+            delta.shape[0] * delta.shape[1] <= width,
+            lambda side=side, d=delta, width=width: (
+                f"poetx: delta_{side}: {d.shape[0]} blocks of {d.shape[1]} do not fit into {width}"
             ),
         )
         check_pair(pair, width, f"perm_{side}")
@@ -54,8 +53,8 @@ def _check(weight, rotation_in, rotation_out, perm_in, perm_out) -> None:
 
 def fold_weight_reference(
     weight: Tensor,
-    rotation_in: Tensor | None,
-    rotation_out: Tensor | None,
+    delta_in: Tensor | None,
+    delta_out: Tensor | None,
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     dtype: torch.dtype,
@@ -63,10 +62,10 @@ def fold_weight_reference(
     """The definition of `fold_weight` in plain torch ops (also what Inductor compiles)."""
     wide = torch.promote_types(dtype, torch.float32)
     folded = weight.to(wide)
-    if rotation_out is not None:
-        folded = rotate_blocks_reference(folded.mT, rotation_out, None, perm_out, True).mT
-    if rotation_in is not None:
-        folded = rotate_blocks_reference(folded, rotation_in, None, perm_in, True)
+    if delta_out is not None:
+        folded = rotate_by_delta(folded.mT, delta_out.mT.to(wide), None, perm_out).mT
+    if delta_in is not None:
+        folded = rotate_by_delta(folded, delta_in.mT.to(wide), None, perm_in)
     return folded.to(dtype)
 
 
@@ -74,8 +73,8 @@ def fold_weight_reference(
 @without_autocast
 def fold_weight(
     weight: Tensor,
-    rotation_in: Tensor | None,
-    rotation_out: Tensor | None,
+    delta_in: Tensor | None,
+    delta_out: Tensor | None,
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     dtype: torch.dtype,
@@ -87,8 +86,9 @@ def fold_weight(
 
     Args:
         weight: S [n, m], the frozen weight as it is stored.
-        rotation_in: [blocks, b, b] with blocks·b ≤ m, float32 or float64, or ``None``.
-        rotation_out: the same for the n rows, the blocks of L: those of −Q, ``G(−Q) = G(Q)ᵀ``.
+        delta_in: ``G − I`` [blocks, b, b] of `dtype` with blocks·b ≤ m, from `rotation_delta`, or
+            ``None``.
+        delta_out: the same for the n rows, ``L − I``: flipped, as ``G(−Q) = G(Q)ᵀ``.
         perm_in, perm_out: permutation pairs (int64, see `permute_columns`) of rotated sides, or
             ``None``.
         dtype: of the result, rounded to once where one launch folds both sides (and by the
@@ -97,8 +97,8 @@ def fold_weight(
     Returns:
         [n, m] of `dtype`, contiguous, a new tensor.
     """
-    _check(weight, rotation_in, rotation_out, perm_in, perm_out)
-    args = (weight, rotation_in, rotation_out, perm_in, perm_out, dtype)
+    _check(weight, delta_in, delta_out, perm_in, perm_out, dtype)
+    args = (weight, delta_in, delta_out, perm_in, perm_out, dtype)
     if kernels.applies("fold_weight", *args):
         return kernels.run("fold_weight", *args)
     out = fold_weight_reference(*args).contiguous()
@@ -106,6 +106,6 @@ def fold_weight(
 
 
 @fold_weight.register_fake
-def _(weight, rotation_in, rotation_out, perm_in, perm_out, dtype):
-    _check(weight, rotation_in, rotation_out, perm_in, perm_out)
+def _(weight, delta_in, delta_out, perm_in, perm_out, dtype):
+    _check(weight, delta_in, delta_out, perm_in, perm_out, dtype)
     return weight.new_empty(weight.shape, dtype=dtype)

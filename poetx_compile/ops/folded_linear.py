@@ -45,8 +45,7 @@ def _check(x, weight, tangent_in, tangent_out, perm_in, perm_out) -> None:
 
 def folded_linear_reference(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
     """The value of `folded_linear`: tangents are zero and permutations are in the weight."""
-    rows = x.reshape(-1, x.shape[-1])
-    return torch.mm(rows, weight.t()).reshape(*x.shape[:-1], weight.shape[0])
+    return torch.mm(_rows(x), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("poetx::folded_linear", mutates_args=())
@@ -64,16 +63,16 @@ def folded_linear(
 
         dX = dV W,   dE_in,k = X'_kᵀ dX'_k,   dE_out,k = dV'_kᵀ V'_k
 
-    (`rotation_tangent` says what E is and takes it from there: E_in of Q_in, E_out of −Q_out.) No
-    activation is rotated, nothing but X and V is kept, and there is no gradient of W: POET-X
-    (arXiv 2603.05500) in its folded form.
+    (`rotation_tangent` says what E is and takes it from there: E_in of Q_in, E_out flipped, of
+    −Q_out.) No activation is rotated, nothing but X and V is kept, and there is no gradient of W:
+    POET-X (arXiv 2603.05500) in its folded form.
 
     Args:
         x: [..., m] of the weight's dtype; autocast casts it, as the input of a linear.
         weight: W [n, m], taken as a constant.
         tangent_in: zeros [blocks, b, b] from `rotation_tangent`, or ``None`` where this side is
             not folded.
-        tangent_out: the same of the output side, from −Q: its rotation stands on the left.
+        tangent_out: the same of the output side, flipped: its rotation stands on the left.
         perm_in, perm_out: permutation pairs of folded sides; ``None`` where x or V is in permuted
             coordinates itself.
 
@@ -112,22 +111,29 @@ def _backward(ctx, grad):
     x, weight, v, perm_in, perm_out = ctx.saved_tensors
     of_in, of_out = ctx.blocks_in, ctx.blocks_out  # (blocks, b), or None
     grad_x = grad_in = grad_out = None
+    # One matrix for all that read it: a compiler would copy a transposed gradient for each reader.
+    rows = _rows(grad)
     if ctx.needs_input_grad[0] or of_in is not None:
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = torch.mm(rows, weight).reshape(*grad.shape[:-1], weight.shape[1])
+        grad_x = torch.mm(rows, weight)
     product = torch.ops.poetx.block_product
     if of_in and of_out and of_in[1] == of_out[1] and of_in[0] + of_out[0] <= _FEW_BLOCKS:
         (blocks_in, b), (blocks_out, _) = of_in, of_out
         stacked = torch.ops.poetx.stacked_block_products(
-            x, grad_x, grad, v, blocks_in, blocks_out, b, perm_in, perm_out
+            _rows(x), grad_x, rows, _rows(v), blocks_in, blocks_out, b, perm_in, perm_out
         )
         grad_in, grad_out = stacked[:blocks_in], stacked[blocks_in:]
     else:
         if of_in is not None:
-            grad_in = product(x, grad_x, *of_in, perm_in, perm_in)
+            grad_in = product(_rows(x), grad_x, *of_in, perm_in, perm_in)
         if of_out is not None:
-            grad_out = product(grad, v, *of_out, perm_out, perm_out)
-    return grad_x if ctx.needs_input_grad[0] else None, None, grad_in, grad_out, None, None
+            grad_out = product(rows, _rows(v), *of_out, perm_out, perm_out)
+    needed = ctx.needs_input_grad[0]
+    grad_x = grad_x.reshape(*grad.shape[:-1], weight.shape[1]) if needed else None
+    return grad_x, None, grad_in, grad_out, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 folded_linear.register_autograd(_backward, setup_context=_setup)

@@ -47,13 +47,20 @@ def rotate_blocks_reference(
     small rotation keeps its relative precision when it is rounded to bf16 (an entry 1 − θ²/2 of G
     would lose it).
     """
-    blocks, b, _ = rotation.shape
+    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+    delta = ((rotation.mT if transpose else rotation) - eye).to(x.dtype)
+    return rotate_by_delta(x, delta, gather, scatter)
+
+
+def rotate_by_delta(
+    x: Tensor, delta: Tensor, gather: Tensor | None, scatter: Tensor | None
+) -> Tensor:
+    """``x + x (G − I)`` from G − I [blocks, b, b] in the dtype of x, with gather and scatter."""
+    blocks, b, _ = delta.shape
     width = x.shape[-1]
     if gather is not None:
         x = x.index_select(-1, pair_index(gather, 0, width))
     if blocks > 0:
-        eye = torch.eye(b, dtype=rotation.dtype, device=rotation.device)
-        delta = ((rotation.mT if transpose else rotation) - eye).to(x.dtype)
         head = x[..., : blocks * b].reshape(-1, blocks, b)
         rotated = head + torch.bmm(head.transpose(0, 1), delta).transpose(0, 1)
         rotated = rotated.reshape(*x.shape[:-1], blocks * b)

@@ -117,12 +117,12 @@ return (%18)
         self.assertExpectedInline(
             "\n".join(folded) + "\n",
             """\
-%8: f32[40, 16] = poetx.fold_weight(gate_proj.original, %3, %7, gate_proj.perm_in, None, torch.float32)
-%9: f32[3, 40] = poetx.folded_linear(x, %8, %2, %6, gate_proj.perm_in, None)
-%18: f32[40, 16] = poetx.fold_weight(up_proj.original, %13, %17, gate_proj.perm_in, None, torch.float32)
-%19: f32[3, 40] = poetx.folded_linear(x, %18, %12, %16, gate_proj.perm_in, None)
-%28: f32[16, 40] = poetx.fold_weight(down_proj.original, %23, %27, None, down_proj.perm_out, torch.float32)
-%29: f32[3, 16] = poetx.folded_linear(%20, %28, %22, %26, None, down_proj.perm_out)
+%7: f32[40, 16] = poetx.fold_weight(gate_proj.original, %2, %5, gate_proj.perm_in, None, torch.float32)
+%8: f32[3, 40] = poetx.folded_linear(x, %7, %3, %6, gate_proj.perm_in, None)
+%16: f32[40, 16] = poetx.fold_weight(up_proj.original, %11, %14, gate_proj.perm_in, None, torch.float32)
+%17: f32[3, 40] = poetx.folded_linear(x, %16, %12, %15, gate_proj.perm_in, None)
+%25: f32[16, 40] = poetx.fold_weight(down_proj.original, %20, %23, None, down_proj.perm_out, torch.float32)
+%26: f32[3, 16] = poetx.folded_linear(%18, %25, %21, %24, None, down_proj.perm_out)
 """,
         )
 

@@ -40,24 +40,22 @@ perm_in: i64[2, 12]
 perm_out: i64[2, 20]
 bias: f32[20]
 args_0: f32[3, 12]
-%1: f32[2, 28] = .neg(skew_out) [recompute]
-%2: f32[3, 28] = cat([skew_in, %1]) [recompute]
-%3: f32[3, 8, 8] = poetx.rotation_tangent(%2, 8, 3) [recompute]
+%1: f32[3, 28] = cat([skew_in, skew_out]) [recompute]
+%2: f32[3, 28] = .detach(%1) [recompute]
+%3: f32[3, 8, 8] = poetx.rotation_delta(%2, 8, 3, torch.float32, 2) [recompute]
 %4: (f32[1, 8, 8], f32[2, 8, 8]) = split(%3, [1, 2]) [recompute]
 %5: f32[1, 8, 8] = getitem(%4, 0) [recompute]
 %6: f32[2, 8, 8] = getitem(%4, 1) [recompute]
-%7: f32[2, 28] = .neg(skew_out) [recompute]
-%8: f32[3, 28] = cat([skew_in, %7]) [recompute]
-%9: f32[3, 28] = .detach(%8) [recompute]
-%10: f32[3, 8, 8] = poetx.cayley_neumann(%9, 8, 3) [recompute]
-%11: (f32[1, 8, 8], f32[2, 8, 8]) = split(%10, [1, 2]) [recompute]
-%12: f32[1, 8, 8] = getitem(%11, 0) [recompute]
-%13: f32[2, 8, 8] = getitem(%11, 1) [recompute]
-%14: f32[20, 12] = poetx.fold_weight(original, %12, %13, perm_in, perm_out, torch.float32)
-%15: f32[3, 20] = poetx.folded_linear(args_0, %14, %5, %6, perm_in, perm_out)
-%16: f32[20] = .type_as(bias, %15)
-%17: f32[3, 20] = add(%15, %16)
-return (%17)
+%7: f32[3, 28] = cat([skew_in, skew_out]) [recompute]
+%8: f32[3, 8, 8] = poetx.rotation_tangent(%7, 8, 3, False, 2) [recompute]
+%9: (f32[1, 8, 8], f32[2, 8, 8]) = split(%8, [1, 2]) [recompute]
+%10: f32[1, 8, 8] = getitem(%9, 0) [recompute]
+%11: f32[2, 8, 8] = getitem(%9, 1) [recompute]
+%12: f32[20, 12] = poetx.fold_weight(original, %5, %6, perm_in, perm_out, torch.float32)
+%13: f32[3, 20] = poetx.folded_linear(args_0, %12, %10, %11, perm_in, perm_out)
+%14: f32[20] = .type_as(bias, %13)
+%15: f32[3, 20] = add(%13, %14)
+return (%15)
 """,
         )
 
@@ -76,14 +74,13 @@ perm_in: i64[2, 2]
 perm_out: i64[2, 320]
 args_0: bf16[8, 2]
 %1: f32[1, 2, 2] = poetx.cayley_neumann(skew_in, 2, 3, True) [recompute]
-%2: f32[40, 28] = .neg(skew_out) [recompute]
-%3: f32[40, 28] = .detach(%2) [recompute]
-%4: f32[40, 8, 8] = poetx.rotation_tangent(%2, 8, 3, True) [recompute]
-%5: f32[40, 8, 8] = poetx.cayley_neumann(%3, 8, 3, True) [recompute]
-%6: bf16[320, 2] = poetx.fold_weight(original, None, %5, None, perm_out, torch.bfloat16)
-%7: bf16[8, 2] = poetx.rotate_blocks(args_0, %1, perm_in, None, False)
-%8: bf16[8, 320] = poetx.folded_linear(%7, %6, None, %4, None, perm_out)
-return (%8)
+%2: f32[40, 28] = .detach(skew_out) [recompute]
+%3: bf16[40, 8, 8] = poetx.rotation_delta(%2, 8, 3, torch.bfloat16, 40) [recompute]
+%4: f32[40, 8, 8] = poetx.rotation_tangent(skew_out, 8, 3, True, 40) [recompute]
+%5: bf16[320, 2] = poetx.fold_weight(original, None, %3, None, perm_out, torch.bfloat16)
+%6: bf16[8, 2] = poetx.rotate_blocks(args_0, %1, perm_in, None, False)
+%7: bf16[8, 320] = poetx.folded_linear(%6, %5, None, %4, None, perm_out)
+return (%7)
 """,
         )
 

@@ -8,8 +8,9 @@ op                         kernel                                arguments it ta
 =========================  ====================================  ===============================
 `cayley_neumann`           `cayley.cayley_neumann`               fp32, every order
 `cayley_neumann_backward`  `cayley.cayley_neumann_backward`      fp32, order 3
+`rotation_delta`           `cayley_narrow.rotation_delta`        fp32 to bf16/fp16, order 3, b ≤ 256
 `rotation_tangent_…`       `tangent.rotation_tangent_backward`   fp32, order 3, narrow, b ≤ 256
-`fold_weight`              `fold.fold_weight`                    to bf16/fp16, rotations fp32
+`fold_weight`              `fold.fold_weight`                    to bf16/fp16
 `rotate_blocks`            `rotate.rotate_blocks`                x fp32/bf16/fp16, rotation fp32
 `block_product`            `block_product.block_product`         fp32/bf16/fp16, also mixed
 `stacked_block_products`   `block_product.stacked_…`             fp32/bf16/fp16
@@ -35,7 +36,8 @@ from poetx_compile.ops.kernels.narrow import narrow_applies
 
 # ROCm devices have this type too; `input_precision` knows the difference.
 _DEVICE_TYPE = "cuda"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, *_HALVES)
 
 MAX_PERMUTE_WIDTH = 32768
 """Columns of a row that `permute_columns` holds in shared memory at once (4 bytes each), where the
@@ -61,8 +63,20 @@ def _cayley_neumann_backward(
     return fp32 and block_size >= 2 and order == 3
 
 
+def _rotation_delta(
+    skew: Tensor, block_size: int, order: int | None, dtype: torch.dtype, flipped: int = 0
+) -> bool:
+    narrow = skew.dtype == torch.float32 and dtype in _HALVES
+    return narrow and narrow_applies(block_size, order)
+
+
 def _rotation_tangent_backward(
-    grad: Tensor, skew: Tensor, block_size: int, order: int | None, narrow: bool
+    grad: Tensor,
+    skew: Tensor,
+    block_size: int,
+    order: int | None,
+    narrow: bool = False,
+    flipped: int = 0,
 ) -> bool:
     fp32 = skew.dtype == grad.dtype == torch.float32
     return fp32 and narrow and narrow_applies(block_size, order)
@@ -70,16 +84,15 @@ def _rotation_tangent_backward(
 
 def _fold_weight(
     weight: Tensor,
-    rotation_in: Tensor | None,
-    rotation_out: Tensor | None,
+    delta_in: Tensor | None,
+    delta_out: Tensor | None,
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     dtype: torch.dtype,
 ) -> bool:
-    rotations = [r for r in (rotation_in, rotation_out) if r is not None]
-    narrow = dtype in (torch.bfloat16, torch.float16) and weight.dtype in _FLOATS
-    fp32 = bool(rotations) and all(r.dtype == torch.float32 for r in rotations)
-    return narrow and fp32 and all(map(_static, weight.shape)) and _permutable(weight, perm_in)
+    if dtype not in _HALVES or weight.dtype not in _FLOATS or delta_in is delta_out is None:
+        return False
+    return all(map(_static, weight.shape)) and _permutable(weight, perm_in)
 
 
 def _rotate_blocks(
@@ -138,6 +151,7 @@ def _static(size: Any) -> bool:
 _MODULES = {
     "cayley_neumann": "cayley",
     "cayley_neumann_backward": "cayley",
+    "rotation_delta": "cayley_narrow",
     "rotation_tangent_backward": "tangent",
     "fold_weight": "fold",
     "rotate_blocks": "rotate",
@@ -146,9 +160,13 @@ _MODULES = {
     "permute_columns": "permute",
 }
 
+OPS = tuple(_MODULES)
+"""The ops that have a kernel."""
+
 _ARGUMENTS: dict[str, Callable[..., bool]] = {
     "cayley_neumann": _cayley_neumann,
     "cayley_neumann_backward": _cayley_neumann_backward,
+    "rotation_delta": _rotation_delta,
     "rotation_tangent_backward": _rotation_tangent_backward,
     "fold_weight": _fold_weight,
     "rotate_blocks": _rotate_blocks,

@@ -218,7 +218,7 @@ def cayley_neumann(skew: Tensor, block_size: int, order: int, narrow: bool = Fal
     width = block_size if only_square else padded
     q, p = (skew.new_empty(blocks, padded, padded) for _ in range(2))
     h = skew.new_empty(blocks, width, width)
-    launch(unpack_kernel, programs, skew, q, **tiling.unpacking())
+    launch(unpack_kernel, programs, skew, q, blocks, **tiling.unpacking())
     # For k = 1 this is the result; for other odd k it is the innermost c_k Q + P.
     weights = {"OUT_I": c[0] if only_square else 0.0, "OUT_Q": c[order], "WIDTH": width}
     launch(square_kernel, programs, q, p, h, **weights, **constants)
@@ -251,7 +251,7 @@ def cayley_neumann_backward(
     programs, padded = tiling.programs(blocks), tiling.padded
     q, s, a, y, m = (skew.new_empty(blocks, padded, padded) for _ in range(5))
     out = torch.empty_like(skew)
-    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, **tiling.unpacking())
+    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, blocks, **tiling.unpacking())
 
     def product(x: Tensor, other: Tensor, addend: Tensor, result: Tensor, **form: bool) -> None:
         constants = {"B": block_size, **form, **tiling.product()}

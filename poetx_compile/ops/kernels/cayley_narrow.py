@@ -12,6 +12,8 @@ a panel of rows goes through the three products of Horner's rule::
     1:  Q                                   unpacked, rounded
     2:  G = I + 2Q + ((Q Q + 2Q) Q + 2Q) Q  by row panels, read from and written to memory once
 
+`rotation_delta` is the same without the I, written in 2 bytes.
+
 Backward, four launches of four products. With x and y the products by −Q from the left and right,
 and S and A twice the symmetric and skew part of the incoming gradient, the gradient is
 ``2A + 2(x² + xy + y²) A + (x + y)(2 + x² + y²) S = 2A + K − Kᵀ`` with
@@ -41,6 +43,7 @@ from poetx_compile.ops.kernels.tiles import (
     masked_tile,
     packed_index,
     position,
+    sign_of,
     store_tile,
     tile_of,
 )
@@ -71,12 +74,14 @@ def _unpacked(packed, rows, columns, B: tl.constexpr):
 def rotation_kernel(
     q,  # [blocks, N, N], 2-byte elements
     packed,  # f32[blocks, B(B-1)/2]
-    out,  # f32[blocks, B, B]
+    out,  # f32[blocks, B, B]; 2-byte elements where DELTA
+    kept,  # blocks from this number on are those of -Q
     B: tl.constexpr,
     N: tl.constexpr,
     PANEL: tl.constexpr,
+    DELTA: tl.constexpr,
 ):
-    """out = I + 2Q + 2Q^2 + 2Q^3 + Q^4 on a panel of rows."""
+    """out = I + 2Q + 2Q^2 + 2Q^3 + Q^4 on a panel of rows, without the I where DELTA."""
     block, rows = panel_position(N, PANEL)
     q += block * (N * N)
     columns = tl.arange(0, N)
@@ -88,7 +93,10 @@ def rotation_kernel(
     for _ in range(3):
         total = tl.dot((total + 2 * panel).to(q.dtype.element_ty), resident)
     packed += block * (B * (B - 1) // 2)
-    result = total + 2 * _unpacked(packed, rows, columns, B) + identity(rows, columns)
+    leading = 2 * sign_of(block, kept)
+    result = total + leading * _unpacked(packed, rows, columns, B)
+    if not DELTA:
+        result += identity(rows, columns)
     store_tile(out + block * (B * B), rows, columns, result, B)
 
 
@@ -134,6 +142,7 @@ def packed_gradient_kernel(
     addend,  # [blocks, N, N], 2-byte elements; read where HAS_ADDEND
     grad,  # f32[blocks, B, B]
     out,  # f32[blocks, B(B-1)/2]
+    kept,  # blocks from this number on are negated
     B: tl.constexpr,
     N: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
@@ -168,7 +177,8 @@ def packed_gradient_kernel(
     leading = masked_tile(grad, rows, columns, B) - tl.trans(masked_tile(grad, columns, rows, B))
     out += block * (B * (B - 1) // 2)
     stored = above_diagonal(rows, columns, B)
-    tl.store(out + packed_index(rows, columns, B), 2 * leading + total, mask=stored)
+    result = sign_of(block, kept) * (2 * leading + total)
+    tl.store(out + packed_index(rows, columns, B), result, mask=stored)
 
 
 def cayley_neumann(
@@ -189,13 +199,46 @@ def cayley_neumann(
     Returns:
         f32[blocks, b, b].
     """
-    tiling = tiling or NarrowTiling(block_size)
+    out = skew.new_empty(skew.shape[0], block_size, block_size)
+    _rotations(skew, out, skew.shape[0], False, tiling or NarrowTiling(block_size), operands)
+    return out
+
+
+def rotation_delta(
+    skew: Tensor,
+    block_size: int,
+    order: int | None,
+    dtype: torch.dtype,
+    flipped: int,
+    *,
+    tiling: NarrowTiling | None = None,
+    operands: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """`ops.rotation_delta` of fp32 `skew`, order 3, to bf16 or fp16; two launches.
+
+    Args:
+        skew, block_size, order, dtype, flipped: those of the op.
+        tiling: default that of the block size.
+        operands: what products take. bf16 keeps the range of fp32.
+    """
+    assert order == 3, order
+    skew = skew.contiguous()
+    blocks = skew.shape[0]
+    out = skew.new_empty(blocks, block_size, block_size, dtype=dtype)
+    _rotations(skew, out, blocks - flipped, True, tiling or NarrowTiling(block_size), operands)
+    return out
+
+
+def _rotations(
+    skew: Tensor, out: Tensor, kept: int, delta: bool, tiling: NarrowTiling, operands: torch.dtype
+) -> None:
+    """Write the rotations of packed skew, or what they are without the identity, into `out`."""
     blocks, padded = skew.shape[0], tiling.padded
     q = skew.new_empty(blocks, padded, padded, dtype=operands)
-    out = skew.new_empty(blocks, block_size, block_size)
-    launch(unpack_kernel, tiling.unpacking_programs(blocks), skew, q, **tiling.unpacking())
-    launch(rotation_kernel, tiling.panels(blocks), q, skew, out, B=block_size, **tiling.chain())
-    return out
+    programs, b = tiling.unpacking_programs(blocks), tiling.block_size
+    launch(unpack_kernel, programs, skew, q, kept, **tiling.unpacking())
+    constants = {"B": b, "DELTA": delta, **tiling.chain()}
+    launch(rotation_kernel, tiling.panels(blocks), q, skew, out, kept, **constants)
 
 
 def cayley_neumann_backward(
@@ -211,22 +254,26 @@ def cayley_neumann_backward(
     Arguments as for `cayley_neumann`; both tensors are contiguous.
     """
     tiling = tiling or NarrowTiling(block_size)
-    q, s, a = split(grad, skew, tiling, operands)
+    blocks = skew.shape[0]
+    q, s, a = split(grad, skew, blocks, tiling, operands)
     b_out, m_out = torch.empty_like(q), torch.empty_like(q)
-    programs, constants = tiling.tiles(skew.shape[0]), tiling.product()
+    programs, constants = tiling.tiles(blocks), tiling.product()
     launch(backward_step_kernel, programs, q, s, s, a, b_out, SECOND=False, **constants)
     launch(backward_step_kernel, programs, q, a, b_out, s, m_out, SECOND=True, **constants)
-    return packed_gradient(q, m_out, None, grad, tiling)
+    return packed_gradient(q, m_out, None, grad, blocks, tiling)
 
 
 def split(
-    grad: Tensor, skew: Tensor, tiling: NarrowTiling, operands: torch.dtype
+    grad: Tensor, skew: Tensor, kept: int, tiling: NarrowTiling, operands: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, ``S = grad + gradᵀ`` and ``A = grad − gradᵀ``; padded, of `operands`."""
+    """Q, ``S = grad + gradᵀ`` and ``A = grad − gradᵀ``; padded, of `operands`.
+
+    Blocks of Q from number `kept` on are negated.
+    """
     blocks, padded = skew.shape[0], tiling.padded
     q, s, a = (skew.new_empty(blocks, padded, padded, dtype=operands) for _ in range(3))
     programs = tiling.unpacking_programs(blocks)
-    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, **tiling.unpacking())
+    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, kept, **tiling.unpacking())
     return q, s, a
 
 
@@ -235,9 +282,13 @@ def packed_gradient(
     right: Tensor,
     addend: Tensor | None,
     grad: Tensor,
+    kept: int,
     tiling: NarrowTiling,
 ) -> Tensor:
-    """``2 (grad − gradᵀ) + K − Kᵀ``, ``K = addend + leftᵀ right``, above the diagonal."""
+    """``2 (grad − gradᵀ) + K − Kᵀ``, ``K = addend + leftᵀ right``, above the diagonal.
+
+    Blocks from number `kept` on are negated.
+    """
     blocks, b = grad.shape[0], tiling.block_size
     out = grad.new_empty(blocks, b * (b - 1) // 2)
     launch(
@@ -248,6 +299,7 @@ def packed_gradient(
         left if addend is None else addend,
         grad,
         out,
+        kept,
         B=b,
         HAS_ADDEND=addend is not None,
         **tiling.product(),

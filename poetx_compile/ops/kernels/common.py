@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -42,9 +43,24 @@ def launch(kernel: Any, programs: Any, *args: Any, **constants: Any) -> None:
         constants: the kernel's ``tl.constexpr`` arguments, ``num_warps`` and ``num_stages``.
     """
     if _tracing.get():
-        torch.library.wrap_triton(kernel)[(programs,)](*args, **constants)
+        meta = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        configured = _configured(kernel, **meta)
+        torch.library.wrap_triton(configured)[(programs,)](*args, **constants)
     else:
         kernel[(programs,)](*args, **constants)
+
+
+@functools.cache
+def _configured(kernel: Any, num_warps: int, num_stages: int) -> Any:
+    """`kernel` with its launch parameters, the same object for the same ones.
+
+    `wrap_triton` would wrap a kernel anew for each launch, and torch tells kernels by identity:
+    none would be known again (`lowerings.analysis`).
+    """
+    import triton
+
+    config = triton.Config({}, num_warps=num_warps, num_stages=num_stages)
+    return triton.autotune(configs=[config], key=[])(kernel)
 
 
 def input_precision() -> str:

@@ -1,8 +1,8 @@
 """`fold_weight` by Triton kernels: the rows of a weight rotated, and written where they belong.
 
 Both sides at once are the subject of `fold_both`. One after the other, the columns are what
-`rotate_blocks` does to the rows of any matrix; here are the rows: one block of ``G − I``, rounded
-once, stays in shared memory while the columns of its rows stream by, so that the weight is read
+`rotate_blocks` does to the rows of any matrix; here are the rows: one block of ``G − I`` stays in
+shared memory while the columns of its rows stream by, so that the weight is read
 once and written once. A row is a contiguous run, so its permutation is free.
 """
 
@@ -23,7 +23,7 @@ from poetx_compile.ops.kernels.common import (
     shared_memory,
 )
 from poetx_compile.ops.kernels.fold_both import fits, fold_both
-from poetx_compile.ops.kernels.rotate import resident_bytes, rotate_blocks, rounded_delta
+from poetx_compile.ops.kernels.rotate import resident_bytes, rotate_by_delta
 from poetx_compile.ops.permute import pair_index
 
 _TILE_N = 64
@@ -33,7 +33,7 @@ _TILE_N = 64
 @triton.jit
 def fold_rows_kernel(
     weight,  # [rows, width], 2-byte elements
-    delta,  # [blocks, B, B]: G - I rounded to the dtype of weight
+    delta,  # [blocks, B, B]: G - I, like weight
     index,  # int64 [rows / CHUNK]: where the chunks of rows belong; CHUNK = 0: not read
     out,  # like weight
     rows,
@@ -85,32 +85,27 @@ def fold_rows_kernel(
 
 def fold_weight(
     weight: Tensor,
-    rotation_in: Tensor | None,
-    rotation_out: Tensor | None,
+    delta_in: Tensor | None,
+    delta_out: Tensor | None,
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """`ops.fold_weight` to bf16 or fp16, with at least one rotation."""
     folded = weight.to(dtype).contiguous()
-    if (
-        rotation_in is not None
-        and rotation_out is not None
-        and fits(weight, rotation_in, rotation_out)
-    ):
-        return fold_both(folded, rotation_in, rotation_out, perm_in, perm_out)
-    if rotation_out is not None:
-        folded = _fold_rows(folded, rotation_out.contiguous(), perm_out)
-    if rotation_in is not None:
-        folded = rotate_blocks(folded, rotation_in, None, perm_in, True)
+    if delta_in is not None and delta_out is not None and fits(weight, delta_in, delta_out):
+        return fold_both(folded, delta_in, delta_out, perm_in, perm_out)
+    if delta_out is not None:
+        folded = _fold_rows(folded, delta_out.contiguous(), perm_out)
+    if delta_in is not None:
+        folded = rotate_by_delta(folded, delta_in, None, perm_in, transpose=True)
     return folded
 
 
-def _fold_rows(weight: Tensor, rotation: Tensor, pair: Tensor | None) -> Tensor:
+def _fold_rows(weight: Tensor, delta: Tensor, pair: Tensor | None) -> Tensor:
     """``L S`` with its rows where `pair`, if there is one, puts them."""
-    blocks, b, _ = rotation.shape
+    blocks, b, _ = delta.shape
     rows, width = weight.shape
-    delta = rounded_delta(rotation, weight.dtype, False)
     if not (64 < b <= 256 and b % 8 == 0 and width % 16 == 0) or (
         resident_bytes(b) > shared_memory()
     ):

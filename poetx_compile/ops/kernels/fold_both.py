@@ -1,6 +1,6 @@
 """Triton kernel of `fold_weight` with rotations on both sides: one pass over the weight.
 
-A program keeps one block of ``G_out − I``, rounded once, in shared memory and goes through tiles of
+A program keeps one block of ``G_out − I`` in shared memory and goes through tiles of
 the columns of its rows::
 
     T      = S + S (G_in − I)ᵀ      the columns: S and G_in − I stream by
@@ -30,14 +30,13 @@ from poetx_compile.ops.kernels.common import (
     shared_memory,
 )
 from poetx_compile.ops.kernels.permute import chunk_columns, permute_columns
-from poetx_compile.ops.kernels.rotate import rounded_deltas
 
 
 @triton.jit
 def fold_both_kernel(
     weight,  # [rows, width], 2-byte elements
-    left_delta,  # [blocks_left, B_LEFT, B_LEFT]: G_out - I rounded to the dtype of weight
-    right_delta,  # [blocks_right, B_RIGHT, B_RIGHT]: G_in - I rounded
+    left_delta,  # [blocks_left, B_LEFT, B_LEFT]: G_out - I, like weight
+    right_delta,  # [blocks_right, B_RIGHT, B_RIGHT]: G_in - I, like weight
     row_index,  # int64 [rows / ROW_CHUNK]: where the chunks of rows belong; ROW_CHUNK = 0: not read
     scatter,  # int64 [width / SCATTER], the same of the columns
     out,  # like weight
@@ -128,9 +127,9 @@ class FoldTiling:
         return 2 * (rows * rows + max(streaming, rows * self.tile_n))  # T follows the stream
 
 
-def fits(weight: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> bool:
+def fits(weight: Tensor, delta_in: Tensor, delta_out: Tensor) -> bool:
     """Whether `fold_both` takes these: aligned blocks of middle size, and enough shared memory."""
-    sizes = rotation_in.shape[1], rotation_out.shape[1]
+    sizes = delta_in.shape[1], delta_out.shape[1]
     aligned = weight.shape[1] % 16 == 0 and all(b % 8 == 0 for b in sizes)
     middle = all(64 < b <= 256 for b in sizes)
     return aligned and middle and FoldTiling().shared_bytes(sizes[1]) <= shared_memory()
@@ -138,8 +137,8 @@ def fits(weight: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> bool:
 
 def fold_both(
     weight: Tensor,
-    rotation_in: Tensor,
-    rotation_out: Tensor,
+    delta_in: Tensor,
+    delta_out: Tensor,
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     *,
@@ -147,21 +146,20 @@ def fold_both(
 ) -> Tensor:
     """``W[perm_out][:, perm_in] = L S D_inᵀ`` where `fits`.
 
-    Two launches, and one more that permutes single columns.
+    One launch, and one more that permutes single columns.
 
     Args:
         weight: S [n, m], contiguous bf16 or fp16, also the dtype of the result.
-        rotation_in, rotation_out, perm_in, perm_out: those of the op; rotations fp32.
+        delta_in, delta_out, perm_in, perm_out: those of the op.
         tiling: sizes to try.
     """
     rows, width = weight.shape
-    blocks_left, b_left, _ = rotation_out.shape
-    blocks_right, b_right, _ = rotation_in.shape
+    blocks_left, b_left, _ = delta_out.shape
+    blocks_right, b_right, _ = delta_in.shape
     tiling = tiling or FoldTiling()
     afterwards = None
     if perm_in is not None and not is_fused(perm_in, width, b_right):
         perm_in, afterwards = None, perm_in
-    left, right = rounded_deltas(rotation_out.contiguous(), rotation_in.contiguous(), weight.dtype)
     padded = _padded(b_left)
     row_programs = -(-rows // b_left)
     # Tiles of whole blocks: of the last one, which may be cut short, as many as of the others.
@@ -172,8 +170,8 @@ def fold_both(
         fold_both_kernel,
         splits * row_programs,
         weight,
-        left,
-        right,
+        delta_out.contiguous(),
+        delta_in.contiguous(),
         row_or(perm_out, 0, weight),
         row_or(perm_in, 0, weight),
         out,

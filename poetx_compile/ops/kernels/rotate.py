@@ -13,6 +13,7 @@ b, unaligned rows), runs into the bandwidth of the L2 cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +41,16 @@ _TILE_T = 64
 
 
 @triton.jit
-def _round_tile(
-    rotation, out, program, B: tl.constexpr, TRANSPOSE: tl.constexpr, TILE: tl.constexpr
+def rounded_delta_kernel(
+    rotation,  # f32[blocks, B, B]
+    out,  # [blocks, B, B] of the dtype of x
+    B: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """A tile of G - I or G^T - I, rounded to out's dtype."""
+    """out = G - I or G^T - I, rounded to out's dtype."""
     tiles: tl.constexpr = (B + TILE - 1) // TILE
+    program = tl.program_id(0)
     base = (program // (tiles * tiles)).to(tl.int64) * (B * B)
     tile = program % (tiles * tiles)
     rows = (tile // tiles) * TILE + tl.arange(0, TILE)
@@ -60,37 +66,6 @@ def _round_tile(
         c = rows[None, :]
         inside = (r < B) & (c < B)
     tl.store(out + base + r * B + c, delta.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def rounded_delta_kernel(
-    rotation,  # f32[blocks, B, B]
-    out,  # [blocks, B, B] of the dtype of x
-    B: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """out = G - I or G^T - I, rounded to out's dtype."""
-    _round_tile(rotation, out, tl.program_id(0), B, TRANSPOSE, TILE)
-
-
-@triton.jit
-def rounded_deltas_kernel(
-    first,  # f32[blocks, B_FIRST, B_FIRST]
-    second,  # f32[blocks, B_SECOND, B_SECOND]
-    first_out,  # like first, of the dtype of x
-    second_out,  # like second, of the dtype of x
-    first_programs,
-    B_FIRST: tl.constexpr,
-    B_SECOND: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """`rounded_delta_kernel` of two rotations."""
-    program = tl.program_id(0)
-    if program < first_programs:
-        _round_tile(first, first_out, program, B_FIRST, False, TILE)
-    else:
-        _round_tile(second, second_out, program - first_programs, B_SECOND, False, TILE)
 
 
 @triton.jit
@@ -155,15 +130,13 @@ def rotate_kernel(
                 x_rows + left_columns[None, :], mask=row_inside & (ks < B)[None, :], other=0.0
             )
             stored = (ks < B)[:, None] & (ns < B)[None, :]
-            if MATRIX_IS_G:
-                if TRANSPOSE:  # noqa: SIM108 (a compile-time branch)
-                    at = ks[:, None] + ns[None, :] * B
-                else:
-                    at = ks[:, None] * B + ns[None, :]
-                right = tl.load(matrix + at, mask=stored, other=0.0)
-                right -= tl.where(ks[:, None] == ns[None, :], 1.0, 0.0)
+            if TRANSPOSE:  # noqa: SIM108 (a compile-time branch)
+                at = ks[:, None] + ns[None, :] * B
             else:
-                right = tl.load(matrix + ks[:, None] * B + ns[None, :], mask=stored, other=0.0)
+                at = ks[:, None] * B + ns[None, :]
+            right = tl.load(matrix + at, mask=stored, other=0.0)
+            if MATRIX_IS_G:
+                right -= tl.where(ks[:, None] == ns[None, :], 1.0, 0.0)
             product = tl.dot(left, right, product, input_precision=PRECISION)
         identity = tl.load(x_rows + source[None, :], mask=inside, other=0.0)
         result = identity.to(tl.float32) + product
@@ -189,6 +162,7 @@ def rotate_resident_kernel(
     SCATTER: tl.constexpr,
     RUN: tl.constexpr,
     PADDED: tl.constexpr,  # a power of two >= B
+    TRANSPOSE: tl.constexpr,
     TILE_T: tl.constexpr,
 ):
     """`rotate_kernel` on one block of columns (a tile of the rest) of a split of the tokens.
@@ -211,6 +185,8 @@ def rotate_resident_kernel(
         delta += block.to(tl.int64) * (B * B)
         stored = (ns < B)[:, None] & (ns < B)[None, :]
         right = tl.load(delta + ns[:, None] * B + ns[None, :], mask=stored, other=0.0)
+        if TRANSPOSE:
+            right = tl.trans(right)
         for start in range(first, last, TILE_T):
             rows = start + tl.arange(0, TILE_T)
             inside = (rows < last)[:, None] & there[None, :]
@@ -234,23 +210,51 @@ def rotate_blocks(
     transpose: bool,
 ) -> Tensor:
     """`ops.rotate_blocks` of fp32, bf16 or fp16 x and fp32 rotations; blocks and x not empty."""
-    b, width = rotation.shape[1], x.shape[-1]
-    if gather is not None and not is_fused(gather, width, b):
+    rotation = rotation.contiguous()
+    if x.element_size() == 2:
+        delta = rounded_delta(rotation, x.dtype, transpose)
+        return rotate_by_delta(x, delta, gather, scatter, transpose=False)
+    return _permuted(
+        x,
+        rotation.shape[1],
+        gather,
+        scatter,
+        lambda x, *fused: _rotate(x, rotation, *fused, is_g=True, transpose=transpose),
+    )
+
+
+def rotate_by_delta(
+    x: Tensor, delta: Tensor, gather: Tensor | None, scatter: Tensor | None, *, transpose: bool
+) -> Tensor:
+    """The rotation of 2-byte x from ``G − I`` [blocks, b, b] in its dtype (Gᵀ with `transpose`)."""
+    b, width = delta.shape[1], x.shape[-1]
+    # A small G − I is cheap to read again, and b = 512 fits into no shared memory.
+    resident = 64 < b <= 256 and _aligned(b, width) and resident_bytes(b) <= shared_memory()
+    delta = delta.contiguous()
+
+    def rotate(x: Tensor, *fused: Tensor | None) -> Tensor:
+        if resident:
+            return _rotate_resident(x, delta, *fused, transpose=transpose)
+        return _rotate(x, delta, *fused, is_g=False, transpose=transpose)
+
+    return _permuted(x, b, gather, scatter, rotate)
+
+
+def _permuted(
+    x: Tensor,
+    block_size: int,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    rotate: Callable[..., Tensor],
+) -> Tensor:
+    """`rotate` with the permutations it can fuse, the others as passes of their own around it."""
+    width = x.shape[-1]
+    if gather is not None and not is_fused(gather, width, block_size):
         x, gather = permute_columns(x, gather, False), None
     afterwards = None
-    if scatter is not None and not is_fused(scatter, width, b):
+    if scatter is not None and not is_fused(scatter, width, block_size):
         scatter, afterwards = None, scatter
-    x, rotation = x.contiguous(), rotation.contiguous()
-    if x.element_size() != 2:
-        out = _rotate(x, rotation, rotation, gather, scatter, transpose)
-    else:
-        delta = rounded_delta(rotation, x.dtype, transpose)
-        # A small G − I is cheap to read again, and b = 512 fits into no shared memory.
-        resident = 64 < b <= 256 and _aligned(b, width) and resident_bytes(b) <= shared_memory()
-        if resident:
-            out = _rotate_resident(x, delta, gather, scatter)
-        else:
-            out = _rotate(x, rotation, delta, gather, scatter, transpose)
+    out = rotate(x.contiguous(), gather, scatter)
     return out if afterwards is None else permute_columns(out, afterwards, True)
 
 
@@ -261,7 +265,7 @@ def resident_bytes(block_size: int) -> int:
 
 
 def _rotate_resident(
-    x: Tensor, delta: Tensor, gather: Tensor | None, scatter: Tensor | None
+    x: Tensor, delta: Tensor, gather: Tensor | None, scatter: Tensor | None, *, transpose: bool
 ) -> Tensor:
     """The rotation of 2-byte x, by `rotate_resident_kernel`."""
     blocks, b, _ = delta.shape
@@ -290,6 +294,7 @@ def _rotate_resident(
         SCATTER=chunk_length(scatter, width),
         RUN=run_length(width, b, gather, scatter),
         PADDED=padded,
+        TRANSPOSE=transpose,
         TILE_T=_TILE_T,
         num_warps=8 if padded == 256 else 4,
         num_stages=3,
@@ -299,14 +304,15 @@ def _rotate_resident(
 
 def _rotate(
     x: Tensor,
-    rotation: Tensor,
     matrix: Tensor,
     gather: Tensor | None,
     scatter: Tensor | None,
+    *,
+    is_g: bool,
     transpose: bool,
 ) -> Tensor:
     """The rotation by `rotate_kernel`; `matrix` is G or its rounded G − I."""
-    blocks, b, _ = rotation.shape
+    blocks, b, _ = matrix.shape
     width = x.shape[-1]
     tokens = x.numel() // width
     half = x.element_size() == 2
@@ -333,7 +339,7 @@ def _rotate(
         GATHER=chunk_length(gather, width),
         SCATTER=chunk_length(scatter, width),
         RUN=run_length(width, b, gather, scatter),
-        MATRIX_IS_G=not half,
+        MATRIX_IS_G=is_g,
         TRANSPOSE=transpose,
         TILE_T=tile_t,
         TILE_N=tile_n,
@@ -368,24 +374,3 @@ def rounded_delta(rotation: Tensor, dtype: torch.dtype, transpose: bool) -> Tens
         num_stages=1,
     )
     return delta
-
-
-def rounded_deltas(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``G − I`` of two rotations rounded to `dtype`, in one launch."""
-    tile = power_of_two(max(first.shape[1], second.shape[1]), 16, 64)
-    programs = [r.shape[0] * (-(-r.shape[1] // tile)) ** 2 for r in (first, second)]
-    deltas = [torch.empty_like(r, dtype=dtype) for r in (first, second)]
-    launch(
-        rounded_deltas_kernel,
-        sum(programs),
-        first,
-        second,
-        *deltas,
-        programs[0],
-        B_FIRST=first.shape[1],
-        B_SECOND=second.shape[1],
-        TILE=tile,
-        num_warps=4,
-        num_stages=1,
-    )
-    return deltas[0], deltas[1]

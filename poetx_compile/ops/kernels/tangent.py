@@ -113,6 +113,7 @@ def rotation_tangent_backward(
     block_size: int,
     order: int | None,
     narrow: bool,
+    flipped: int,
     *,
     tiling: NarrowTiling | None = None,
     operands: torch.dtype = torch.bfloat16,
@@ -120,7 +121,7 @@ def rotation_tangent_backward(
     """`ops.rotation_tangent_backward` of fp32 blocks, order 3 and `narrow`; four launches.
 
     Args:
-        grad, skew, block_size, order, narrow: those of the op.
+        grad, skew, block_size, order, narrow, flipped: those of the op.
         tiling: default `NarrowTiling.of_tangent`.
         operands: what products take. bf16 keeps the range of fp32.
     """
@@ -129,8 +130,9 @@ def rotation_tangent_backward(
     grad, skew = grad.contiguous(), skew.contiguous()
     tiling = tiling or NarrowTiling.of_tangent(block_size)
     blocks = skew.shape[0]
-    q, s, a = split(grad, skew, tiling, operands)
+    kept = blocks - flipped
+    q, s, a = split(grad, skew, kept, tiling, operands)
     f, h, t, d, v = (torch.empty_like(q) for _ in range(5))
     launch(series_kernel, tiling.panels(blocks), q, s, f, h, t, **tiling.chain())
     launch(conjugate_right_kernel, tiling.tiles(blocks), a, t, f, h, d, v, **tiling.product())
-    return packed_gradient(f, v, d, grad, tiling)
+    return packed_gradient(f, v, d, grad, kept, tiling)

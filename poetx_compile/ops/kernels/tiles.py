@@ -46,6 +46,12 @@ def above_diagonal(rows, columns, B: tl.constexpr):
 
 
 @triton.jit
+def sign_of(block, kept):
+    """-1 of the blocks that are flipped, those from number `kept` on."""
+    return tl.where(block < kept, 1.0, -1.0)
+
+
+@triton.jit
 def position(N: tl.constexpr, TILE: tl.constexpr):
     """(block, row tile, column tile) of this program; the tiles of a block run side by side."""
     tiles: tl.constexpr = N // TILE

@@ -14,6 +14,7 @@ from poetx_compile.ops.kernels.tiles import (
     masked_tile,
     packed_index,
     position,
+    sign_of,
     store_tile,
 )
 
@@ -25,12 +26,13 @@ def _unpack_tile(
     rows,
     columns,
     on_diagonal,
+    sign,
     B: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Write Q on a tile on or above the diagonal, and its mirror image."""
+    """Write Q, times `sign`, on a tile on or above the diagonal, and its mirror image."""
     stored = above_diagonal(rows, columns, B)
-    value = tl.load(packed + packed_index(rows, columns, B), mask=stored, other=0.0)
+    value = sign * tl.load(packed + packed_index(rows, columns, B), mask=stored, other=0.0)
     mirrored = -tl.trans(value)
     if on_diagonal:
         store_tile(out, rows, columns, value + mirrored, N)
@@ -43,6 +45,7 @@ def _unpack_tile(
 def unpack_kernel(
     packed,  # f32[blocks, B(B-1)/2]
     out,  # [blocks, N, N]
+    kept,  # blocks from this number on are negated
     B: tl.constexpr,
     N: tl.constexpr,
     TILE: tl.constexpr,
@@ -55,7 +58,7 @@ def unpack_kernel(
     columns = column_tile * TILE + tl.arange(0, TILE)
     packed += block * (B * (B - 1) // 2)
     out += block * (N * N)
-    _unpack_tile(packed, out, rows, columns, row_tile == column_tile, B, N)
+    _unpack_tile(packed, out, rows, columns, row_tile == column_tile, sign_of(block, kept), B, N)
 
 
 @triton.jit
@@ -65,6 +68,7 @@ def unpack_and_split_kernel(
     q_out,  # [blocks, N, N]
     s_out,  # [blocks, N, N]
     a_out,  # [blocks, N, N]
+    kept,  # blocks of Q from this number on are negated
     B: tl.constexpr,
     N: tl.constexpr,
     TILE: tl.constexpr,
@@ -80,7 +84,7 @@ def unpack_and_split_kernel(
     q_out += block * (N * N)
     s_out += block * (N * N)
     a_out += block * (N * N)
-    _unpack_tile(packed, q_out, rows, columns, row_tile == column_tile, B, N)
+    _unpack_tile(packed, q_out, rows, columns, row_tile == column_tile, sign_of(block, kept), B, N)
     direct = masked_tile(grad, rows, columns, B)
     flipped = tl.trans(masked_tile(grad, columns, rows, B))
     s = direct + flipped
