@@ -427,6 +427,22 @@ def written(gm: torch.fx.GraphModule) -> list[list[str] | None]:
     return found
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_write_what_is_called_out_and_nothing_else(case, offline_driver):
+    op, args = CASES[case]
+    mode = FakeTensorMode()
+    with mode:
+        fake = [
+            torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a
+            for a in args
+        ]
+    traced = trace_launches(op, tuple(fake))
+    assert traced is not None
+    for names in written_by(traced):
+        assert names
+        assert all(name == "out" or name.endswith("_out") for name in names)
+
+
 def rotated_layer(x: torch.Tensor, packed: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
     rotation = torch.ops.poetx.cayley_neumann(packed, 32, 3)
     return torch.ops.poetx.rotate_blocks(x, rotation, gather, None, False)
