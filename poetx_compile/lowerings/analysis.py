@@ -2,8 +2,9 @@
 
 Inductor asks of every node that launches a user's kernel which tensors it writes, and each time the
 kernel is parsed down to Triton's IR, some 20 ms. A model launches a handful of kernels thousands of
-times: on a 24-layer model that was most of the first step. The answer depends on the kernel, its
-constants and the dtypes of its tensors alone, so it is kept.
+times: on a 24-layer model that was most of the first step. What a kernel of ours writes depends on
+nothing (it is called ``out`` or ``*_out``, and a test compares), what it reads on its constants and
+the dtypes of its tensors alone, so the answer is kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-_FUNCTIONS = ("identify_mutated_tensors", "identify_accessed_tensors")
+_WRITES, _ACCESSES = "identify_mutated_tensors", "identify_accessed_tensors"
+_FUNCTIONS = (_WRITES, _ACCESSES)
 """The analysis in torch 2.11 and its successor; the module has one of the two."""
 
 _answers: dict[Hashable, Any] = {}
@@ -45,7 +47,9 @@ def _remembering(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         ours = str(getattr(written, "__module__", "")).startswith("poetx_compile.")
         if not ours or tma_descriptor_metadata:
             return function(kernel, kwargs, tma_descriptor_metadata)
-        key = name, written, tuple((k, _kind(v)) for k, v in kwargs.items())
+        key: tuple[Hashable, ...] = name, written
+        if name != _WRITES:
+            key += tuple((k, _kind(v)) for k, v in kwargs.items())
         if key not in _answers:
             _answers[key] = function(kernel, kwargs, tma_descriptor_metadata)
         return _answers[key]
