@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
 def ratio_figure(rows: Sequence[Row], axis: str, fixed: str, value: int) -> Any:
     """Ratio over the column `axis` where the column `fixed` has `value`; a panel for each shape.
 
+    Where some shapes were measured at several values of `axis`, the others are left out.
+
     Raises:
         ValueError: no row has that value.
     """
@@ -54,15 +56,27 @@ def ratio_figure(rows: Sequence[Row], axis: str, fixed: str, value: int) -> Any:
     if not chosen:
         there = sorted({row[fixed] for row in rows})
         raise ValueError(f"no row with {fixed} = {value}; there are {there}")
-    shapes = sorted({_key(row, _SHAPE) for row in chosen})
+    measured: dict[tuple[Any, ...], set[Any]] = {}
+    for row in chosen:
+        measured.setdefault(_key(row, _SHAPE), set()).add(row[axis])
+    shapes = sorted(shape for shape, at in measured.items() if len(at) > 1) or sorted(measured)
+    chosen = [row for row in chosen if _key(row, _SHAPE) in shapes]
     figure = Figure(figsize=(4.5 * len(shapes), 4.2), layout="constrained")
     panels = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
+    lines = sorted({_key(row, _LINE) for row in chosen})
     for panel, shape in zip(panels, shapes, strict=True):
-        _draw(panel, [row for row in chosen if _key(row, _SHAPE) == shape], axis)
+        _draw(panel, [row for row in chosen if _key(row, _SHAPE) == shape], axis, lines)
         panel.set_title(f"{shape[0]} → {shape[1]}")
         panel.set_xlabel(axis.replace("_", " "))
     panels[0].set_ylabel("forward + backward, nn.Linear = 1")
-    panels[0].legend(fontsize="small")
+    # The axis is shared: its upper end is that of all panels.
+    panels[0].set_ylim(0, 1.05 * max(1.0, *(row["ratio"] for row in chosen)))
+    labels = {
+        label: handle
+        for panel in panels
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    panels[0].legend(labels.values(), labels.keys(), fontsize="small")
     first = chosen[0]
     graphs = ", CUDA graphs" if first["cuda_graphs"] else ""
     figure.suptitle(
@@ -72,11 +86,11 @@ def ratio_figure(rows: Sequence[Row], axis: str, fixed: str, value: int) -> Any:
     return figure
 
 
-def _draw(panel: Any, rows: Sequence[Row], axis: str) -> None:
+def _draw(panel: Any, rows: Sequence[Row], axis: str, lines: Sequence[tuple[Any, ...]]) -> None:
     """One line for each (variant, formulation, permutation), its floor in the same colour."""
-    for number, key in enumerate(sorted({_key(row, _LINE) for row in rows})):
+    for key in sorted({_key(row, _LINE) for row in rows}):
         line = sorted((r for r in rows if _key(r, _LINE) == key), key=lambda r: r[axis])
-        x, colour = [row[axis] for row in line], f"C{number}"
+        x, colour = [row[axis] for row in line], f"C{lines.index(key)}"
         panel.plot(x, [r["ratio"] for r in line], color=colour, marker="o", label=", ".join(key))
         if all("floor_ratio" in row for row in line):  # a peer's rows have no floor
             panel.plot(x, [r["floor_ratio"] for r in line], color=colour, linestyle=":")
@@ -86,7 +100,6 @@ def _draw(panel: Any, rows: Sequence[Row], axis: str) -> None:
     ticks = sorted({row[axis] for row in rows})
     panel.set_xticks(ticks, [str(tick) for tick in ticks])
     panel.minorticks_off()
-    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
 
 
