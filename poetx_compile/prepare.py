@@ -20,6 +20,7 @@ from poetx_compile.parametrization import (
     prepared_linears,
     stored_weight,
 )
+from poetx_compile.prepared_class import share_class
 from poetx_compile.report import LayerRow, PrepareReport
 from poetx_compile.sharing import Groups
 
@@ -113,6 +114,7 @@ def register(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
     """Put `equivalence` on a plain linear: its weight is stored permuted and frozen."""
     equivalence.train(module.training)
     parametrize.register_parametrization(module, "weight", equivalence, unsafe=True)
+    share_class(module)
     stored_weight(module).requires_grad_(False)
     stored_weight(module).grad = None
 
