@@ -103,6 +103,11 @@ def is_op(node: Any, *targets: Any) -> bool:
     return any(node.target is t or node.target is getattr(t, "default", None) for t in targets)
 
 
+_FRAME = re.compile(r"^L\['(args'\]\[0|[^']*')\]\.?")
+"""The module that was compiled, in the terms of its frame: the first of ``*args`` where the forward
+is decorated."""
+
+
 class Layer(NamedTuple):
     """Where a node comes from: the module's name as seen from the compiled frame, and its id."""
 
@@ -116,7 +121,7 @@ def layer_of(node: fx.Node) -> Layer:
     if not stack:
         return Layer(node.name, None)
     key, (path, *_) = next(reversed(stack.items()))
-    path = re.sub(r"^L\['[^']*'\]\.?", "", path)
+    path = re.sub(_FRAME, "", path)
     path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
     path = re.sub(r"\.{2,}", ".", path).strip(".")
@@ -158,6 +163,7 @@ def refresh(module: fx.GraphModule) -> None:
 
     A body is visited where it is called: it runs under the autocast region of its call.
     """
+    mode = _fake_mode(module)
     with _autocast_regions() as step:
         for node in module.graph.nodes:
             if step(node):
@@ -165,7 +171,7 @@ def refresh(module: fx.GraphModule) -> None:
             for body in bodies(node):
                 refresh(body)
             if _computes(node) and VALUE not in node.meta:
-                node.meta[VALUE] = _evaluate(node)
+                node.meta[VALUE] = _evaluate(node, mode)
     module.graph.lint()
     module.recompile()
 
@@ -173,6 +179,7 @@ def refresh(module: fx.GraphModule) -> None:
 def verify(module: fx.GraphModule) -> None:
     """Raise `AssertionError` where a node's metadata differs from a fresh propagation."""
     module.graph.lint()
+    mode = _fake_mode(module)
     with _autocast_regions() as step:
         for node in module.graph.nodes:
             if step(node):
@@ -182,7 +189,7 @@ def verify(module: fx.GraphModule) -> None:
             if not _computes(node) or node.meta[VALUE] is None:
                 continue
             stale = _signature(node.meta[VALUE])
-            fresh = _signature(_evaluate(node))
+            fresh = _signature(_evaluate(node, mode))
             assert stale == fresh, f"stale metadata at {node.format_node()}: {stale} is {fresh}"
 
 
@@ -216,9 +223,8 @@ def in_transform(node: fx.Node) -> bool:
     )
 
 
-def _evaluate(node: fx.Node) -> Any:
+def _evaluate(node: fx.Node, mode: FakeTensorMode | None) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE])
-    mode = _fake_mode(args, kwargs)
     # Symbolic sizes need the Python decompositions of composite ops, as in Dynamo itself.
     with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
         if node.op == "call_method":
@@ -226,9 +232,11 @@ def _evaluate(node: fx.Node) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _fake_mode(*values: Any) -> FakeTensorMode | None:
-    found = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, FakeTensor)]
-    return found[0].fake_mode if found else None
+def _fake_mode(module: fx.GraphModule) -> FakeTensorMode | None:
+    """The mode of a graph's values: of all, since ``torch.arange(size)`` has no tensor to tell it
+    by, and would be a real tensor, of a size that is a constant from then on."""
+    values = (n.meta.get(VALUE) for n in module.graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
 def _signature(value: Any) -> Any:

@@ -18,6 +18,11 @@ def prepared(model: nn.Module, block_size: int | tuple[int, int] = 8, **config: 
     """`model` prepared, with rotations away from the identity."""
     config.setdefault("formulation", "input_centric")
     poetx.prepare(model, poetx.POETXConfig(block_size=block_size, **config))
+    return turned(model)
+
+
+def turned(model: nn.Module) -> nn.Module:
+    """A prepared `model` with rotations away from the identity."""
     generator = torch.Generator().manual_seed(1)
     for _, _, equivalence in prepared_linears(model):
         for skew in (equivalence.skew_in, equivalence.skew_out):
