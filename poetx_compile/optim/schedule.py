@@ -56,7 +56,7 @@ def attach(
     """
     model = unwrap_compiled(model)
     config = prepared_config(model, config)
-    if getattr(optimizer, _ATTRIBUTE, None) is not None:
+    if schedule_of(optimizer) is not None:
         raise ConfigError(
             "this optimiser is attached already: POETXAdamW and POETXMuon attach themselves, "
             "any other optimiser is attached once"
@@ -68,6 +68,11 @@ def attach(
     optimizer.register_state_dict_pre_hook(schedule._before_state_dict)
     optimizer.register_load_state_dict_pre_hook(schedule._before_load)
     return schedule
+
+
+def schedule_of(optimizer: Optimizer) -> MergeSchedule | None:
+    """The schedule `attach` gave to an optimiser, or ``None``."""
+    return getattr(optimizer, _ATTRIBUTE, None)
 
 
 class MergeSchedule:

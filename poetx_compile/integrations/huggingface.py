@@ -1,0 +1,193 @@
+"""`for_trainer`: what the `Trainer` of Hugging Face transformers needs to train with POET-X.
+
+>>> from poetx_compile.integrations.huggingface import for_trainer
+>>> trainer = Trainer(train_dataset=dataset, **for_trainer(model, args))
+>>> trainer.train()
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from poetx_compile.backend import poetx_backend
+from poetx_compile.config import POETXConfig
+from poetx_compile.eligibility import unwrap_compiled
+from poetx_compile.errors import ConfigError, UnownedRotationsError
+from poetx_compile.optim import MergeSchedule, POETXAdamW, POETXMuon
+from poetx_compile.optim.schedule import schedule_of
+from poetx_compile.parametrization import prepared_linears
+from poetx_compile.prepare import config_of, prepare
+
+RATE = "learning_rate"
+"""The Trainer logs that of the first group under this name; others follow it by their names."""
+
+
+def for_trainer(
+    model: nn.Module,
+    args: TrainingArguments,
+    config: POETXConfig | None = None,
+    *,
+    optimizer: type[POETXAdamW] | type[POETXMuon] | torch.optim.Optimizer = POETXMuon,
+    callbacks: Sequence[TrainerCallback] = (),
+    shared: Sequence[Sequence[str]] = (),
+    compile: bool = True,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    options: dict[str, Any] | None = None,
+    **optimizer_arguments: Any,
+) -> dict[str, Any]:
+    """Keyword arguments for a `Trainer`: the model prepared and compiled, an optimiser, a callback.
+
+    ``torch_compile_backend="poetx"`` in `args` is what the Trainer itself refuses (its list of
+    backends is closed): it is taken over from there, with ``torch_compile_mode``. The model is
+    compiled in place (`nn.Module.compile`), so its class, its names and `save_pretrained` stay.
+
+    Args:
+        model: prepared here if nobody has; moved to ``args.device``.
+        args: the learning rate, betas, epsilon and weight decay of the optimiser are read from it;
+            the Trainer makes the schedule itself.
+        config, shared: as for `prepare`.
+        optimizer: a class of this package, or an optimiser that was given to `attach`.
+        callbacks: your own, which go in front.
+        compile: whether to compile; without it the model runs weight-centric, right and slow.
+        dynamic, fullgraph, options: of `torch.compile`. ``dynamic=True`` compiles once for batches
+            of all sizes and lengths (docs/how-to/compile-budget.md).
+        optimizer_arguments: further arguments of the optimiser's class, such as `poetx_lr`; they
+            go before those of `args`.
+
+    Returns:
+        ``model``, ``args``, ``optimizers`` and ``callbacks``.
+
+    Raises:
+        ConfigError: FSDP, DeepSpeed, several devices in one process, or another compiler backend.
+    """
+    _refuse(args)
+    model = unwrap_compiled(model)
+    mode = _take_over_compilation(args)
+    if config_of(model) is None or shared:
+        prepare(model, config, shared=shared)
+    if getattr(model, "hf_device_map", None) is None:
+        model.to(args.device)
+    if isinstance(optimizer, type):
+        given: dict[str, Any] = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "weight_decay": args.weight_decay,
+        }
+        optimizer = optimizer(model, config=config, **given | optimizer_arguments)
+    elif optimizer_arguments:
+        raise ConfigError(
+            f"{', '.join(optimizer_arguments)}: the optimiser is made already, give its arguments "
+            "to it"
+        )
+    if (schedule := schedule_of(optimizer)) is None:
+        raise UnownedRotationsError(
+            "this optimiser merges no rotations: call poetx_compile.attach(optimizer, model)"
+        )
+    if compile:
+        model.compile(
+            backend=poetx_backend, dynamic=dynamic, fullgraph=fullgraph, mode=mode, options=options
+        )
+    _save_under_own_names(model)
+    return {
+        "model": model,
+        "args": args,
+        "optimizers": (optimizer, None),
+        "callbacks": [*callbacks, POETXCallback(optimizer, schedule)],
+    }
+
+
+def _refuse(args: TrainingArguments) -> None:
+    """Raise for ways of running that take the parameters away from the optimiser."""
+    reason = None
+    if args.deepspeed:
+        reason = "DeepSpeed flattens the parameters: use DDP (torchrun)"
+    elif args.fsdp:
+        reason = "the Trainer takes no optimiser under FSDP: use DDP (torchrun)"
+    elif args.n_gpu > 1:
+        reason = (
+            f"{args.n_gpu} GPUs in one process (DataParallel) train copies of the model: start it "
+            "with torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
+    if reason is not None:
+        raise ConfigError(f"the Trainer cannot train rotations here: {reason}")
+
+
+def _take_over_compilation(args: TrainingArguments) -> str | None:
+    """Switch the Trainer's own compilation off; returns the mode it was to have."""
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    if backend not in (None, "poetx", "inductor"):  # the Trainer's default is Inductor
+        raise ConfigError(
+            f"torch_compile_backend = {backend!r} would build every effective weight: use 'poetx'"
+        )
+    args.torch_compile = False
+    args.torch_compile_backend = args.torch_compile_mode = None
+    return mode
+
+
+class POETXCallback(TrainerCallback):
+    """Logs what the Trainer does not: the learning rate of every group, the angle, the last merge.
+
+    Beside each training loss: ``learning_rate/<group>``, as it was in that step;
+    ``poetx_last_merge``, the step of the last merge; ``poetx_angle``, the guard's last measurement
+    in radians. They are in ``state.log_history`` and in the ``logs`` of the callbacks behind this
+    one.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: MergeSchedule):
+        self._optimizer, self._schedule = optimizer, schedule
+        self._rates: dict[str, float] = {}
+
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
+        """Note the rates of this step: when it is logged, the scheduler has set the next."""
+        groups = enumerate(self._optimizer.param_groups)
+        self._rates = {f"{RATE}/{g.get('name', i)}": float(g["lr"]) for i, g in groups}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add to the logs of a training step."""
+        if logs is None or RATE not in logs:
+            return
+        more = self._rates | {"poetx_last_merge": self._schedule.last_merge}
+        if self._schedule.angle is not None:
+            more["poetx_angle"] = self._schedule.angle
+        logs.update(more)
+        state.log_history[-1].update(more)
+
+
+def _save_under_own_names(model: nn.Module) -> None:
+    """Let a prepared model be saved under the names it has.
+
+    Some architectures of transformers 5 are saved under the names of older versions, which
+    `from_pretrained` knows to translate and a resuming Trainer does not: it would load nothing.
+    """
+    if isinstance(model, PreTrainedModel):
+        parameters = inspect.signature(type(model).save_pretrained).parameters
+        if "save_original_format" in parameters:
+            model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+
+
+def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    if any(True for _ in prepared_linears(model)):
+        kwargs.setdefault("save_original_format", False)
+    type(model).save_pretrained(model, *args, **kwargs)
