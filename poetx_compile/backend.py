@@ -44,7 +44,30 @@ def poetx_backend(
             configuration the model was prepared with.
         AdoptionError: an unprepared model under DDP or FSDP2.
     """
-    return compile_graph(gm, example_inputs, BackendOptions.parse(mode, options))
+    parsed = BackendOptions.parse(mode, options)
+    _warn_at_the_limit()
+    return compile_graph(gm, example_inputs, parsed)
+
+
+def _warn_at_the_limit() -> None:
+    """Say so before Dynamo compiles no more of a function: what is new then runs eagerly.
+
+    That is right and slow, and the one line Dynamo logs does not say what it means here.
+    """
+    from torch._guards import CompileContext
+
+    compile_id = CompileContext.current_compile_id()
+    limit = torch._dynamo.config.recompile_limit
+    if compile_id is not None and compile_id.frame_compile_id == limit - 1:
+        log.warning(
+            "graph %d of one function, the last that torch._dynamo.config.recompile_limit = %d "
+            "allows: whatever needs another one runs eagerly from now on, with every effective "
+            "weight built anew, which is slow. TORCH_LOGS=recompiles tells what varies. Sizes: "
+            "torch.compile(..., dynamic=True) or torch._dynamo.mark_dynamic. An error in place of "
+            "the eager run: torch.compile(..., fullgraph=True)",
+            limit,
+            limit,
+        )
 
 
 def compile_graph(

@@ -14,13 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from poetx_compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
@@ -30,6 +24,9 @@ from poetx_compile.optim import MergeSchedule, POETXAdamW, POETXMuon
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.parametrization import prepared_linears
 from poetx_compile.prepare import config_of, prepare
+
+_ORIGINAL = "save_original_format"
+"""Argument of `save_pretrained` in transformers 5: save under the names of older versions."""
 
 RATE = "learning_rate"
 """The Trainer logs that of the first group under this name; others follow it by their names."""
@@ -181,13 +178,12 @@ def _save_under_own_names(model: nn.Module) -> None:
     Some architectures of transformers 5 are saved under the names of older versions, which
     `from_pretrained` knows to translate and a resuming Trainer does not: it would load nothing.
     """
-    if isinstance(model, PreTrainedModel):
-        parameters = inspect.signature(type(model).save_pretrained).parameters
-        if "save_original_format" in parameters:
-            model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[method-assign]
+    save: Any = getattr(type(model), "save_pretrained", None)
+    if save is not None and _ORIGINAL in inspect.signature(save).parameters:
+        model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
 
 
-def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
     if any(True for _ in prepared_linears(model)):
-        kwargs.setdefault("save_original_format", False)
+        kwargs.setdefault(_ORIGINAL, False)
     type(model).save_pretrained(model, *args, **kwargs)
