@@ -12,7 +12,7 @@ from torch import nn
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
 from poetx_compile.parametrization import prepared_linears
-from tests.models import Block, SwiGLU, TinyLM
+from tests.models import MLP, Block, SwiGLU, TinyLM
 from tests.passes.graph_of import explained, prepared
 from tests.tolerances import assert_close, relative_error
 
@@ -123,6 +123,26 @@ def test_inductor_equals_eager_with_gradients(variant, formulation):
         assert (p.grad is None) == (q.grad is None), name
         if q.grad is not None:
             assert_close(p.grad, q.grad, what=name)
+
+
+@pytest.mark.parametrize("formulation", ["input_centric", "folded"])
+def test_any_leading_shape_and_empty_batches(formulation):
+    model = prepared(MLP())
+    options = {"stage": "aot_eager", "variant": "mem", "formulation": formulation}
+    compiled = torch.compile(
+        model, backend=poetx.poetx_backend, fullgraph=True, dynamic=False, options=options
+    )
+    for leading in ((), (2, 3, 4), (2, 0, 5)):
+        x = torch.randn(*leading, 12)
+        y = compiled(x)
+        assert_close(y, model(x), what=str(leading))
+        y.sum().backward()
+        norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        model(x).sum().backward()
+        expected = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        assert_close(torch.stack(norms), torch.stack(expected), what=f"gradients of {leading}")
 
 
 def losses_and_gradients(

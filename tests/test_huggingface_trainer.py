@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -137,15 +138,15 @@ def test_accumulation_bf16_checkpointing_cosine_clipping_and_evaluation(tmp_path
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_and_exports_plain_weights(tmp_path):
-    def run(folder: Path, resume_from: str | None = None) -> Trainer:
-        torch.manual_seed(0)
+    def run(folder: Path, seed: int, resume_from: str | None = None) -> Trainer:
+        torch.manual_seed(seed)
         model = huggingface.llama(tie_word_embeddings=True)
         args = arguments(folder, save_strategy="steps", save_steps=4)
         done = trainer(model, args, dynamic=True)
         done.train(resume_from_checkpoint=resume_from)
         return done
 
-    whole = run(tmp_path / "whole")
+    whole = run(tmp_path / "whole", 0)
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     assert CONFIG.merge_interval < 4 < 2 * CONFIG.merge_interval, "in the middle of an interval"
     saved = load_file(checkpoint / "model.safetensors")
@@ -155,7 +156,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_exports_plain_weights(tm
         )
         assert set(parts) < set(saved)
     assert "lm_head.weight" not in saved, "tied: saved once"
-    resumed = run(tmp_path / "resumed", str(checkpoint))
+    resumed = run(tmp_path / "resumed", 1, str(checkpoint))
     assert resumed.state.global_step == whole.state.global_step == 6
     assert logged(resumed, "loss") == logged(whole, "loss")
     for (name, mine), theirs in zip(
@@ -169,25 +170,32 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_exports_plain_weights(tm
     tokens = huggingface.inputs(huggingface.llama)["input_ids"]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = whole.model.eval()(tokens).logits
+    copied = copy.deepcopy(whole.model)
     poetx.merge_and_unload(whole.model)
     whole.save_model(tmp_path / "export")
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     assert list(exported.state_dict()) == list(huggingface.llama().state_dict())
     assert_close(exported(tokens).logits, expected)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        assert torch.equal(copied(tokens).logits, expected)
+    poetx.merge_and_unload(copied).save_pretrained(tmp_path / "copy")
+    one, other = (load_file(tmp_path / f / "model.safetensors") for f in ("export", "copy"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("make", [huggingface.mixtral, huggingface.vit], ids=["mixtral", "vit"])
 def test_checkpoints_load_whatever_names_transformers_would_save_under(make, tmp_path):
-    def setup() -> Trainer:
-        torch.manual_seed(1)
+    def setup(seed: int) -> Trainer:
+        torch.manual_seed(seed)
         example = {k: v[0] for k, v in huggingface.inputs(make, batch=1).items()}
-        args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+        how = {"max_steps": 2, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 1}
+        args = arguments(tmp_path, **how)
         made = for_trainer(make(), args, CONFIG, compile=False)
         return Trainer(train_dataset=[example] * 12, **made)
 
-    whole = setup()
+    whole = setup(1)
     whole.train()
-    resumed = setup()
+    resumed = setup(2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     for (name, mine), theirs in zip(
         resumed.model.state_dict().items(), whole.model.state_dict().values(), strict=True

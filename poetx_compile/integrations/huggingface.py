@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any
@@ -131,6 +132,9 @@ def _take_over_compilation(args: TrainingArguments) -> str | None:
         raise ConfigError(
             f"torch_compile_backend = {backend!r} would build every effective weight: use 'poetx'"
         )
+    if args.torch_compile:  # version 4 tells Accelerate by these
+        os.environ.pop("ACCELERATE_DYNAMO_BACKEND", None)
+        os.environ.pop("ACCELERATE_DYNAMO_MODE", None)
     args.torch_compile = False
     args.torch_compile_backend = args.torch_compile_mode = None
     return mode
