@@ -149,11 +149,12 @@ def explain(
 
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Leave neither compiled code nor changed buffers behind.
+    """Leave neither compiled code nor changed buffers behind; modules compiled in place run plain.
 
     A graph compiled here would count against the user's recompile limit, past which Dynamo runs the
     model eagerly, and its sizes would decide which sizes of the user's inputs become dynamic.
     """
+    in_place = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
     saved = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
@@ -161,10 +162,14 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         if buffer is not None and not buffer.is_meta
     ]
     torch._dynamo.reset()
+    for module in in_place:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
         torch._dynamo.reset()
+        for module, call in in_place.items():
+            module._compiled_call_impl = call
         with torch.no_grad():
             for buffers, name, buffer, value in saved:
                 buffers[name] = buffer

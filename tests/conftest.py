@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if _PARALLEL:
@@ -60,6 +60,13 @@ def _isolated() -> Iterator[None]:
     dynamo = getattr(torch, "_dynamo", None)
     if dynamo is not None and hasattr(dynamo, "reset"):
         dynamo.reset()
+
+
+@pytest.fixture
+def graphs() -> Callable[[], int]:
+    """The number of graphs that Dynamo gave to a backend since the test began."""
+    torch._dynamo.utils.counters.clear()
+    return lambda: torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
 
 
 @pytest.fixture

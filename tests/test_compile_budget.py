@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,13 +17,6 @@ from tests.tolerances import assert_close
 
 AOT = {"stage": "aot_eager"}
 CONFIG = poetx.POETXConfig(block_size=8, merge_interval=3)
-
-
-@pytest.fixture
-def graphs() -> Callable[[], int]:
-    """The number of graphs that Dynamo gave to a backend since the test began."""
-    torch._dynamo.utils.counters.clear()
-    return lambda: torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
 
 
 class Run:

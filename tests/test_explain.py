@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -57,3 +58,18 @@ def test_counting_kernels_adopts_nothing():
     assert explanation.kernels is not None
     assert explanation.kernels > 0
     assert adoption.adopted_state(model.up.weight) is None
+
+
+@pytest.mark.parametrize("part", ["whole", "blocks"])
+def test_a_model_compiled_in_place(part, graphs):
+    model = nn.Sequential(SwiGLU(), SwiGLU())
+    poetx.prepare(model, poetx.POETXConfig(block_size=8))
+    for module in [model] if part == "whole" else model:
+        module.compile(backend=poetx.poetx_backend, options={"stage": "aot_eager"})
+    x = torch.randn(3, 16, requires_grad=True)
+    explanation = poetx.explain(model, x)
+    assert [row.status for row in explanation.rows] == ["rewritten"] * 6
+    assert len(explanation.graphs) == 1
+    before = graphs()
+    model(x)
+    assert graphs() == before + 1, "compiled as before, the blocks alike"
