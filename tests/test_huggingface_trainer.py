@@ -82,10 +82,6 @@ class NormsAfterClipping(TrainerCallback):
         self.seen.append((norm(everything).item(), norm(skews).item()))
 
 
-def graphs() -> int:
-    return torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
-
-
 def full_run(folder: Path, compile: bool) -> tuple[Trainer, NormsAfterClipping]:
     """Accumulation 4, bf16, checkpointing, cosine with warm-up, clipping, evaluation mid-run."""
     torch.manual_seed(0)
@@ -108,8 +104,7 @@ def full_run(folder: Path, compile: bool) -> tuple[Trainer, NormsAfterClipping]:
     return done, norms
 
 
-def test_accumulation_bf16_checkpointing_cosine_clipping_and_evaluation(tmp_path):
-    torch._dynamo.utils.counters.clear()
+def test_accumulation_bf16_checkpointing_cosine_clipping_and_evaluation(tmp_path, graphs):
     done, norms = full_run(tmp_path, compile=True)
     assert graphs() == 2, "one for training, one for evaluation, whatever the sizes"
     eager, _ = full_run(tmp_path, compile=False)
