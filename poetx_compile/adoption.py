@@ -292,6 +292,7 @@ def _at_the_end_of_backward(
     Not earlier: checkpointed code that the same backward runs again must find what it found before.
     """
 
+    @torch.compiler.disable
     def queue(_: Tensor) -> None:
         _ripe.update(ripe)
         torch.autograd.Variable._execution_engine.queue_callback(settle)

@@ -94,7 +94,8 @@ def rewrite(
             POETXConfig.from_dict(options.config),
             example_inputs,
             states,
-            settle=settle if live else None,
+            # Backward may run, and call it, inside of a function that Dynamo compiles.
+            settle=torch.compiler.disable(settle) if live else None,
             refuse=live and options.unprepared == "refuse",
             provisional=options.stage == "inductor",
         )

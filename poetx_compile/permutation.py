@@ -108,20 +108,6 @@ class Permutation(nn.Module):
             self.pair.copy_(self.peek(seed, draw))
             self.seed, self.draw = seed, draw
 
-    def at_start(self, device: torch.device) -> Permutation:
-        """This one, where it stands at draw 0 on `device`, or else another that does."""
-        if self.draw == 0 and self.pair.device == device:
-            return self
-        return Permutation(
-            self.size,
-            self.group,
-            seed=self.seed,
-            draw=0,
-            kind=self.kind,
-            block=self.block,
-            device=device,
-        )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Permutation:
         # Only a change of device is followed, by drawing the pair again: `to_empty` leaves no
         # garbage behind, and a cast of all buffers (`Module.type`) leaves indices.

@@ -202,7 +202,9 @@ def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXCo
     """Move the adopted states of some linears of `model` into them, gradients included.
 
     Every eligible linear is given the permutations that `prepare` would give it, whether it has a
-    state yet or not: a checkpoint fits a model that was prepared, whatever was adopted first.
+    state yet or not: a checkpoint fits a model that was prepared, whatever was adopted first. One
+    that comes late, when layers it shares with have been merged, joins them without its gradients:
+    they are of other coordinates.
     """
     found = linears(model)
     reasons = refusals(model, config)
@@ -218,8 +220,14 @@ def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXCo
             continue
         state = adopted_state(module.weight)
         assert state is not None
-        device = module.weight.device
-        _move(module, name, state, config, tuple(side.at_start(device) for side in sides))
+        sides = tuple(side.to(module.weight.device) for side in sides)
+        if all(side.draw == 0 for side in sides):
+            _move(module, name, state, config, sides)
+        else:
+            release(module.weight)
+            late = OrthogonalEquivalence(module.weight, config, *sides)
+            late.adopted = True
+            register(module, late)
 
 
 def _move(
