@@ -225,6 +225,8 @@ def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXCo
             _move(module, name, state, config, sides)
         else:
             release(module.weight)
+            perm_in, perm_out = sides
+            perm_out.redraw(perm_out.seed, perm_in.draw)  # both sides of a layer are at one draw
             late = OrthogonalEquivalence(module.weight, config, *sides)
             late.adopted = True
             register(module, late)
