@@ -21,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.census import Census, hidden
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import check_targets, linears, refusals
+from poetx_compile.eligibility import check_targets, linears, refusals, user_name
 from poetx_compile.errors import AdoptionError, ConfigError
 from poetx_compile.options import differing
 from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linears
@@ -144,9 +144,9 @@ class Judge:
             wrapper = _parallel_wrapper(outer) or wrapper
         if wrapper is not None:
             raise AdoptionError(
-                f"{name} was not prepared and is under {wrapper}, which would not see rotations "
-                "that the compiler adds: call poetx_compile.prepare(model) before wrapping the "
-                "model"
+                f"{user_name(name)} was not prepared and is under {wrapper}, which would not see "
+                "rotations that the compiler adds: call poetx_compile.prepare(model) before "
+                "wrapping the model"
             )
 
 

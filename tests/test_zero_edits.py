@@ -6,7 +6,7 @@ Graphs run as the passes leave them (stage ``eager``) where it is not their comp
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -526,6 +526,38 @@ def test_an_optimiser_built_later_that_cannot_train_rotations_is_refused_at_its_
     assert "history" in str(error)
 
 
+@pytest.fixture
+def one_process(tmp_path) -> Iterator[None]:
+    import torch.distributed as dist
+
+    where = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("order", ["compile DDP", "DDP of compiled", "shard", "compile, shard"])
+def test_under_ddp_and_fsdp2_prepare_comes_first(order: str, one_process: None):
+    """Compiled inside or outside: the wrapper would not see what the compiler adds."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = nn.Sequential(mlp())
+    if order == "compile DDP":
+        run = compiled(DistributedDataParallel(model))
+    elif order == "DDP of compiled":
+        run = DistributedDataParallel(compiled(model))
+    elif order == "shard":
+        run = compiled(fully_shard(model))
+    else:
+        model[0].compile(backend="poetx", options=OPTIONS)
+        run = fully_shard(nn.Sequential(fully_shard(model[0])))
+    error = raised(lambda: run(X))
+    assert isinstance(error, AdoptionError)
+    for part in ("0.up was not prepared", "prepare(model)", "FSDP" if "shard" in order else "Dist"):
+        assert part in str(error)
+
+
 def test_options_that_change_the_weights_need_prepare():
     error = raised(lambda: compiled(mlp(), normalize_rows=True)(X))
     assert isinstance(error, AdoptionError)
@@ -578,3 +610,27 @@ def test_rotations_of_the_scripts_own_groups_follow_them():
     ours = optimizer.param_groups[2]
     assert (ours[FOLLOWS], ours["lr"], ours["weight_decay"]) == (0, 16e-3, 0.0)
     assert [len(g["params"]) for g in optimizer.param_groups] == [0, 2, 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", [{"fused": True}, {"foreach": True}, {"capturable": True}])
+def test_on_a_gpu_with_every_kernel_of_the_optimiser(kernel: dict[str, bool]):
+    """fp16 autocast and a scaler that starts far too high."""
+    model, x, target = mlp().cuda(), X.cuda(), TARGET.cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **kernel)
+    run, scaler = compiled(model, stage="inductor"), torch.amp.GradScaler("cuda", 2.0**20)
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cuda", torch.float16):
+            loss = F.mse_loss(run(x).float(), target)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert schedule_of(optimizer).merges >= 2
+    assert all(kernel.items() <= group.items() for group in optimizer.param_groups)
+    assert all(skew.is_cuda for skew in skews(model))

@@ -379,21 +379,6 @@ def test_an_unloaded_model_is_a_plain_one_for_the_compiler_too():
     assert all(equivalence_of(m) is not None for m in (model.up, model.down))
 
 
-def test_ddp_is_refused_and_prepare_is_named(tmp_path):
-    import torch.distributed as dist
-
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1
-    )
-    try:
-        model = nn.parallel.DistributedDataParallel(MLP())
-        run = torch.compile(model, backend=poetx.poetx_backend, options=OPTIONS)
-        with pytest.raises(Exception, match=r"poetx_compile\.prepare"):
-            run(torch.randn(3, 12))
-    finally:
-        dist.destroy_process_group()
-
-
 def test_adoption_can_be_switched_off():
     model = MLP()
     compiled(model, disable_passes=["adopt_linear"])(torch.randn(3, 12)).sum().backward()
