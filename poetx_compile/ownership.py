@@ -30,6 +30,7 @@ log = logging.getLogger("poetx_compile")
 
 _layers: Any = WeakTensorKeyDictionary()  # stored weight or skew parameter → its linear, weakly
 _owners: Any = WeakTensorKeyDictionary()  # skew parameter → its optimiser, weakly
+_orphans: Any = WeakTensorKeyDictionary()  # adopted skew parameter without an owner → its linear
 _looked: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
 _version = 0
 _watching = False
@@ -42,8 +43,11 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
     """Watch over the rotations of a layer that has just been prepared."""
     global _version
     _version += 1
-    for parameter in (stored_weight(module), equivalence.skew_in, equivalence.skew_out):
+    skews = equivalence.skew_in, equivalence.skew_out
+    for parameter in (stored_weight(module), *skews):
         _layers[parameter] = weakref.ref(module)
+    if equivalence.adopted:
+        _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
     _watch()
 
 
@@ -51,6 +55,7 @@ def own(skews: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
     """Note that `optimizer` trains these skew parameters, and merges them."""
     for skew in skews:
         _owners[skew] = weakref.ref(optimizer)
+        _orphans.pop(skew, None)
 
 
 def owner(skew: nn.Parameter) -> Optimizer | None:
@@ -143,12 +148,8 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _count_gradients() -> list[weakref.ref[nn.Linear]]:
     """The adopted layers without an owner that have had gradients at two steps."""
     idle = []
-    for parameter, reference in list(_layers.items()):
-        module = reference()
-        equivalence = None if module is None else equivalence_of(module)
-        if equivalence is None or not equivalence.adopted or parameter.grad is None:
-            continue
-        if owner(parameter) is not None:
+    for parameter, reference in list(_orphans.items()):
+        if parameter.grad is None:
             continue
         now = id(parameter.grad), parameter.grad._version
         last, count = _gradients.get(parameter, (None, 0))

@@ -304,6 +304,16 @@ def test_a_rate_of_ones_own_sets_the_ratio() -> None:
     assert optimizer.param_groups[1][RATIO] == pytest.approx(0.2)
 
 
+def test_a_warm_up_from_zero_says_nothing_of_the_ratio() -> None:
+    for poetx_lr, ratio in ((None, 16.0), (0.02, 0.2)):
+        model = MLP()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedulers.LambdaLR(optimizer, lambda step: step / 10)
+        assert optimizer.param_groups[0]["lr"] == 0
+        poetx.adopt(optimizer, model, CONFIG, poetx_lr=poetx_lr)
+        assert optimizer.param_groups[1][RATIO] == pytest.approx(ratio)
+
+
 # --- which optimisers ---------------------------------------------------------------------------
 
 OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -456,6 +466,7 @@ def test_layers_that_share_a_permutation_have_one_optimiser() -> None:
     optimizer = torch.optim.SGD(model.q_proj.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="share permutations"):
         poetx.adopt(optimizer, model.q_proj)
+    assert len(optimizer.param_groups) == 1, "nothing has been changed"
 
 
 # --- what is told -------------------------------------------------------------------------------

@@ -83,6 +83,16 @@ def schedule_of(optimizer: Optimizer) -> MergeSchedule | None:
     return getattr(optimizer, _ATTRIBUTE, None)
 
 
+def check_alone(equivalences: Iterable[OrthogonalEquivalence]) -> None:
+    """Raise `ConfigError` where other layers have permutations of these."""
+    if others := share_permutations_with(equivalences):
+        raise ConfigError(
+            f"{len(others)} layer(s) outside of these share permutations with them, and a merge of "
+            "one is a merge of all: give the linears that share an input to one optimiser, and "
+            "declare nothing `shared` between parts that have several"
+        )
+
+
 class MergeSchedule:
     """When the rotations of a model are merged; made by `attach`.
 
@@ -125,6 +135,11 @@ class MergeSchedule:
         """The configuration of the layers."""
         return self._config
 
+    @property
+    def equivalences(self) -> list[OrthogonalEquivalence]:
+        """The layers that are merged."""
+        return [e for _, e in self._layers]
+
     def extend(self, linears: Iterable[nn.Linear]) -> None:
         """Merge further linears with those of before, which were not a model of the user's."""
         assert isinstance(self._model, PreparedLayers)
@@ -149,12 +164,7 @@ class MergeSchedule:
                 "after prepare, call adopt(optimizer, model), or give attach the part of the model "
                 "that this optimiser trains"
             )
-        if others := share_permutations_with(e for _, e in layers):
-            raise ConfigError(
-                f"{len(others)} layer(s) outside of these share permutations with them, and a "
-                "merge of one is a merge of all: give the linears that share an input to one "
-                "optimiser, and declare nothing `shared` between parts that have several"
-            )
+        check_alone(e for _, e in layers)
         self._layers, self._skews = layers, skews
         if self._config.max_angle is not None:
             pairs = [pair for _, e in layers for pair in sides(e)]

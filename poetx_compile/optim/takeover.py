@@ -21,8 +21,15 @@ from poetx_compile import ownership
 from poetx_compile.census import Census
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
-from poetx_compile.optim.groups import BLOCK, Rule, ensure_prepared, rule_of, skew_blocks
-from poetx_compile.optim.schedule import MergeSchedule, attach, schedule_of
+from poetx_compile.optim.groups import (
+    BLOCK,
+    Rule,
+    ensure_prepared,
+    prepared_config,
+    rule_of,
+    skew_blocks,
+)
+from poetx_compile.optim.schedule import MergeSchedule, attach, check_alone, schedule_of
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     PreparedLayers,
@@ -89,8 +96,8 @@ def adopt(
             `prepare`, with or without schedulers.
         model: prepared here, with `config`, if nobody has; compiled or not.
         config: ``None``, or the configuration of the model.
-        poetx_lr: learning rate of the skew parameters at the present rate of the group they come
-            from; default as in `param_groups`.
+        poetx_lr: learning rate of the skew parameters where the group they come from has its own
+            (``group["initial_lr"]``, if a scheduler has been built); default as in `param_groups`.
 
     Returns:
         The schedule of the merges.
@@ -122,7 +129,7 @@ def take_over(
     layers = [(m, e) for m, e in layers if ownership.owner(e.skew_in) is not optimizer]
     if schedule is not None and not layers:
         return schedule
-    _check(optimizer, layers)
+    _check(optimizer, layers, schedule, poetx_lr)
     before = len(optimizer.param_groups)
     _regroup(optimizer, layers, poetx_lr)
     for scheduler in (census or Census()).schedulers_of(optimizer):
@@ -151,8 +158,16 @@ def take_over_all(census: Census, linears: Iterable[nn.Linear]) -> int:
 ownership.take_over = take_over
 
 
-def _check(optimizer: Optimizer, layers: list[tuple[nn.Linear, OrthogonalEquivalence]]) -> None:
+def _check(
+    optimizer: Optimizer,
+    layers: list[tuple[nn.Linear, OrthogonalEquivalence]],
+    schedule: MergeSchedule | None,
+    poetx_lr: float | None,
+) -> None:
+    """Raise before anything is changed."""
     kind = type(optimizer)
+    if poetx_lr is not None and not poetx_lr >= 0:
+        raise ConfigError(f"poetx_lr = {poetx_lr!r} is not allowed: use None, or a number ≥ 0")
     for name, reason in _NOT_FOR_ROTATIONS:
         if isinstance(optimizer, getattr(torch.optim, name, ())):
             raise AdoptionError(f"torch.optim.{name} cannot train rotations: {reason}")
@@ -163,6 +178,11 @@ def _check(optimizer: Optimizer, layers: list[tuple[nn.Linear, OrthogonalEquival
             f"{kind.__name__} holds the weights of {len(layers) - len(missing)} of {len(layers)} "
             "prepared layers: give adopt the part of the model whose parameters it was built from"
         )
+    before = [] if schedule is None else schedule.equivalences
+    prepared_config(
+        PreparedLayers(m for m, _ in layers), None if schedule is None else schedule.config
+    )
+    check_alone([*before, *(e for _, e in layers)])
     # Torch's Adagrad, and whoever does as it does: a new parameter would have no state.
     if isinstance(optimizer, torch.optim.Adagrad):
         late = [e for _, e in layers if not {e.skew_in, e.skew_out} & set(optimizer.state)]
@@ -202,9 +222,9 @@ def _regroup(
             gone.add(skew)
     for group in groups:
         _drop(group, gone)
-    for weight in gone:
-        if not weight.requires_grad:  # moments of dense training before
-            optimizer.state.pop(weight, None)
+    for parameter in gone:
+        if not parameter.requires_grad:  # moments of dense training before
+            optimizer.state.pop(parameter, None)
     for (source, b), members in sorted(moved.items(), key=lambda item: (item[0][0], -item[0][1])):
         weights = [stored_weight(module) for module, _, _ in members]
         _add(optimizer, source, b, members, rule, weights, poetx_lr)
@@ -234,7 +254,9 @@ def _add(
                 ours["param_names"] += [name for _, _, name in members]
             return
     named = "param_names" in group
-    ratio = rule.ratio(b, weights) if poetx_lr is None else poetx_lr / float(group["lr"])
+    ratio = rule.ratio(b, weights)
+    if poetx_lr is not None:
+        ratio = poetx_lr / float(group.get("initial_lr", group["lr"]))
     kept = {"weight_decay": 0.0, **rule.options}
     kept = {key: value for key, value in kept.items() if key in group}
     label = f"poetx b={b}"
