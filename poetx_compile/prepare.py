@@ -241,8 +241,8 @@ def _move(
 ) -> None:
     """Make an adopted state the parametrization of its linear, gradients included."""
     if all(getattr(state.config, f) == getattr(config, f) for f in _SHAPING):
-        state.configure(config)
         state.perm_in, state.perm_out = sides
+        state.configure(config)
         state.write_layout()
     elif state.skew_in.grad is None and state.skew_out.grad is None:
         state = OrthogonalEquivalence(module.weight, config, *sides)
