@@ -586,6 +586,19 @@ def test_a_weight_tied_outside_of_the_graph_is_left_alone():
     assert embedding.weight.grad.any()
 
 
+def test_a_model_that_the_garbage_collector_hides_is_refused():
+    import gc
+
+    model = mlp()
+    gc.freeze()
+    try:
+        error = raised(lambda: compiled(model)(X))
+    finally:
+        gc.unfreeze()
+    assert isinstance(error, AdoptionError)
+    assert "gc.freeze() hides it: call poetx_compile.prepare(model)" in str(error)
+
+
 def test_exclusions_by_whole_name_hold_in_reused_code():
     torch.manual_seed(3)
     model = nn.Sequential(MLP(), MLP())
