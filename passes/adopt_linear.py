@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
@@ -88,9 +88,8 @@ class AdoptLinear(GraphPass[WeightSite]):
     do. The state comes from outside (`create`) and is looked up by the identity of W at every call
     of the compiled code. Handles weights inside activation checkpoints, nested ones too: the new
     inputs are handed on as operands. Refuses a weight with any other reader (a tied embedding), one
-    inside another higher-order op, one that anything but the forward of `nn.Linear` reads (such as
-    a parameter of a module of the user's own: `prepare`, which takes the state over, parametrizes
-    `nn.Linear` alone), and whatever `refuse` names (excluded, frozen, no parameter).
+    inside another higher-order op or a transform, and whatever `refuse` names (excluded, frozen, no
+    weight of an `nn.Linear`).
 
     Args:
         refuse: (layer name, position of the weight among the inputs) → reason, or ``None``.
@@ -142,11 +141,6 @@ class AdoptLinear(GraphPass[WeightSite]):
         for linear in site.linears:
             if graphs.in_transform(linear):
                 raise Refusal("inside a torch.func transform: call poetx_compile.prepare")
-            owner = graphs.owner_of(linear)
-            if owner is None:
-                raise Refusal("the weight is read outside of any nn.Linear")
-            if getattr(owner, "forward", None) is not nn.Linear.forward:
-                raise Refusal(f"the weight is read by the forward of {owner.__name__}")
         if reason := self.refuse(site.layer, site.index):
             raise Refusal(reason)
         return "adopted"

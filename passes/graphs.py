@@ -130,13 +130,6 @@ def layer_of(node: fx.Node) -> Layer:
     return Layer(name, int(module_id) if module_id.isdigit() else None)
 
 
-def owner_of(node: fx.Node) -> type | None:
-    """The class of the innermost module a node came from, where there is one."""
-    stack = node.meta.get("nn_module_stack") or {}
-    owner = next(reversed(stack.values()))[1] if stack else None
-    return owner if isinstance(owner, type) else None
-
-
 def layers_of(nodes: Iterable[fx.Node]) -> tuple[Layer, ...]:
     """The layers of several nodes, each once, in order."""
     return tuple(dict.fromkeys(map(layer_of, nodes)))

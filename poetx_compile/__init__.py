@@ -12,7 +12,14 @@ from poetx_compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
 from poetx_compile.diagnostics import diagnostics
 from poetx_compile.explain import explain
-from poetx_compile.optim import POETXAdamW, POETXMuon, attach, param_groups
+from poetx_compile.optim import (
+    POETXAdamW,
+    POETXMuon,
+    adopt,
+    attach,
+    clip_grad_norm_,
+    param_groups,
+)
 from poetx_compile.prepare import merge_and_unload, prepare
 
 __version__ = "0.1.0"
@@ -21,7 +28,9 @@ __all__ = [
     "POETXAdamW",
     "POETXConfig",
     "POETXMuon",
+    "adopt",
     "attach",
+    "clip_grad_norm_",
     "diagnostics",
     "explain",
     "merge_and_unload",

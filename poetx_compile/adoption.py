@@ -1,39 +1,45 @@
 """State of weights that nobody prepared: found by the weight's identity when compiled code runs.
 
-A backend cannot put parameters into the user's model, and code that Dynamo reuses for a second
-instance never calls it again. So an adopted weight's state is an `OrthogonalEquivalence` in a
-registry keyed by the weight itself; the compiled code looks it up at every call and creates what is
-missing. `prepare` (and with it every optimiser of this package) moves the states into the model.
+A backend cannot put parameters into the user's model while Dynamo is compiling it, and code that
+Dynamo reuses for a second instance never calls the backend again. So an adopted weight's state is
+an `OrthogonalEquivalence` in a registry keyed by the weight itself; the compiled code looks it up
+at every call and creates what is missing. At the end of the first backward `settling` moves the
+states into the modules that own the weights; `prepare`, where it is called before, does the same.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from poetx_compile.census import Census, hidden
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import name_refusal, weight_refusal
-from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
+from poetx_compile.eligibility import check_targets, linears, refusals, user_name
+from poetx_compile.errors import AdoptionError, ConfigError
 from poetx_compile.options import differing
-from poetx_compile.parametrization import OrthogonalEquivalence
+from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linears
 from poetx_compile.passes.adopt_linear import AdoptLinear, Slot, StateSpec
 from poetx_compile.permutation import Permutation
 
 log = logging.getLogger("poetx_compile")
 
-_states: Any = WeakTensorKeyDictionary()
-_declined: Any = WeakTensorKeyDictionary()
-_next_group = 0
+MANY_CALLS = 16
+"""Calls without a backward after which a model is told to run its first pass over and over."""
+
+_states: Any = WeakTensorKeyDictionary()  # weight → state, until the state is in a module
+_declined: Any = WeakTensorKeyDictionary()  # weight → why prepare left it alone
+_ripe: Any = WeakTensorKeyDictionary()  # weight → what a backward that went through it tells
 
 
 def adopted_state(weight: Tensor) -> OrthogonalEquivalence | None:
-    """The state of an adopted weight, or ``None``."""
+    """The state of an adopted weight that is not in its module yet, or ``None``."""
     return _states.get(weight)
 
 
@@ -47,13 +53,129 @@ def decline(weight: Tensor, reason: str) -> None:
     _declined[weight] = reason
 
 
-class Adopter:
-    """Adoption for one compiled graph: binds the pass to the registry and to the graph's inputs."""
+class Ripe(NamedTuple):
+    """A weight of a graph whose backward is over: its layer, whether the graph adopts it, how."""
 
-    def __init__(self, config: POETXConfig, example_inputs: Sequence[Any], states: Any = None):
+    layer: str
+    adopted: bool
+    config: POETXConfig
+
+
+def harvest() -> dict[Tensor, Ripe]:
+    """The weights of the graphs that backwards went through since the last time."""
+    ripe = dict(_ripe.items())
+    _ripe.clear()
+    return ripe
+
+
+class Place(NamedTuple):
+    """Where a weight belongs: the outermost model, the linear's name in it, and the linear."""
+
+    root: nn.Module
+    name: str
+    module: nn.Linear
+
+
+class Verdict(NamedTuple):
+    """Whether a weight may be adopted: ``reason`` is ``None`` if so, and ``place`` then known."""
+
+    reason: str | None
+    place: Place | None = None
+
+
+class Judge:
+    """Says of a weight what `prepare` would say of it, called on the outermost model around it.
+
+    Args:
+        config: names and exclusions.
+        census: taken here by default.
+    """
+
+    def __init__(self, config: POETXConfig, census: Census | None = None):
         self.config = config
+        self.census = census or Census()
+        self._roots: dict[int, dict[int, tuple[str, str | None]]] = {}
+
+    def __call__(self, weight: Tensor) -> Verdict:
+        if (reason := _declined.get(weight)) is not None:
+            return Verdict(reason)
+        owners = self.census.owners(weight)
+        if len(owners) > 1:  # one of them may be garbage that nobody has collected yet
+            gc.collect()
+            self.census, self._roots = Census(), {}
+            owners = self.census.owners(weight)
+        if not owners and hidden():
+            raise AdoptionError(
+                "the module that owns a weight cannot be found, because gc.freeze() hides it: call "
+                "poetx_compile.prepare(model), or freeze after the first step"
+            )
+        if not owners:
+            return Verdict("no module owns the weight")
+        if len(owners) > 1:
+            kinds = ", ".join(type(owner).__name__ for owner in owners)
+            return Verdict(f"tied: the weight belongs to several modules ({kinds})")
+        (module,) = owners
+        if not isinstance(module, nn.Linear):
+            return Verdict(f"the weight belongs to {type(module).__name__}, which is no nn.Linear")
+        root = self.census.root(module)
+        name, reason = self._verdicts(root)[id(module)]
+        if reason is None or _is_sharded(weight):
+            self._check_wrappers(name, module, weight)
+        return Verdict(reason, Place(root, name, module))
+
+    def _verdicts(self, root: nn.Module) -> dict[int, tuple[str, str | None]]:
+        """id(linear) → its first name in `root`, and the reason why it is left alone."""
+        if id(root) not in self._roots:
+            found = linears(root)
+            check_targets(list(found), self.config)
+            reasons = refusals(root, self.config)
+            if any(not e.adopted for _, _, e in prepared_linears(root)):
+                other = "the model was prepared, and this layer was not"
+                reasons = {name: reason or other for name, reason in reasons.items()}
+            verdicts: dict[int, tuple[str, str | None]] = {}
+            for name, module in found.items():
+                verdicts.setdefault(id(module), (name or "(root)", reasons[name]))
+            self._roots[id(root)] = verdicts
+        return self._roots[id(root)]
+
+    def _check_wrappers(self, name: str, module: nn.Module, weight: Tensor) -> None:
+        wrapper = "tensor parallelism" if _is_sharded(weight) else None
+        for outer in self.census.above(module):
+            wrapper = _parallel_wrapper(outer) or wrapper
+        if wrapper is not None:
+            raise AdoptionError(
+                f"{user_name(name)} was not prepared and is under {wrapper}, which would not see "
+                "rotations that the compiler adds: call poetx_compile.prepare(model) before "
+                "wrapping the model"
+            )
+
+
+class Adopter:
+    """Adoption for one compiled graph: binds the pass to the registry and to the graph's inputs.
+
+    Args:
+        config: of the states.
+        inputs: the graph's example inputs.
+        states: where states live; default the registry of the process.
+        settle: called with no argument at the end of a backward through the bound graph.
+        refuse: raise `AdoptionError` in place of adopting.
+        provisional: the graph is compiled cheaply, because it is compiled again once settled.
+    """
+
+    def __init__(
+        self,
+        config: POETXConfig,
+        inputs: Sequence[Any],
+        states: Any = None,
+        settle: Callable[[], None] | None = None,
+        refuse: bool = False,
+        provisional: bool = False,
+    ):
+        self.config, self.inputs, self.settle = config, inputs, settle
+        self.refuse, self.provisional = refuse, provisional
         self.states = _states if states is None else states
-        self.inputs = example_inputs
+        self.judge: Judge | None = None
+        self.left: list[tuple[int, str]] = []
         self.permutations: dict[int, Permutation] = {}
         self.graph_pass = AdoptLinear(self._refuse, self._create)
 
@@ -61,15 +183,26 @@ class Adopter:
         weight = self.inputs[index]
         if not isinstance(weight, nn.Parameter):
             return "the weight is not a parameter"
-        if (reason := _declined.get(weight)) is not None:
-            return reason
-        return name_refusal([layer], self.config) or weight_refusal(weight)
+        self.judge = self.judge or Judge(self.config)
+        reason = self.judge(weight).reason
+        if reason is not None:
+            self.left.append((index, layer))
+        return reason
 
     def _create(self, slot: Slot) -> StateSpec:
-        _check_process_group(slot.layer, self.inputs[slot.index])
+        if self.refuse:
+            raise AdoptionError(
+                f"nobody prepared the model ({slot.layer} is a plain nn.Linear), and the option "
+                "unprepared='refuse' of poetx_backend keeps it from being adopted: call "
+                "poetx_compile.prepare(model) first"
+            )
+        if self.config.normalize_rows:
+            raise AdoptionError(
+                "normalize_rows changes the weights, and a model is not changed while it is "
+                "compiled: call poetx_compile.prepare(model, config) first"
+            )
         state = self._state(slot, self.inputs[slot.index], self.permutations)
-        tensors = _tensors(state)
-        return StateSpec(tensors, state.block_in, state.block_out, state.order)
+        return StateSpec(_tensors(state), state.block_in, state.block_out, state.order)
 
     def _state(
         self, slot: Slot, weight: nn.Parameter, permutations: dict[int, Permutation]
@@ -100,11 +233,15 @@ class Adopter:
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled` with the states of its weights looked up at each call."""
-        slots, states, config = self.graph_pass.slots, self.states, self.config
-        self.inputs, self.permutations = (), {}  # neither inputs nor graphs are kept alive
+        slots, left, states, config = self.graph_pass.slots, self.left, self.states, self.config
+        settle = self.settle
+        # Neither inputs nor graphs nor modules are kept alive.
+        self.inputs, self.permutations, self.judge = (), {}, None
         del self.graph_pass
+        calls = 0
 
         def run(*args: Any) -> Any:
+            nonlocal calls
             extra: list[Tensor] = []
             permutations: dict[int, Permutation] = {}
             for slot in slots:
@@ -116,17 +253,53 @@ class Adopter:
                     or state.config is not config
                 ):
                     if (reason := _declined.get(weight)) is not None:
-                        raise AdoptionError(
-                            f"compiled code of {slot.layer} was reused for a weight that prepare "
-                            f"left alone ({reason}): call poetx_compile.prepare on every instance "
-                            "before compiling, or torch._dynamo.reset() after it"
-                        )
+                        raise reused(slot.layer, reason)
                     state = self._state(slot, weight, permutations)
                 tensors = _tensors(state)
                 extra += [tensors[name] for name in slot.tensors]
-            return compiled(*args, *extra)
+            out = compiled(*args, *extra)
+            if settle is not None:
+                ripe = {args[slot.index]: Ripe(slot.layer, True, config) for slot in slots}
+                ripe |= {args[index]: Ripe(layer, False, config) for index, layer in left}
+                _at_the_end_of_backward(out, ripe, settle)
+                calls += 1
+                if calls == MANY_CALLS and self.provisional:
+                    log.warning(
+                        "a model that nobody prepared has been called %d times without a backward: "
+                        "until the first one it runs unfused. Evaluate under torch.no_grad(), or "
+                        "call poetx_compile.prepare(model) first.",
+                        calls,
+                    )
+            return out
 
         return run
+
+
+def reused(layer: str, reason: str) -> AdoptionError:
+    """Code of a layer that was adopted meets a weight that must be left alone."""
+    return AdoptionError(
+        f"compiled code of {layer} was reused for a weight that has to be left alone ({reason}): "
+        "call poetx_compile.prepare on every instance before compiling, or torch._dynamo.reset() "
+        "after it"
+    )
+
+
+def _at_the_end_of_backward(
+    outputs: Iterable[Any], ripe: dict[Tensor, Ripe], settle: Callable[[], None]
+) -> None:
+    """Call `settle` when a backward that passes through one of `outputs` is over.
+
+    Not earlier: checkpointed code that the same backward runs again must find what it found before.
+    """
+
+    @torch.compiler.disable
+    def queue(_: Tensor) -> None:
+        _ripe.update(ripe)
+        torch.autograd.Variable._execution_engine.queue_callback(settle)
+
+    for output in outputs:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(queue)
 
 
 def _tensors(state: OrthogonalEquivalence) -> dict[str, Tensor]:
@@ -143,23 +316,22 @@ def _new_state(
 ) -> OrthogonalEquivalence:
     """A state at the identity, under identity permutations: the weight stays as the user sees it.
 
-    Slots that read one tensor share an input permutation. The first merge draws real ones.
+    Slots that read one tensor share an input permutation. These permutations serve until the state
+    is moved into its module, where it gets those of the model.
     """
     with torch.no_grad():
         if slot.siblings not in permutations:
             permutations[slot.siblings] = _identity(weight.shape[1], weight, config)
         perm_out = _identity(weight.shape[0], weight, config)
         state = OrthogonalEquivalence(weight, config, permutations[slot.siblings], perm_out)
-    _watch_optimisers()
+    state.adopted = True
     return state
 
 
 def _identity(size: int, weight: Tensor, config: POETXConfig) -> Permutation:
-    global _next_group
-    group, _next_group = _next_group, _next_group + 1
     return Permutation(
         size,
-        group,
+        group=0,
         seed=config.seed,
         draw=0,
         kind=config.permutation,
@@ -168,62 +340,24 @@ def _identity(size: int, weight: Tensor, config: POETXConfig) -> Permutation:
     )
 
 
-def _check_process_group(layer: str, weight: Tensor) -> None:
-    from torch.distributed import is_available
-
-    if not is_available():
-        return
-    from torch.distributed.tensor import DTensor
-    from torch.nn.parallel import DistributedDataParallel
-
-    wrapper = None
-    if isinstance(weight, DTensor):
-        wrapper = "FSDP2 or tensor parallelism"
-    elif DistributedDataParallel._get_active_ddp_module() is not None:
-        wrapper = "DistributedDataParallel"
-    if wrapper is not None:
-        raise AdoptionError(
-            f"{layer} was not prepared and runs under {wrapper}, which would not see rotations "
-            "that the compiler adds: call poetx_compile.prepare(model) before wrapping the model"
-        )
+def _is_sharded(weight: Tensor) -> bool:
+    kind = _if_loaded("torch.distributed.tensor", "DTensor")
+    return kind is not None and isinstance(weight, kind)
 
 
-_unowned_steps = 0
-_last_seen: Any = WeakTensorKeyDictionary()  # skew parameter → its gradient at the last step
-_watching = False
+def _parallel_wrapper(module: nn.Module) -> str | None:
+    """What reduces or shards the gradients of a module's parameters, if it is such a wrapper."""
+    for where, name, shown in (
+        ("torch.nn.parallel", "DistributedDataParallel", "DistributedDataParallel"),
+        ("torch.distributed.fsdp", "FullyShardedDataParallel", "FullyShardedDataParallel"),
+        ("torch.distributed.fsdp", "FSDPModule", "FSDP2"),
+    ):
+        kind = _if_loaded(where, name)
+        if kind is not None and isinstance(module, kind):
+            return shown
+    return None
 
 
-def _watch_optimisers() -> None:
-    global _watching
-    if not _watching:
-        register_optimizer_step_post_hook(_after_any_step)
-        _watching = True
-
-
-def _after_any_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise when rotations got gradients before two optimiser steps and nobody updates them.
-
-    A gradient counts once: one that is left over from an earlier backward (of another model, or
-    because two optimisers step after each backward) says nothing new.
-    """
-    global _unowned_steps
-    states = list(_states.values())
-    skews = {p: s for s in states for p in (s.skew_in, s.skew_out) if p.grad is not None}
-    fresh = [p for p in skews if _last_seen.get(p) != (id(p.grad), p.grad._version)]
-    for p in fresh:
-        _last_seen[p] = (id(p.grad), p.grad._version)
-    if not skews:
-        _unowned_steps = 0
-    elif fresh:
-        _unowned_steps += 1
-    if _unowned_steps >= 2:
-        _unowned_steps = 0
-        weights = len({id(state) for state in skews.values()})
-        raise UnownedRotationsError(
-            f"the rotations of {weights} adopted weight(s) had gradients at "
-            f"two steps of {type(optimizer).__name__}, but no optimiser updates them, and their "
-            "dense weights are frozen: the model does not train. Build "
-            "poetx_compile.POETXAdamW(model) or POETXMuon(model) instead, or call "
-            "poetx_compile.prepare(model) first and give poetx_compile.param_groups(model, lr=...) "
-            "to your optimiser"
-        )
+def _if_loaded(where: str, name: str) -> type | None:
+    """A class of torch, if anybody has imported its module: else nothing can be an instance."""
+    return getattr(sys.modules.get(where), name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -17,8 +18,12 @@ from poetx_compile.errors import ConfigError
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
 from poetx_compile.parametrization import config_of_skew
 from poetx_compile.passes import graphs
+from poetx_compile.settling import settle
 
 log = logging.getLogger("poetx_compile")
+
+PROVISIONAL = "aot_eager"
+"""The stage of a graph that runs once: until adopted weights settle."""
 
 
 def poetx_backend(
@@ -31,18 +36,21 @@ def poetx_backend(
     """The `torch.compile` backend: ``torch.compile(model, backend=poetx_backend)``.
 
     Rewrites the linears of a prepared model into input-centric subgraphs and compiles the result.
-    A model that nobody prepared is served as well: its linears are adopted (`adopt_linear`) with
-    the configuration given in `options`.
+    A model that nobody prepared is served as well, once it is called for training: its linears are
+    adopted (`adopt_linear`) with the configuration given in `options`, and any optimiser over
+    ``model.parameters()`` takes the rotations over. Its first graph is compiled without Inductor:
+    at the end of the first backward the rotations move into the model, which is compiled again.
 
     Args:
         mode: as for Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, …).
-        options: fields of `POETXConfig`; ``stage``, ``disable_passes``, ``verify_passes``,
-            ``cayley_batch_bytes``, ``machine`` (see `BackendOptions`); any option of Inductor.
+        options: fields of `POETXConfig`; ``stage``, ``unprepared``, ``disable_passes``,
+            ``verify_passes``, ``cayley_batch_bytes``, ``machine`` (see `BackendOptions`); any
+            option of Inductor.
 
     Raises:
         ConfigError: an unknown option, a value out of range, or an option that contradicts the
             configuration the model was prepared with.
-        AdoptionError: an unprepared model under DDP or FSDP2.
+        AdoptionError: an unprepared model under DDP or FSDP2, or with ``unprepared="refuse"``.
     """
     parsed = BackendOptions.parse(mode, options)
     _warn_at_the_limit()
@@ -76,6 +84,8 @@ def compile_graph(
     """`poetx_backend` with parsed options; `states` as in `rewrite`."""
     graph, extra, bind, _ = rewrite(gm, example_inputs, parsed, states)
     _announce_static(extra)
+    if extra and states is None and parsed.stage == "inductor":
+        parsed = dataclasses.replace(parsed, stage=PROVISIONAL)
     compiled = _compile(
         graph, [*example_inputs, *extra], parsed, _choice(gm, example_inputs, parsed)
     )
@@ -91,7 +101,8 @@ def rewrite(
     """Run the passes over a copy of Dynamo's graph.
 
     Args:
-        states: where adopted states live; the process-wide registry by default.
+        states: where adopted states live, to show what adoption does; by default the registry of
+            the process, and then only what is called for training is adopted, for good.
 
     Returns:
         The rewritten graph, its additional inputs, the function that binds a compiled graph to
@@ -100,8 +111,17 @@ def rewrite(
     graph = graphs.clone(gm)
     record = passes.Record()
     adopter = None
-    if not _is_prepared(graph) and "adopt_linear" not in options.disable_passes:
-        adopter = Adopter(POETXConfig.from_dict(options.config), example_inputs, states)
+    live = states is None
+    if "adopt_linear" not in options.disable_passes and (torch.is_grad_enabled() or not live):
+        adopter = Adopter(
+            POETXConfig.from_dict(options.config),
+            example_inputs,
+            states,
+            # Backward may run, and call it, inside of a function that Dynamo compiles.
+            settle=torch.compiler.disable(settle) if live else None,
+            refuse=live and options.unprepared == "refuse",
+            provisional=options.stage == "inductor",
+        )
         passes.run([adopter.graph_pass], graph, record, verify=options.verify_passes)
     config = _choice(gm, example_inputs, options)
     rest = passes.pipeline(
@@ -117,14 +137,6 @@ def rewrite(
     if adopter is None or not adopter.graph_pass.slots:
         return graph, [], lambda compiled: compiled, record
     return graph, adopter.extra_inputs(), adopter.bind, record
-
-
-def _is_prepared(gm: fx.GraphModule) -> bool:
-    return any(
-        graphs.is_op(node, *graphs.EQUIVALENCE)
-        for module in graphs.nested(gm)
-        for node in module.graph.nodes
-    )
 
 
 def _choice(

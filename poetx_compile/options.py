@@ -12,11 +12,12 @@ from poetx_compile.passes import NAMES, Machine
 from poetx_compile.passes.batch_cayley import DEFAULT_BYTES
 
 STAGES = ("inductor", "aot_eager", "eager")
+UNPREPARED = ("adopt", "refuse")
 COMPILE_TIME = ("variant", "formulation", "memory_budget")
 """Fields of `POETXConfig` that a compiled graph may choose apart from what `prepare` was given."""
 
 _CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)}
-_OWN = ("stage", "disable_passes", "verify_passes", "cayley_batch_bytes", "machine")
+_OWN = ("stage", "unprepared", "disable_passes", "verify_passes", "cayley_batch_bytes", "machine")
 
 
 def differing(before: POETXConfig, asked: POETXConfig) -> list[str]:
@@ -37,6 +38,8 @@ class BackendOptions:
         stage: what compiles the graph after the passes: ``"inductor"``, ``"aot_eager"`` or
             ``"eager"`` (for debugging; eager partitions nothing, so that variant and
             memory_budget change nothing there).
+        unprepared: what becomes of a model that nobody prepared, once it is called for training:
+            ``"adopt"``, or ``"refuse"`` to raise `AdoptionError`.
         disable_passes: names of passes that are left out.
         verify_passes: lint and check all metadata after each pass.
         cayley_batch_bytes: byte budget of one batch of rotations (`batch_cayley`).
@@ -47,6 +50,7 @@ class BackendOptions:
 
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage: str = "inductor"
+    unprepared: str = "adopt"
     disable_passes: tuple[str, ...] = ()
     verify_passes: bool = False
     cayley_batch_bytes: int = DEFAULT_BYTES
@@ -63,6 +67,11 @@ class BackendOptions:
         stage = own.setdefault("stage", "inductor")
         if stage not in STAGES:
             raise ConfigError(f"option stage = {stage!r} is not allowed: use one of {STAGES}")
+        unprepared = own.get("unprepared", "adopt")
+        if unprepared not in UNPREPARED:
+            raise ConfigError(
+                f"option unprepared = {unprepared!r} is not allowed: use one of {UNPREPARED}"
+            )
         own["disable_passes"] = _pass_names(own.get("disable_passes", ()))
         budget = own.get("cayley_batch_bytes", DEFAULT_BYTES)
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:

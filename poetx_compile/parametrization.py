@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ _FORMAT = 1
 _KINDS = ("random", "chunked")
 
 _configs: Any = WeakTensorKeyDictionary()  # skew parameter → configuration, for the backend
+_alive: weakref.WeakSet[OrthogonalEquivalence] = weakref.WeakSet()
 
 
 def side_blocks(size: int, block_size: int) -> tuple[int, int]:
@@ -50,6 +52,11 @@ class OrthogonalEquivalence(nn.Module):
         layout: int64 [7], saved: format, seed, draw, group of the input side, group of the output
             side, kind of permutation, order of the expansion (0: exact). The permutations
             themselves follow from it.
+
+    Attributes:
+        interrupted: a merge of this layer was cut off.
+        adopted: the compiler made it, not `prepare`.
+        takes_stored: the weight given to `right_inverse` is in its stored form already.
     """
 
     layout: Tensor
@@ -63,6 +70,8 @@ class OrthogonalEquivalence(nn.Module):
         self.blocks_out, self.block_out = side_blocks(out_features, config.block_out)
         self.order = config.order
         self.interrupted = False
+        self.adopted = False
+        self.takes_stored = False
         dtype = rotation_dtype(weight.dtype)
 
         def zeros(blocks: int, b: int) -> nn.Parameter:
@@ -85,6 +94,7 @@ class OrthogonalEquivalence(nn.Module):
     def _announce(self) -> None:
         """Let the backend find the configuration by the parameters it is given."""
         _configs[self.skew_in] = _configs[self.skew_out] = self.config
+        _alive.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -107,6 +117,8 @@ class OrthogonalEquivalence(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The stored form of a new weight; the rotations go back to the identity."""
+        if self.takes_stored:
+            return weight
         with torch.no_grad():
             self.skew_in.zero_()
             self.skew_out.zero_()
@@ -212,6 +224,23 @@ def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, Orthogo
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (equivalence := equivalence_of(module)) is not None:
             yield name, module, equivalence
+
+
+def share_permutations_with(
+    equivalences: Iterable[OrthogonalEquivalence],
+) -> list[OrthogonalEquivalence]:
+    """The layers outside of `equivalences` that have a permutation of theirs.
+
+    A merge draws a permutation again for all layers that have it: they are merged together.
+    """
+    inside = set(equivalences)
+    permutations = {p for e in inside for p in (e.perm_in, e.perm_out)}
+    outside = [e for e in _alive if e not in inside]
+    return [e for e in outside if e.perm_in in permutations or e.perm_out in permutations]
+
+
+class PreparedLayers(nn.ModuleList):
+    """Prepared linears, of any modules, as one model: for `merge` and what else takes a model."""
 
 
 def stored_weight(module: nn.Module) -> nn.Parameter:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -14,12 +16,14 @@ from poetx_compile.adoption import adopted_state, decline, release
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import check_targets, linears, refusals, unwrap_compiled
 from poetx_compile.errors import ConfigError, NothingToTrainError
+from poetx_compile.ownership import enrol
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     equivalence_of,
     prepared_linears,
     stored_weight,
 )
+from poetx_compile.permutation import Permutation
 from poetx_compile.prepared_class import share_class
 from poetx_compile.report import LayerRow, PrepareReport
 from poetx_compile.sharing import Groups
@@ -29,6 +33,11 @@ M = TypeVar("M", bound=nn.Module)
 
 _SHAPING = ("block_size", "neumann_order", "cayley", "normalize_rows")
 """Fields that an adopted state is made with; the others may still be chosen when it is moved."""
+
+_reserved: weakref.WeakKeyDictionary[nn.Module, tuple[Permutation, ...]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Permutations of linears that no graph has adopted yet, of models in which others are."""
 
 
 def prepare(
@@ -71,10 +80,16 @@ def prepare(
     model = unwrap_compiled(model)
     earlier = config_of(model)
     if earlier is not None and config is not None and config != earlier:
-        changed = [k for k, v in config.to_dict().items() if earlier.to_dict()[k] != v]
+        changed = ", ".join(k for k, v in config.to_dict().items() if earlier.to_dict()[k] != v)
+        if all(e.adopted for _, _, e in prepared_linears(model)):
+            raise ConfigError(
+                f"the compiler adopted this model with another configuration (differs in {changed})"
+                ": give these fields to torch.compile(options={...}), or prepare the model before "
+                "its first backward"
+            )
         raise ConfigError(
-            "this model was prepared with another configuration "
-            f"(differs in {', '.join(changed)}): merge_and_unload(model) first, or leave config out"
+            f"this model was prepared with another configuration (differs in {changed}): "
+            "merge_and_unload(model) first, or leave config out"
         )
     found = linears(model)
     adopted = _adopted(found)
@@ -96,7 +111,8 @@ def prepare(
     leave({name: found[name] for name in left}, left)
     for name, reason in reasons.items():
         if reason is None and name in adopted:
-            _move(found[name], name, adopted[name], config, groups)
+            _move(found[name], name, adopted[name], config, groups.sides(name, found[name]))
+            adopted[name].adopted = False
         elif reason is None:
             if config.normalize_rows:
                 _normalize_rows(found[name].weight)
@@ -110,13 +126,30 @@ def prepare(
     return PrepareReport(rows, trainable, sum(p.numel() for p in parameters) - rotations)
 
 
-def register(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
-    """Put `equivalence` on a plain linear: its weight is stored permuted and frozen."""
+def register(
+    module: nn.Linear, equivalence: OrthogonalEquivalence, *, as_it_is: bool = False
+) -> None:
+    """Put `equivalence` on a plain linear: its weight is stored permuted and frozen.
+
+    Args:
+        as_it_is: the weight is in stored form, and the rotations stay as they are. No tensor
+            changes, and graphs whose backward is still to come keep what they saved.
+    """
     equivalence.train(module.training)
-    parametrize.register_parametrization(module, "weight", equivalence, unsafe=True)
+    weight = module.weight
+    equivalence.takes_stored = as_it_is
+    with _unchanged(weight) if as_it_is else contextlib.nullcontext():
+        parametrize.register_parametrization(module, "weight", equivalence, unsafe=True)
+    equivalence.takes_stored = False
     share_class(module)
     stored_weight(module).requires_grad_(False)
     stored_weight(module).grad = None
+    enrol(module, equivalence)
+
+
+def _unchanged(weight: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Torch sets a parametrized tensor to its stored form even where that is the tensor itself."""
+    return torch.autograd._unsafe_preserve_version_counter(weight)
 
 
 def config_of(model: nn.Module) -> POETXConfig | None:
@@ -167,27 +200,61 @@ def _config_of_adopted(adopted: dict[str, OrthogonalEquivalence]) -> POETXConfig
     return configs[0] if configs else None
 
 
+def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXConfig) -> None:
+    """Move the adopted states of some linears of `model` into them, gradients included.
+
+    Every eligible linear is given the permutations that `prepare` would give it, whether it has a
+    state yet or not: a checkpoint fits a model that was prepared, whatever was adopted first. One
+    that comes late, when layers it shares with have been merged, joins them without its gradients:
+    they are of other coordinates.
+    """
+    found = linears(model)
+    reasons = refusals(model, config)
+    groups = Groups(model, config, 0, (), found, reasons)
+    wanted = {id(module) for module in modules}
+    for name, reason in reasons.items():
+        if reason is not None:
+            continue
+        module = found[name]
+        sides = _reserved.pop(module, None) or groups.sides(name, module)
+        if id(module) not in wanted:
+            _reserved[module] = sides
+            continue
+        state = adopted_state(module.weight)
+        assert state is not None
+        sides = tuple(side.to(module.weight.device) for side in sides)
+        if all(side.draw == 0 for side in sides):
+            _move(module, name, state, config, sides)
+        else:
+            release(module.weight)
+            perm_in, perm_out = sides
+            perm_out.redraw(perm_out.seed, perm_in.draw)  # both sides of a layer are at one draw
+            late = OrthogonalEquivalence(module.weight, config, *sides)
+            late.adopted = True
+            register(module, late)
+
+
 def _move(
     module: nn.Linear,
     name: str,
     state: OrthogonalEquivalence,
     config: POETXConfig,
-    groups: Groups,
+    sides: tuple[Permutation, ...],
 ) -> None:
     """Make an adopted state the parametrization of its linear, gradients included."""
     if all(getattr(state.config, f) == getattr(config, f) for f in _SHAPING):
+        state.perm_in, state.perm_out = sides
         state.configure(config)
-        state.perm_in, state.perm_out = groups.sides(name, module)
         state.write_layout()
     elif state.skew_in.grad is None and state.skew_out.grad is None:
-        state = OrthogonalEquivalence(module.weight, config, *groups.sides(name, module))
+        state = OrthogonalEquivalence(module.weight, config, *sides)
     else:
         raise ConfigError(
             f"{name} was compiled with other POET-X options and holds gradients for them: leave "
             "config out here, or prepare the model before its first backward"
         )
     release(module.weight)
-    register(module, state)
+    register(module, state, as_it_is=True)
 
 
 def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:

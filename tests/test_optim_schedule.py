@@ -414,3 +414,43 @@ def test_compiled_training_merges_without_recompiling(optimizer_class) -> None:
         assert relative_error(loss, train_step(eager, eager_optimizer, i)) < 1e-5
     assert optimizer.schedule.merges == 2
     assert counter.frame_count == 1
+
+
+def test_a_compiled_step_merges_alike_and_compiles_no_more_than_without_rotations() -> None:
+    """`torch.compile(optimizer.step)`: the counters change at every step, the graphs do not."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    graphs, results = [], []
+    for how in ("plain", "eager", "compiled", "in a function"):
+        torch.manual_seed(3)
+        torch._dynamo.reset()
+        model = nn.Linear(12, 12)
+        counter = CompileCounterWithBackend("aot_eager")
+        if how != "plain":
+            poetx.prepare(model, poetx.POETXConfig(block_size=4, merge_interval=3))
+            groups = param_groups(model, lr=1e-3)
+        else:
+            groups = [{"params": [model.bias]}, {"params": [model.weight]}]
+        optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9)
+        schedule = None if how == "plain" else attach(optimizer, model)
+        step = optimizer.step
+        if how == "in a function":
+            step = torch.compile(lambda: optimizer.step(), backend=counter)  # noqa: B023
+        elif how != "eager":
+            step = torch.compile(optimizer.step, backend=counter)
+        x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+        for i in range(8):
+            F.mse_loss(model(x), torch.tanh(x)).backward()
+            step()
+            optimizer.zero_grad()
+            if i == 5:
+                optimizer.state_dict()
+        graphs.append(counter.frame_count)
+        if schedule is not None:
+            results.append((model.weight.detach(), schedule.step, schedule.merges))
+    plain, _, compiled, in_a_function = graphs
+    assert compiled <= plain
+    assert in_a_function <= plain
+    for weight, steps, merges in results[1:]:
+        assert relative_error(weight, results[0][0]) < tolerance(torch.float32)
+        assert (steps, merges) == results[0][1:] == (8, 2)

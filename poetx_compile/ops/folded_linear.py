@@ -110,25 +110,26 @@ _FEW_BLOCKS = 64
 def _backward(ctx, grad):
     x, weight, v, perm_in, perm_out = ctx.saved_tensors
     of_in, of_out = ctx.blocks_in, ctx.blocks_out  # (blocks, b), or None
-    grad_x = grad_in = grad_out = None
+    grad_in = grad_out = None
     # One matrix for all that read it: a compiler would copy a transposed gradient for each reader.
     rows = _rows(grad)
-    if ctx.needs_input_grad[0] or of_in is not None:
-        grad_x = torch.mm(rows, weight)
+    needs_x = ctx.needs_input_grad[0]
+    grad_rows = torch.mm(rows, weight) if needs_x or of_in is not None else None
     product = torch.ops.poetx.block_product
     if of_in and of_out and of_in[1] == of_out[1] and of_in[0] + of_out[0] <= _FEW_BLOCKS:
         (blocks_in, b), (blocks_out, _) = of_in, of_out
         stacked = torch.ops.poetx.stacked_block_products(
-            _rows(x), grad_x, rows, _rows(v), blocks_in, blocks_out, b, perm_in, perm_out
+            _rows(x), grad_rows, rows, _rows(v), blocks_in, blocks_out, b, perm_in, perm_out
         )
         grad_in, grad_out = stacked[:blocks_in], stacked[blocks_in:]
     else:
         if of_in is not None:
-            grad_in = product(_rows(x), grad_x, *of_in, perm_in, perm_in)
+            grad_in = product(_rows(x), grad_rows, *of_in, perm_in, perm_in)
         if of_out is not None:
             grad_out = product(rows, _rows(v), *of_out, perm_out, perm_out)
-    needed = ctx.needs_input_grad[0]
-    grad_x = grad_x.reshape(*grad.shape[:-1], weight.shape[1]) if needed else None
+    grad_x = None
+    if needs_x and grad_rows is not None:
+        grad_x = grad_rows.reshape(*grad.shape[:-1], weight.shape[1])
     return grad_x, None, grad_in, grad_out, None, None
 
 

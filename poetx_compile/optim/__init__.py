@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from poetx_compile.optim.adamw import POETXAdamW
+from poetx_compile.optim.clipping import clip_grad_norm_
 from poetx_compile.optim.groups import param_groups
 from poetx_compile.optim.muon import POETXMuon
 from poetx_compile.optim.schedule import MergeSchedule, attach
+from poetx_compile.optim.takeover import adopt
 
-__all__ = ["MergeSchedule", "POETXAdamW", "POETXMuon", "attach", "param_groups"]
+__all__ = [
+    "MergeSchedule",
+    "POETXAdamW",
+    "POETXMuon",
+    "adopt",
+    "attach",
+    "clip_grad_norm_",
+    "param_groups",
+]

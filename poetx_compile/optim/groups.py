@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from poetx_compile.adoption import adopted_state
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import linears, unwrap_compiled
 from poetx_compile.errors import ConfigError
-from poetx_compile.parametrization import equivalence_of, prepared_linears
+from poetx_compile.parametrization import (
+    OrthogonalEquivalence,
+    equivalence_of,
+    prepared_linears,
+    stored_weight,
+)
 from poetx_compile.prepare import leave, prepare
 
 BLOCK = "poetx_block"
 """Key of a param group that holds skew parameters: their block size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How skew parameters are trained by a kind of optimiser.
+
+    Attributes:
+        ratio: (b, weights that the rotations turn) → learning rate over that of dense parameters.
+        options: of the skew groups alone.
+    """
+
+    ratio: Callable[[int, Sequence[nn.Parameter]], float]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@torch.no_grad()
+def _root_mean_square(weights: Sequence[nn.Parameter]) -> float:
+    squares = [float(w.float().square().mean()) for w in weights]
+    return (sum(squares) / len(squares)) ** 0.5
+
+
+RULES = {
+    "adamw": Rule(lambda b, weights: 64 / b),
+    "muon": Rule(lambda b, weights: 2.0),
+    # Its rate is relative to the size of a parameter. Rotations start at zero, so theirs is made
+    # absolute (the second eps), at what the dense weights would move by.
+    "adafactor": Rule(lambda b, weights: 64 / b * _root_mean_square(weights), {"eps": (None, 1.0)}),
+}
+
+
+def rule_of(optimizer: Optimizer) -> Rule:
+    """The rule for an optimiser of torch or of anybody."""
+    relative = isinstance(optimizer, torch.optim.Adafactor)
+    return RULES["adafactor" if relative else "adamw"]
 
 
 def param_groups(
@@ -40,9 +82,12 @@ def param_groups(
         model: a prepared model, compiled or not.
         lr: learning rate of the dense parameters.
         poetx_lr: learning rate of the skew parameters; default ``lr · 64/b`` for ``rule="adamw"``,
-            ``2 · lr`` for ``rule="muon"``, where it is an angle and independent of b.
+            ``2 · lr`` for ``rule="muon"``, where it is an angle and independent of b, and
+            ``lr · 64/b`` times the root mean square of the weights for ``rule="adafactor"``.
         weight_decay: of the group ``dense``.
-        rule: ``"adamw"``, or ``"muon"`` for an optimiser that orthogonalises its steps.
+        rule: ``"adamw"`` for AdamW, SGD and most others; ``"muon"`` for an optimiser that
+            orthogonalises its steps; ``"adafactor"`` for `torch.optim.Adafactor`, whose rate is
+            relative to the size of a parameter: that of the skew groups is made absolute.
 
     Returns:
         A list of dicts for `torch.optim.Optimizer`. `attach` makes the optimiser merge.
@@ -50,13 +95,16 @@ def param_groups(
     Raises:
         ConfigError: the model is not prepared, or an argument is out of range.
     """
-    if rule not in ("adamw", "muon"):
-        raise ConfigError(f"rule = {rule!r} is not allowed: use 'adamw' or 'muon'")
+    if rule not in RULES:
+        allowed = " or ".join(map(repr, RULES))
+        raise ConfigError(f"rule = {rule!r} is not allowed: use {allowed}")
     if poetx_lr is not None and not poetx_lr >= 0:
         raise ConfigError(f"poetx_lr = {poetx_lr!r} is not allowed: use None, or a number ≥ 0")
     model = unwrap_compiled(model)
     prepared_config(model)
-    block_of = dict(_skew_blocks(model))
+    block_of: dict[nn.Parameter, tuple[int, nn.Parameter]] = {}
+    for _, module, e in prepared_linears(model):
+        block_of |= {skew: (b, stored_weight(module)) for skew, b in skew_blocks(e)}
     dense: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     skew: dict[int, list[nn.Parameter]] = {}
@@ -64,7 +112,7 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         if parameter in block_of:
-            skew.setdefault(block_of[parameter], []).append(parameter)
+            skew.setdefault(block_of[parameter][0], []).append(parameter)
         else:
             (dense if parameter.ndim >= 2 else no_decay).append(parameter)
     groups: list[dict[str, Any]] = [
@@ -73,24 +121,23 @@ def param_groups(
     ]
     groups = [group for group in groups if group["params"]]
     for b, parameters in sorted(skew.items(), reverse=True):
-        rate = poetx_lr
-        if rate is None:
-            rate = 2 * lr if rule == "muon" else lr * 64 / b
-        name = f"poetx b={b}"
-        groups.append(
-            {"name": name, "params": parameters, "lr": rate, "weight_decay": 0.0, BLOCK: b}
-        )
+        weights = [block_of[p][1] for p in parameters]
+        rate = lr * RULES[rule].ratio(b, weights) if poetx_lr is None else poetx_lr
+        group = {"name": f"poetx b={b}", "params": parameters, "lr": rate, "weight_decay": 0.0}
+        groups.append({**group, **RULES[rule].options, BLOCK: b})
     return groups
 
 
-def _skew_blocks(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """(skew parameter, b) of every prepared layer, each once.
+def skew_blocks(equivalence: OrthogonalEquivalence) -> list[tuple[nn.Parameter, int]]:
+    """(skew parameter, b) of both sides.
 
     The empty parameter of a side of size 1 counts to the block size of the other side.
     """
-    for _, _, e in prepared_linears(model):
-        yield e.skew_in, e.block_in if e.blocks_in else e.block_out
-        yield e.skew_out, e.block_out if e.blocks_out else e.block_in
+    e = equivalence
+    return [
+        (e.skew_in, e.block_in if e.blocks_in else e.block_out),
+        (e.skew_out, e.block_out if e.blocks_out else e.block_in),
+    ]
 
 
 def prepared_config(model: nn.Module, config: POETXConfig | None = None) -> POETXConfig:
@@ -121,8 +168,8 @@ def prepared_config(model: nn.Module, config: POETXConfig | None = None) -> POET
 def ensure_prepared(model: nn.Module, config: POETXConfig | None = None) -> nn.Module:
     """The user's module behind `model`, prepared with `config` if nobody has prepared it."""
     model = unwrap_compiled(model)
-    if not any(True for _ in prepared_linears(model)):
-        prepare(model, config)
+    if all(e.adopted for _, _, e in prepared_linears(model)):
+        prepare(model, config)  # of a model that the compiler adopted, whatever it has not seen
     else:
         # Parts prepared by hand stay the only ones; a graph without them may have adopted more.
         reason = "the model was prepared in parts, and this layer was not"

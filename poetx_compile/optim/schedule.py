@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,13 @@ from poetx_compile.merge import check_whole, merge
 from poetx_compile.optim.angle import ANGLE, AngleGuard
 from poetx_compile.optim.blocks import sides
 from poetx_compile.optim.groups import prepared_config
-from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linears
+from poetx_compile.ownership import own
+from poetx_compile.parametrization import (
+    OrthogonalEquivalence,
+    PreparedLayers,
+    prepared_linears,
+    share_permutations_with,
+)
 
 STEP = "poetx_step"
 LAST_MERGE = "poetx_last_merge"
@@ -63,16 +69,28 @@ def attach(
         )
     schedule = MergeSchedule(optimizer, model, config)
     setattr(optimizer, _ATTRIBUTE, schedule)
-    optimizer.register_step_pre_hook(schedule._before_step)
-    optimizer.register_step_post_hook(schedule._after_step)
-    optimizer.register_state_dict_pre_hook(schedule._before_state_dict)
+    # Where Dynamo compiles `optimizer.step`, the hooks stay out of its graphs.
+    optimizer.register_step_pre_hook(torch.compiler.disable(schedule._before_step))
+    optimizer.register_step_post_hook(torch.compiler.disable(schedule._after_step))
+    optimizer.register_state_dict_post_hook(schedule._after_state_dict)
     optimizer.register_load_state_dict_pre_hook(schedule._before_load)
+    optimizer.register_load_state_dict_post_hook(schedule._after_load)
     return schedule
 
 
 def schedule_of(optimizer: Optimizer) -> MergeSchedule | None:
-    """The schedule `attach` gave to an optimiser, or ``None``."""
+    """The schedule that `attach` gave an optimiser, or ``None``."""
     return getattr(optimizer, _ATTRIBUTE, None)
+
+
+def check_alone(equivalences: Iterable[OrthogonalEquivalence]) -> None:
+    """Raise `ConfigError` where other layers have permutations of these."""
+    if others := share_permutations_with(equivalences):
+        raise ConfigError(
+            f"{len(others)} layer(s) outside of these share permutations with them, and a merge of "
+            "one is a merge of all: give the linears that share an input to one optimiser, and "
+            "declare nothing `shared` between parts that have several"
+        )
 
 
 class MergeSchedule:
@@ -86,24 +104,23 @@ class MergeSchedule:
     def __init__(self, optimizer: Optimizer, model: nn.Module, config: POETXConfig):
         self._model, self._config = model, config
         self._optimizer = weakref.ref(optimizer)
-        self._layers = [(m, e) for _, m, e in prepared_linears(model)]
-        self._skews = {p for _, e in self._layers for p in (e.skew_in, e.skew_out)}
+        self._ledger: dict[str, Any] = _fresh()
+        self._loaded: dict[str, Any] | None = None
+        self._layers: list[tuple[nn.Linear, OrthogonalEquivalence]] = []
+        self._skews: set[nn.Parameter] = set()
         self._guard: AngleGuard | None = None
-        if config.max_angle is not None:
-            pairs = [pair for _, e in self._layers for pair in sides(e)]
-            self._guard = AngleGuard(pairs, config.max_angle)
         self.merges = self.early_merges = 0
-        self._adopt_groups(optimizer)
+        self._take(optimizer, [(m, e) for _, m, e in prepared_linears(model)])
 
     @property
     def step(self) -> int:
         """Optimiser steps so far."""
-        return self._ledger()[STEP]
+        return self._ledger[STEP]
 
     @property
     def last_merge(self) -> int:
         """The step of the last merge; 0 before the first."""
-        return self._ledger()[LAST_MERGE]
+        return self._ledger[LAST_MERGE]
 
     @property
     def angle(self) -> float | None:
@@ -111,40 +128,63 @@ class MergeSchedule:
 
         A few steps old; `diagnostics` computes the present one exactly.
         """
-        return self._ledger().get(ANGLE) if self._guard is not None else None
+        return self._ledger[ANGLE] if self._guard is not None else None
 
-    def _adopt_groups(self, optimizer: Optimizer) -> None:
-        owned = {p for group in optimizer.param_groups for p in group["params"]}
-        missing = [p for p in self._skews - owned if p.requires_grad]
-        if missing:
-            raise UnownedRotationsError(
-                f"{len(missing)} of {len(self._skews)} skew parameters are in no group of the "
-                "optimiser and would never train: build it from param_groups(model, lr=...) "
-                "after prepare"
-            )
-        fresh: dict[str, float] = {STEP: 0, LAST_MERGE: 0}
-        if self._guard is not None:
-            fresh |= self._guard.fresh()
-        for group in optimizer.param_groups:
-            if any(p in self._skews for p in group["params"]):
-                for key, value in fresh.items():
-                    group.setdefault(key, value)
+    @property
+    def config(self) -> POETXConfig:
+        """The configuration of the layers."""
+        return self._config
 
-    def _groups(self) -> Iterator[dict[str, Any]]:
+    @property
+    def equivalences(self) -> list[OrthogonalEquivalence]:
+        """The layers that are merged."""
+        return [e for _, e in self._layers]
+
+    def extend(self, linears: Iterable[nn.Linear]) -> None:
+        """Merge further linears with those of before, which were not a model of the user's."""
+        assert isinstance(self._model, PreparedLayers)
+        added = PreparedLayers(linears)
+        prepared_config(added, self._config)
+        self._model.extend(added)
         optimizer = self._optimizer()
         assert optimizer is not None
-        return (group for group in optimizer.param_groups if STEP in group)
+        self._take(optimizer, [(m, e) for _, m, e in prepared_linears(self._model)])
 
-    def _ledger(self) -> dict[str, Any]:
-        """The counters: the same numbers in every skew group, so that each is saved whole."""
-        return next(self._groups())
+    def _take(
+        self, optimizer: Optimizer, layers: list[tuple[nn.Linear, OrthogonalEquivalence]]
+    ) -> None:
+        """Merge `layers` from now on, all of them."""
+        skews = {p for _, e in layers for p in (e.skew_in, e.skew_out)}
+        owned = {p for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for p in skews - owned if p.requires_grad]
+        if missing:
+            raise UnownedRotationsError(
+                f"{len(missing)} of {len(skews)} skew parameters are in no group of the "
+                "optimiser and would never train: build it from param_groups(model, lr=...) "
+                "after prepare, call adopt(optimizer, model), or give attach the part of the model "
+                "that this optimiser trains"
+            )
+        check_alone(e for _, e in layers)
+        self._layers, self._skews = layers, skews
+        if self._config.max_angle is not None:
+            pairs = [pair for _, e in layers for pair in sides(e)]
+            self._guard = AngleGuard(pairs, self._config.max_angle)
+        own(skews, optimizer)
+        for group in self._groups(optimizer):
+            for key, value in self._placeholders().items():
+                group.setdefault(key, value)
 
-    def _write(self, ledger: dict[str, Any]) -> None:
-        values = {key: ledger[key] for key in (STEP, LAST_MERGE)}
-        if self._guard is not None:
-            values |= {key: ledger[key] for key in self._guard.fresh()}
-        for group in self._groups():
-            group.update(values)
+    def _placeholders(self) -> dict[str, Any]:
+        """The keys of the counters in a live group. Their values are in the ledger alone: a
+        compiled `optimizer.step` would be compiled again wherever a group changes."""
+        guard = {} if self._guard is None else self._guard.fresh()
+        return {STEP: 0, LAST_MERGE: 0, **guard}
+
+    def _groups(self, optimizer: Optimizer) -> Iterator[dict[str, Any]]:
+        """The groups that hold skew parameters of these layers, or will."""
+        for group in optimizer.param_groups:
+            if STEP in group or any(p in self._skews for p in group["params"]):
+                yield group
 
     # --- hooks of the optimiser -------------------------------------------------------------------
 
@@ -154,9 +194,9 @@ class MergeSchedule:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _skipped(optimizer):
             return
-        ledger = dict(self._ledger())
+        ledger = dict(self._ledger)
         ledger[STEP] += 1
-        lr = max(float(group["lr"]) for group in self._groups())
+        lr = max(float(group["lr"]) for group in self._groups(optimizer))
         due = early = False
         # A learning rate of zero turns nothing. Tools that only want the optimiser's state made
         # (torch.distributed.checkpoint) take such a step, on a model that must not change.
@@ -167,15 +207,18 @@ class MergeSchedule:
         if due or early:
             self._merge(optimizer, ledger)
             self.early_merges += early
-        self._write(ledger)
+        self._ledger = ledger
 
-    def _before_state_dict(self, optimizer: Optimizer) -> None:
+    def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Write the counters into the saved groups, the same into each, so that each is whole."""
         if self._guard is not None:
-            ledger = dict(self._ledger())
-            self._guard.collect(ledger)
-            self._write(ledger)
+            self._guard.collect(self._ledger)
+        for saved in state_dict["param_groups"]:
+            saved.update({key: self._ledger[key] for key in self._placeholders() if key in saved})
 
-    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._loaded = None
+        groups = []
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
             missing = [key for key in (STEP, LAST_MERGE) if key in group and key not in saved]
             if missing:
@@ -183,10 +226,17 @@ class MergeSchedule:
                     f"the optimiser state has no {missing[0]!r}: it was saved by an optimiser that "
                     "did not merge. Load the model's weights only and start a new optimiser."
                 )
-            if self._guard is not None:  # saved without the guard: it starts anew
-                for key, value in self._guard.fresh().items():
-                    if key in group:
-                        saved.setdefault(key, value)
+            if STEP in group:  # saved without the guard: it starts anew
+                known = {key: saved[key] for key in _fresh() if key in saved}
+                self._loaded = self._loaded or _fresh() | known
+                saved = saved | self._placeholders()
+            groups.append(saved)
+        rest = state_dict["param_groups"][len(groups) :]  # too many: torch will say so
+        return state_dict | {"param_groups": groups + rest}
+
+    def _after_load(self, optimizer: Optimizer) -> None:
+        if self._loaded is not None:
+            self._ledger, self._loaded = self._loaded, None
         if self._guard is not None:
             self._guard.forget()
 
@@ -213,6 +263,11 @@ class MergeSchedule:
                 "the prepared layers of the model are no longer those this optimiser was built "
                 "for (prepare or merge_and_unload was called since): build a new optimiser"
             )
+
+
+def _fresh() -> dict[str, Any]:
+    """The ledger of an optimiser that has taken no step."""
+    return {STEP: 0, LAST_MERGE: 0, **AngleGuard.fresh()}
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -1,0 +1,160 @@
+"""Which optimiser trains which rotations, watched through torch's global step hooks.
+
+A prepared layer is enrolled here, and its rotations are owned once an optimiser is attached to
+them. Before each step of any torch optimiser that holds parameters of enrolled layers: rotations
+that the compiler made are taken over; a weight that `prepare` froze, in an optimiser without its
+rotations, raises; rotations that nobody merges are told once.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from poetx_compile.errors import UnownedRotationsError
+from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_of, stored_weight
+
+log = logging.getLogger("poetx_compile")
+
+_layers: Any = WeakTensorKeyDictionary()  # stored weight or skew parameter → its linear, weakly
+_owners: Any = WeakTensorKeyDictionary()  # skew parameter → its optimiser, weakly
+_orphans: Any = WeakTensorKeyDictionary()  # adopted skew parameter without an owner → its linear
+_looked: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+_version = 0
+_watching = False
+
+take_over: Callable[[Optimizer, list[nn.Linear]], Any] | None = None
+"""Gives an optimiser the rotations of linears whose weights it holds; set by `optim.takeover`."""
+
+
+def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
+    """Watch over the rotations of a layer that has just been prepared."""
+    global _version
+    _version += 1
+    skews = equivalence.skew_in, equivalence.skew_out
+    for parameter in (stored_weight(module), *skews):
+        _layers[parameter] = weakref.ref(module)
+    if equivalence.adopted:
+        _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
+    _watch()
+
+
+def own(skews: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
+    """Note that `optimizer` trains these skew parameters, and merges them."""
+    for skew in skews:
+        _owners[skew] = weakref.ref(optimizer)
+        _orphans.pop(skew, None)
+
+
+def owner(skew: nn.Parameter) -> Optimizer | None:
+    """The live optimiser that trains and merges a skew parameter."""
+    reference = _owners.get(skew)
+    return None if reference is None else reference()
+
+
+def held(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
+    """The enrolled layers without an owner of which `optimizer` holds a parameter, in its order."""
+    found: dict[nn.Linear, OrthogonalEquivalence] = {}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        reference = _layers.get(parameter)
+        module = None if reference is None else reference()
+        equivalence = None if module is None else equivalence_of(module)
+        if module is None or equivalence is None or not _trains(equivalence):
+            continue
+        mine = (stored_weight(module), equivalence.skew_in, equivalence.skew_out)
+        if any(parameter is p for p in mine) and owner(equivalence.skew_in) is None:
+            found[module] = equivalence
+    return list(found.items())
+
+
+def _trains(equivalence: OrthogonalEquivalence) -> bool:
+    return equivalence.skew_in.requires_grad or equivalence.skew_out.requires_grad
+
+
+def _watch() -> None:
+    global _watching
+    if not _watching:
+        _watching = True
+        register_optimizer_step_pre_hook(torch.compiler.disable(_before_any_step))
+        register_optimizer_step_post_hook(torch.compiler.disable(_after_any_step))
+
+
+def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _looked.get(optimizer) == _state(optimizer):
+        return
+    layers = held(optimizer)
+    if (adopted := [m for m, e in layers if e.adopted]) and take_over is not None:
+        take_over(optimizer, adopted)
+    by_hand = [(m, e) for m, e in layers if not e.adopted]
+    parameters = {p for group in optimizer.param_groups for p in group["params"]}
+    without = [e for _, e in by_hand if not {e.skew_in, e.skew_out} & parameters]
+    if without:
+        raise UnownedRotationsError(
+            f"{type(optimizer).__name__} holds the weights of {len(without)} prepared layer(s), "
+            "which are frozen, and not their rotations: it was built before prepare. Build it from "
+            "poetx_compile.param_groups(model, lr=...), or call "
+            "poetx_compile.adopt(optimizer, model)"
+        )
+    if by_hand:
+        log.warning(
+            "%s trains the rotations of %d layer(s) and never merges them: call "
+            "poetx_compile.attach(optimizer, model)",
+            type(optimizer).__name__,
+            len(by_hand),
+        )
+    _looked[optimizer] = _state(optimizer)
+
+
+def _state(optimizer: Optimizer) -> tuple[int, int]:
+    """What may have changed since an optimiser was looked at: layers, or its parameters."""
+    return _version, sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+_gradients: Any = WeakTensorKeyDictionary()  # skew parameter → its last gradient, and how many
+
+
+def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise when adopted rotations got gradients before two optimiser steps and nobody owns them.
+
+    A gradient counts once: one that is left over from an earlier backward (of another model, or
+    because two optimisers step after each backward) says nothing new.
+    """
+    idle = _count_gradients()
+    if idle:
+        gc.collect()  # those of a model that is gone say nothing
+        idle = [layer for layer in idle if layer() is not None]
+    if idle:
+        _gradients.clear()
+        raise UnownedRotationsError(
+            f"the rotations of {len(set(idle))} adopted layer(s) had gradients at two steps of "
+            f"{type(optimizer).__name__}, but no optimiser holds them, and their dense weights are "
+            "frozen: the model does not train. Give model.parameters() to an optimiser, exclude or "
+            "freeze what shall not train, or build poetx_compile.POETXAdamW(model)"
+        )
+
+
+def _count_gradients() -> list[weakref.ref[nn.Linear]]:
+    """The adopted layers without an owner that have had gradients at two steps."""
+    idle = []
+    for parameter, reference in list(_orphans.items()):
+        if parameter.grad is None:
+            continue
+        now = id(parameter.grad), parameter.grad._version
+        last, count = _gradients.get(parameter, (None, 0))
+        if last != now:
+            _gradients[parameter] = now, count + 1
+            if count:
+                idle.append(reference)
+    return idle
