@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +54,18 @@ class PrepareReport:
         )
 
 
-def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Left-aligned columns with a rule under the header; no trailing blanks, plain ASCII."""
+def format_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Container[int] = ()
+) -> str:
+    """Columns with a rule under the header; no trailing blanks, plain ASCII.
+
+    Left-aligned, but for those whose numbers are in `right`.
+    """
     table = [list(header), *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     table.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    )
+
+    def aligned(column: int, cell: str) -> str:
+        return cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
+
+    return "\n".join("  ".join(map(aligned, range(len(row)), row)).rstrip() for row in table)
