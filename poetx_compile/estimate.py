@@ -115,17 +115,17 @@ def estimate(
     """The bytes of weights, gradients, optimiser state and activations, and the peak of a step.
 
     For dense training with AdamW and for POET-X beside it, on one CUDA GPU, compiled. No GPU is
-    needed and nothing is allocated: the model is copied to the meta device, and what a step keeps is
-    counted on the graphs that `torch.compile` would run (see `poetx_compile.memory`). Long runs of
-    equal layers are traced with two and with three layers, and the rest follows.
+    needed and nothing is allocated: the model is copied to the meta device, and what a step keeps
+    is counted on the graphs that `torch.compile` would run (see `poetx_compile.memory`). Long runs
+    of equal layers are traced with two and with three layers, and the rest follows.
 
     Where no inputs are given they are token ids [batch_size, sequence_length] (and labels, where
     the forward takes them), or the images of a Hugging Face model. The loss is what the model
     returns; for logits of token ids their cross-entropy in fp32, otherwise the mean square of the
     output. It is compiled together with the model: one that is computed eagerly keeps more.
 
-    What is not counted: the CUDA context (about 0.5 GiB, which ``max_memory_allocated`` leaves out as
-    well), the allocator's fragmentation, workspaces of libraries, communication buffers.
+    What is not counted: the CUDA context (about 0.5 GiB, which ``max_memory_allocated`` leaves out
+    as well), the allocator's fragmentation, workspaces of libraries, communication buffers.
 
     Args:
         model: an `nn.Module`, prepared or not, on any device; a Hugging Face configuration
@@ -153,7 +153,9 @@ def estimate(
         NothingToTrainError: no `nn.Linear` is eligible.
     """
     if optimizer not in parts.OPTIMIZERS:
-        raise ConfigError(f"optimizer = {optimizer!r} is not allowed: use one of {parts.OPTIMIZERS}")
+        raise ConfigError(
+            f"optimizer = {optimizer!r} is not allowed: use one of {parts.OPTIMIZERS}"
+        )
     given = bool(inputs or kwargs)
     example.check_sizes(batch_size, sequence_length, given)
     plain = model_on_meta(model)
@@ -166,11 +168,14 @@ def estimate(
         inputs, kwargs = example.make_inputs(plain, batch_size or 1, sequence_length or 1024)
     trained = plain if config_of(plain) else meta.prepared(plain, config, shared)
     step = _Step(inputs, kwargs, loss, autocast, whole)
-    rows = [_row("nn.Linear", "AdamW", "adamw", meta.unprepared(plain), step, None)]
+    rows = _rows(["nn.Linear"], "AdamW", "adamw", meta.unprepared(plain), step, [None])
+    parsed = [
+        _options(dataclasses.replace(config, variant=variant), options or {})
+        for variant in variants
+    ]
+    methods = [f"POET-X {variant}" for variant in variants]
     name = {"adamw": "POETXAdamW", "muon": "POETXMuon"}[optimizer]
-    for variant in variants:
-        parsed = _options(dataclasses.replace(config, variant=variant), options or {})
-        rows.append(_row(f"POET-X {variant}", name, optimizer, trained, step, parsed))
+    rows += _rows(methods, name, optimizer, trained, step, parsed)
     described = tuple(map(_described, example.tensors(inputs, kwargs)))
     return Estimate(type(plain).__name__, described, tuple(rows), step.traced, config)
 
@@ -186,70 +191,83 @@ class _Step:
     whole: bool
     traced: str = ""
 
-    def memory(self, model: nn.Module, options: BackendOptions | None) -> StepMemory:
-        """Those of the whole model, from a few layers where it has long runs of equal ones."""
+    def memory(
+        self, model: nn.Module, choices: Sequence[BackendOptions | None]
+    ) -> list[StepMemory]:
+        """That of the whole model, from a few layers where it has long runs of equal ones."""
         runs = [] if self.whole else meta.runs_of_layers(model)
         if runs:
             try:
-                found = self._from_few(model, runs, options)
+                found = self._from_few(model, runs, choices)
             except EstimateError:  # a forward that counts its layers: trace all of them
                 runs = []
         if not runs:
-            found = self._of(model, options)
+            found = self._of(model, choices)
         few = [f"{run.name}: {_FEW} and {_FEW + 1} of {run.count} equal layers" for run in runs]
         self.traced = f"traced with {', '.join(few)}" if few else "traced with every layer"
         return found
 
     def _from_few(
-        self, model: nn.Module, runs: list[meta.Run], options: BackendOptions | None
-    ) -> StepMemory:
+        self, model: nn.Module, runs: list[meta.Run], choices: Sequence[BackendOptions | None]
+    ) -> list[StepMemory]:
         counts = dict.fromkeys(runs, _FEW)
-        few = total = self._of(meta.shortened(model, counts), options)
+        few = total = self._of(meta.shortened(model, counts), choices)
         for run in runs:
-            more = self._of(meta.shortened(model, counts | {run: _FEW + 1}), options)
-            total = total.plus(more.plus(few, -1), run.count - _FEW)
+            more = self._of(meta.shortened(model, counts | {run: _FEW + 1}), choices)
+            layers = [m.plus(f, -1) for m, f in zip(more, few, strict=True)]
+            total = [
+                t.plus(layer, run.count - _FEW) for t, layer in zip(total, layers, strict=True)
+            ]
         return total
 
-    def _of(self, model: nn.Module, options: BackendOptions | None) -> StepMemory:
+    def _of(self, model: nn.Module, choices: Sequence[BackendOptions | None]) -> list[StepMemory]:
         step = example.TrainingStep(model, self.loss, self.autocast)
-        return step_memory(trace(step, self.inputs, self.kwargs, options))
+        return [step_memory(graphs) for graphs in trace(step, self.inputs, self.kwargs, choices)]
 
 
-def _row(
-    method: str,
+def _rows(
+    methods: Sequence[str],
     name: str,
     optimizer: str,
     model: nn.Module,
     step: _Step,
-    options: BackendOptions | None,
-) -> MemoryRow:
+    choices: Sequence[BackendOptions | None],
+) -> list[MemoryRow]:
     weights = parts.weights(model)
     state = parts.optimizer_state(model, optimizer)
-    found = step.memory(model, options)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = sum(t.nbytes for t in example.tensors(step.inputs, step.kwargs))
-    peaks = {
-        "forward": found.forward,
-        "backward": max(found.early, found.late),
-        "optimizer step": found.gradients + parts.step(model, optimizer),
-    }
-    peak_in = max(peaks, key=peaks.__getitem__)
-    return MemoryRow(
-        method=method,
-        optimizer=name,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        weights=weights,
-        gradients=found.gradients,
-        optimizer_state=state,
-        activations=found.kept,
-        peak=weights + state + batch + peaks[peak_in],
-        peak_in=peak_in,
-    )
+    rows = []
+    for method, found in zip(methods, step.memory(model, choices), strict=True):
+        peaks = {
+            "forward": found.forward,
+            "backward": max(found.early, found.late),
+            "optimizer step": found.gradients + parts.step(model, optimizer),
+        }
+        peak_in = max(peaks, key=peaks.__getitem__)
+        peak = weights + state + batch + peaks[peak_in]
+        rows.append(
+            MemoryRow(
+                method=method,
+                optimizer=name,
+                trained=trained,
+                weights=weights,
+                gradients=found.gradients,
+                optimizer_state=state,
+                activations=found.kept,
+                peak=peak,
+                peak_in=peak_in,
+            )
+        )
+    return rows
 
 
 def _options(config: POETXConfig, given: dict[str, Any]) -> BackendOptions:
     fields = {field.name for field in dataclasses.fields(POETXConfig)}
     if doubled := sorted(fields & given.keys()):
-        raise ConfigError(f"options {', '.join(doubled)} are fields of POETXConfig: give config=...")
+        raise ConfigError(
+            f"options {', '.join(doubled)} are fields of POETXConfig: give config=..."
+        )
     return BackendOptions.parse(None, config.to_dict() | given)
 
 

@@ -36,7 +36,7 @@ def as_on_cuda(root: fx.GraphModule) -> None:
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:
-    given = dict(zip(_ARGUMENTS, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     mask, scale = given.get("attn_mask"), given.get("scale")
     dropout, causal = given.get("dropout_p", 0.0), given.get("is_causal", False)
     dtype = node.meta[graphs.VALUE].dtype
@@ -44,9 +44,9 @@ def _replace(graph: fx.Graph, node: fx.Node) -> None:
     grouped = len(query) > 2 and query[-3] != key[-3]
     options: dict[str, Any] = {"scale": scale}
     with graph.inserting_before(node):
-        arguments = [_cast(graph, given[name], dtype) for name in _ARGUMENTS[:3]]
+        arguments: list[Any] = [_cast(graph, given[name], dtype) for name in _ARGUMENTS[:3]]
         if _is_flash(query, value, dtype) and mask is None:
-            target = torch.ops.aten._scaled_dot_product_flash_attention.default
+            target: Any = torch.ops.aten._scaled_dot_product_flash_attention.default
             arguments += [dropout, causal]
         elif len(query) == 4 and dtype != torch.float64 and not grouped:
             target = torch.ops.aten._scaled_dot_product_efficient_attention.default
@@ -77,5 +77,5 @@ def _cast(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def _bias(graph: fx.Graph, mask: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
-    """What the memory-efficient kernel takes for a mask: of its size and dtype, if not its value."""
+    """What the memory-efficient kernel takes for a mask, in size and dtype if not in value."""
     return graph.call_method("expand", (_cast(graph, mask, dtype), *shape))

@@ -77,10 +77,11 @@ def make_inputs(
     config: Any = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
     targets = next((name for name in _TARGETS if name in names), None)
-    tokens = _ids(batch_size, sequence_length)
+    kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
     if main in ("input_ids", None):
-        kwargs = {} if targets is None else {targets: _ids(batch_size, sequence_length)}
-        return (tokens,), kwargs
+        if targets is not None:
+            kwargs[targets] = _ids(batch_size, sequence_length)
+        return (_ids(batch_size, sequence_length),), kwargs
     if main == "pixel_values" and hasattr(config, "image_size"):
         sides = config.image_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
@@ -88,7 +89,9 @@ def make_inputs(
         images = torch.empty(
             batch_size, config.num_channels, height, width, dtype=dtype, device="meta"
         )
-        return (images,), {} if targets is None else {targets: _ids(batch_size)}
+        if targets is not None:
+            kwargs[targets] = _ids(batch_size)
+        return (images,), kwargs
     raise EstimateError(
         f"the input of {type(model).__name__} is {main!r}, whose shape is not known here: give "
         "example inputs, estimate(model, *inputs, **kwargs); tensors on the meta device will do"

@@ -1,9 +1,9 @@
 """The bytes alive while traced graphs run, as Inductor would run them.
 
-A value takes memory from the kernel that writes it to the last that reads it. What Inductor fuses is
-never written: elementwise nodes, views and index reads exist inside the kernels that read them,
-unless a product, an attention, an op of this package or the caller reads them. A fused kernel writes
-over an input of its output's size that nobody reads after it.
+A value takes memory from the kernel that writes it to the last that reads it. What Inductor fuses
+is never written: elementwise nodes, views and index reads exist inside the kernels that read them,
+unless a product, an attention, an op of this package or the caller reads them. A fused kernel
+writes over an input of its output's size that nobody reads after it.
 """
 
 from __future__ import annotations

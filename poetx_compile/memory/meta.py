@@ -56,7 +56,7 @@ def unprepared(model: nn.Module) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Neighbouring layers of a `nn.ModuleList` that are alike: members `start` … `start + count`."""
+    """Equal neighbours in a `nn.ModuleList`: `count` layers from number `start` on."""
 
     name: str
     start: int

@@ -51,8 +51,8 @@ def read_config(path: Path) -> Any:
     kind = values.pop("model_type", None) if isinstance(values, dict) else None
     if not isinstance(kind, str):
         raise ConfigError(
-            f"{file} has no model_type: it is not a Hugging Face configuration. For a model of your "
-            "own give the nn.Module, or --factory module:function on the command line"
+            f"{file} has no model_type: it is not a Hugging Face configuration. For a model of "
+            "your own give the nn.Module, or --factory module:function on the command line"
         )
     transformers = _transformers()
     try:

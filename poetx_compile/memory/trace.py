@@ -2,9 +2,9 @@
 
 Dynamo traces the model on the meta device. Its graph is then given fake CPU tensors (the meta
 device has neither autocast nor all gradients), goes through our passes, and AOTAutograd traces
-forward and backward, which Inductor's joint passes and torch's partitioner split: the same steps, in
-the same order, as in `torch.compile`. What the split hands from the forward to the backward is what
-training keeps.
+forward and backward, which Inductor's joint passes and torch's partitioner split: the same steps,
+in the same order, as in `torch.compile`. What the split hands from the forward to the backward is
+what training keeps.
 """
 
 from __future__ import annotations
@@ -39,49 +39,47 @@ def trace(
     step: nn.Module,
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
-    options: BackendOptions | None,
-) -> list[TracedGraph]:
+    choices: Sequence[BackendOptions | None],
+) -> list[list[TracedGraph]]:
     """Trace a training step, `step` being on the meta device and returning a loss.
 
     Args:
-        options: of `poetx_backend`; ``None`` for a model that is trained densely.
+        choices: options of `poetx_backend`, or ``None`` for a model that is trained densely. Dynamo
+            traces once for all of them.
+
+    Returns:
+        For each choice the graphs of the step, in the order they run.
 
     Raises:
         EstimateError: Dynamo or AOTAutograd cannot trace it.
     """
-    traced: list[TracedGraph] = []
-    states = WeakTensorKeyDictionary()
+    traced: list[list[TracedGraph]] = [[] for _ in choices]
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        graph, fakes = _on_cpu(gm, example_inputs)
-        if options is not None:
-            graph, extra, _, _ = rewrite(graph, fakes, options, states)
-            fakes = [*fakes, *extra]
-        as_on_cuda(graph)
-        _partition(graph, fakes, traced)
+        for options, found in zip(choices, traced, strict=True):
+            graph, fakes = _on_cpu(gm, example_inputs)
+            if options is not None:
+                graph, extra, _, _ = rewrite(graph, fakes, options, WeakTensorKeyDictionary())
+                fakes = [*fakes, *extra]
+            as_on_cuda(graph)
+            _partition(graph, fakes, options, found)
         return gm.forward
 
-    fraction = options.config.get("memory_budget") if options else None
-    budget = {} if fraction is None else {"activation_memory_budget": fraction}
     torch._dynamo.reset()
     try:
-        with (
-            torch._functorch.config.patch(enable_autograd_cache=False, **budget),
-            torch._dynamo.config.patch(suppress_errors=False),
-            torch.enable_grad(),
-        ):
+        with torch._dynamo.config.patch(suppress_errors=False), torch.enable_grad():
             torch.compile(step, backend=backend, dynamic=False)(*inputs, **kwargs)
     except Exception as error:
         cause = getattr(error, "inner_exception", error)
-        line = next((line for line in str(cause).splitlines() if line.strip()), "").strip()
+        message = " ".join(str(cause).split())
         raise EstimateError(
-            f"the model cannot be traced on the meta device ({type(cause).__name__}: {line}): give "
-            "example inputs that its forward takes, estimate(model, *inputs, **kwargs), or a "
-            "loss=... for its output"
+            "the model cannot be traced on the meta device: give example inputs that its forward "
+            "takes, estimate(model, *inputs, **kwargs), or a loss=... for its output. "
+            f"{type(cause).__name__}: {message[:400]}"
         ) from error
     finally:
         torch._dynamo.reset()
-    if not traced:
+    if not all(traced):
         raise EstimateError("no part of the step that takes gradients could be traced")
     return traced
 
@@ -106,17 +104,25 @@ class _Partitioner(CustomPartitionerFn):
         return None
 
 
-def _partition(graph: fx.GraphModule, inputs: list[Any], traced: list[TracedGraph]) -> None:
+def _partition(
+    graph: fx.GraphModule,
+    inputs: list[Any],
+    options: BackendOptions | None,
+    traced: list[TracedGraph],
+) -> None:
     from torch._inductor.compile_fx import compile_fx
 
     def stop_here(gm: fx.GraphModule, _: Any, **__: Any) -> Any:
         return gm.forward
 
+    fraction = options.config.get("memory_budget") if options else None
+    budget = {} if fraction is None else {"activation_memory_budget": fraction}
     settings: dict[str, Any] = {
         "custom_partitioner_fn": _Partitioner(traced),
         "force_disable_caches": True,
     }
-    compile_fx(graph, inputs, inner_compile=stop_here, config_patches=settings)
+    with torch._functorch.config.patch(enable_autograd_cache=False, **budget):
+        compile_fx(graph, inputs, inner_compile=stop_here, config_patches=settings)
 
 
 def _on_cpu(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
