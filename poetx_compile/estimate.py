@@ -13,7 +13,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, EstimateError
 from poetx_compile.memory import inputs as example
 from poetx_compile.memory import meta, parts
-from poetx_compile.memory.liveness import StepMemory, step_memory
+from poetx_compile.memory.liveness import StepMemory, step_memory, with_more_layers
 from poetx_compile.memory.source import model_on_meta
 from poetx_compile.memory.trace import trace
 from poetx_compile.options import BackendOptions
@@ -22,8 +22,8 @@ from poetx_compile.report import format_table
 
 MIB = 2**20
 
-_FEW = 2
-"""Of a long run of layers so many are traced, then one more: the difference is one layer's."""
+_FEW = 1
+"""Of a run of equal layers so many are traced, then one more: the difference is one layer's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def estimate(
     For dense training with AdamW and for POET-X beside it, on one CUDA GPU, compiled. No GPU is
     needed and nothing is allocated: the model is copied to the meta device, and what a step keeps
     is counted on the graphs that `torch.compile` would run (see `poetx_compile.memory`). Long runs
-    of equal layers are traced with two and with three layers, and the rest follows.
+    of equal layers are traced with one and with two layers, and the rest follows.
 
     Where no inputs are given they are token ids [batch_size, sequence_length] (and labels, where
     the forward takes them), or the images of a Hugging Face model. The loss is what the model
@@ -211,14 +211,15 @@ class _Step:
         self, model: nn.Module, runs: list[meta.Run], choices: Sequence[BackendOptions | None]
     ) -> list[StepMemory]:
         counts = dict.fromkeys(runs, _FEW)
-        few = total = self._of(meta.shortened(model, counts), choices)
-        for run in runs:
-            more = self._of(meta.shortened(model, counts | {run: _FEW + 1}), choices)
-            layers = [m.plus(f, -1) for m, f in zip(more, few, strict=True)]
-            total = [
-                t.plus(layer, run.count - _FEW) for t, layer in zip(total, layers, strict=True)
-            ]
-        return total
+        few = self._of(meta.shortened(model, counts), choices)
+        longer = [
+            self._of(meta.shortened(model, counts | {run: _FEW + 1}), choices) for run in runs
+        ]
+        more = [run.count - _FEW for run in runs]
+        return [
+            with_more_layers(one, list(zip(of_runs, more, strict=True)))
+            for one, *of_runs in zip(few, *longer, strict=True)
+        ]
 
     def _of(self, model: nn.Module, choices: Sequence[BackendOptions | None]) -> list[StepMemory]:
         step = example.TrainingStep(model, self.loss, self.autocast)
@@ -241,7 +242,7 @@ def _rows(
     for method, found in zip(methods, step.memory(model, choices), strict=True):
         peaks = {
             "forward": found.forward,
-            "backward": max(found.early, found.late),
+            "backward": max(found.backward),
             "optimizer step": found.gradients + parts.step(model, optimizer),
         }
         peak_in = max(peaks, key=peaks.__getitem__)

@@ -1,4 +1,4 @@
-"""The page of `explain`: well-formed, complete, safe, and working in a browser where there is one."""
+"""The page of `explain`: well-formed, complete, safe, and at work in a browser if there is one."""
 
 from __future__ import annotations
 

@@ -21,6 +21,11 @@ _TOLERANCE: dict[torch.dtype, float] = {
 }
 
 
+MEMORY = 0.01
+"""Of bytes that are estimated against bytes that an allocator has counted: what the libraries and
+small kernels allocate for themselves is not in the estimate."""
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """The norm-relative error allowed for results that were rounded to `dtype`."""
     return _TOLERANCE[dtype]

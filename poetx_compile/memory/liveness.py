@@ -9,7 +9,7 @@ writes over an input of its output's size that nobody reads after it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -73,20 +73,51 @@ class StepMemory:
         kept: between forward and backward.
         gradients: that the backward leaves. One may be part of a larger storage.
         forward: most in the forward.
-        early: most in the first half of the backward, gradients included.
-        late: most in the second half.
+        backward: in each kernel of the backward, in order, gradients included.
     """
 
     kept: int
     gradients: int
     forward: int
-    early: int
-    late: int
+    backward: tuple[int, ...]
 
-    def plus(self, other: StepMemory, times: int) -> StepMemory:
-        """Each number of this one and `times` that of the other, added."""
-        values = dataclasses.astuple(self), dataclasses.astuple(other)
-        return StepMemory(*(a + times * b for a, b in zip(*values, strict=True)))
+
+def with_more_layers(few: StepMemory, longer: Sequence[tuple[StepMemory, int]]) -> StepMemory:
+    """The step of a model with more layers in its runs of equal layers.
+
+    Args:
+        few: the step of a model with few layers in each run.
+        longer: for each run the step with one layer more in it, and how many more there are.
+
+    Each layer adds the same, so everything grows linearly. The backward has three parts: kernels in
+    front of the layer that the longer step has more (towards the loss), which grow by what a layer
+    keeps; those behind it, which grow by its gradients; and the layer's own, the kernels by which
+    the longer backward is longer, which do both from layer to layer.
+    """
+
+    def grown(read: Callable[[StepMemory], int]) -> int:
+        return read(few) + sum(n * (read(one) - read(few)) for one, n in longer)
+
+    half = len(few.backward) // 2
+    rest = len(few.backward) - half
+
+    def front(step: StepMemory) -> int:
+        return max(step.backward[:half], default=0)
+
+    def behind(step: StepMemory) -> int:
+        return max(step.backward[-rest:], default=0)
+
+    peaks = [grown(front), grown(behind)]
+    growths = [n * max(front(one) - front(few), behind(one) - behind(few)) for one, n in longer]
+    for (one, n), growth in zip(longer, growths, strict=True):
+        own = max(one.backward[half:-rest], default=0)
+        peaks.append(own + growth * (n - 1) // n + sum(growths) - growth)
+    return StepMemory(
+        kept=grown(lambda m: m.kept),
+        gradients=grown(lambda m: m.gradients),
+        forward=grown(lambda m: m.forward),
+        backward=tuple(peaks),
+    )
 
 
 def step_memory(traced: Sequence[TracedGraph]) -> StepMemory:
@@ -105,14 +136,7 @@ def step_memory(traced: Sequence[TracedGraph]) -> StepMemory:
         steps, left = _run(graph.backward, kept[index])
         backward += [others + step for step in steps]
         gradients += _total(left)
-    half = (len(backward) + 1) // 2
-    return StepMemory(
-        kept=sum(map(_total, kept)),
-        gradients=gradients,
-        forward=forward,
-        early=max(backward[:half], default=0),
-        late=max(backward[half:], default=0),
-    )
+    return StepMemory(sum(map(_total, kept)), gradients, forward, tuple(backward))
 
 
 def _total(storages: Bytes) -> int:

@@ -15,8 +15,8 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.parametrization import prepared_linears
 from poetx_compile.prepare import prepare
 
-_WORTH_CUTTING = 4
-"""Layers in a run that is traced shorter: two sizes are traced, of two and of three layers."""
+_WORTH_CUTTING = 3
+"""Layers in a run from which on two shorter ones, of one and of two layers, are less to trace."""
 
 
 def copied(model: nn.Module, device: str = "meta") -> nn.Module:
