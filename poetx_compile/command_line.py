@@ -21,6 +21,7 @@ from poetx_compile.memory import meta
 from poetx_compile.memory.inputs import check_sizes, make_inputs
 from poetx_compile.memory.parts import OPTIMIZERS
 from poetx_compile.memory.source import model_on_meta
+from poetx_compile.options import without_adoption
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -148,6 +149,7 @@ def _explain(args: argparse.Namespace) -> None:
         options = config.to_dict() | options
     else:
         model = meta.prepared(model, config)
+        options = without_adoption(options)
     found = explain(model, *inputs, options=options, **kwargs)
     print(found)
     if args.graphs:

@@ -16,7 +16,7 @@ from poetx_compile.memory import meta, parts
 from poetx_compile.memory.liveness import StepMemory, step_memory, with_more_layers
 from poetx_compile.memory.source import model_on_meta
 from poetx_compile.memory.trace import trace
-from poetx_compile.options import BackendOptions
+from poetx_compile.options import BackendOptions, without_adoption
 from poetx_compile.prepare import config_of
 from poetx_compile.report import format_table
 
@@ -269,7 +269,7 @@ def _options(config: POETXConfig, given: dict[str, Any]) -> BackendOptions:
         raise ConfigError(
             f"options {', '.join(doubled)} are fields of POETXConfig: give config=..."
         )
-    return BackendOptions.parse(None, config.to_dict() | given)
+    return BackendOptions.parse(None, config.to_dict() | without_adoption(given))
 
 
 def _described(tensor: Tensor) -> str:

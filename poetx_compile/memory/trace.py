@@ -125,27 +125,41 @@ def _partition(
         compile_fx(graph, inputs, inner_compile=stop_here, config_patches=settings)
 
 
+_META, _CPU = torch.device("meta"), torch.device("cpu")
+
+
 def _on_cpu(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
-    """A copy of Dynamo's graph over fake CPU tensors, its metadata evaluated anew."""
+    """A copy of Dynamo's graph over fake CPU tensors, its values evaluated anew.
+
+    Anew, because the dtypes inside of an autocast region are not those of the meta device.
+    """
     context = TracingContext.get()
     assert context.fake_mode is not None
     graph = graphs.clone(gm)
+    nodes = [node for module in graphs.nested(graph) for node in module.graph.nodes]
+    again = [node for node in nodes if _is_evaluated(node)]
+    values: dict[int, tuple[Any, Any]] = {}  # one value stays one, in nested bodies as well
     with context.fake_mode:
-        for module in graphs.nested(graph):
-            for node in module.graph.nodes:
-                node.args, node.kwargs = fx.node.map_aggregate(
-                    (node.args, node.kwargs), lambda a: _CPU if a == _META else a
-                )
-        values: dict[int, tuple[Any, Any]] = {}  # one value stays one, in nested bodies as well
-        for node in graph.graph.find_nodes(op="placeholder"):
-            value = node.meta.get(graphs.VALUE)
-            node.meta[graphs.VALUE] = values.setdefault(id(value), (value, _empty(value)))[1]
-        _propagate(graph)
-        inputs = [_empty(x) for x in example_inputs]
-    return graph, inputs
+        for node in nodes:
+            node.args, node.kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda a: _CPU if a == _META else a
+            )
+            if graphs.VALUE in node.meta:
+                value = node.meta[graphs.VALUE]
+                node.meta[graphs.VALUE] = values.setdefault(id(value), (value, _empty(value)))[1]
+        for node in again:
+            del node.meta[graphs.VALUE]
+        graphs.refresh(graph)
+        return graph, [_empty(x) for x in example_inputs]
 
 
-_META, _CPU = torch.device("meta"), torch.device("cpu")
+def _is_evaluated(node: fx.Node) -> bool:
+    """Whether `graphs.refresh` can give a call its value."""
+    if node.op not in ("call_function", "call_method") or node.meta.get(graphs.VALUE) is None:
+        return False
+    if graphs.in_transform(node) or graphs.bodies(node):
+        return False
+    return all(n.meta.get(graphs.VALUE) is not None for n in node.all_input_nodes)
 
 
 def _empty(value: Any) -> Any:
@@ -158,26 +172,3 @@ def _empty(value: Any) -> Any:
         return empty.requires_grad_(tensor.requires_grad)
 
     return pytree.tree_map_only(Tensor, like, value)
-
-
-def _propagate(module: fx.GraphModule) -> None:
-    """Evaluate every call again from the values of the placeholders, in graph order."""
-    with graphs.autocast_regions() as step:
-        for node in module.graph.nodes:
-            if step(node) or node.op not in ("call_function", "call_method"):
-                continue
-            if graphs.is_op(node, graphs.CHECKPOINT):
-                (body,) = graphs.bodies(node)
-                places = body.graph.find_nodes(op="placeholder")
-                for place, operand in zip(places, node.args[1:], strict=True):
-                    place.meta[graphs.VALUE] = _value(operand)
-                _propagate(body)
-                node.meta[graphs.VALUE] = fx.node.map_arg(body.graph.output_node().args[0], _value)
-            elif node.meta.get(graphs.VALUE) is not None:
-                again = graphs.computes(node)
-                value = graphs.evaluate(node) if again else _empty(node.meta[graphs.VALUE])
-                node.meta[graphs.VALUE] = value
-
-
-def _value(node: Any) -> Any:
-    return node.meta[graphs.VALUE] if isinstance(node, fx.Node) else node
