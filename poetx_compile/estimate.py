@@ -13,7 +13,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, EstimateError
 from poetx_compile.memory import inputs as example
 from poetx_compile.memory import meta, parts
-from poetx_compile.memory.liveness import StepMemory, step_memory, with_more_layers
+from poetx_compile.memory.liveness import Longer, StepMemory, step_memory, with_more_layers
 from poetx_compile.memory.source import model_on_meta
 from poetx_compile.memory.trace import trace
 from poetx_compile.options import BackendOptions, without_adoption
@@ -22,7 +22,7 @@ from poetx_compile.report import format_table
 
 MIB = 2**20
 
-_FEW = 1
+_FEW = 2
 """Of a run of equal layers so many are traced, then one more: the difference is one layer's."""
 
 
@@ -117,7 +117,7 @@ def estimate(
     For dense training with AdamW and for POET-X beside it, on one CUDA GPU, compiled. No GPU is
     needed and nothing is allocated: the model is copied to the meta device, and what a step keeps
     is counted on the graphs that `torch.compile` would run (see `poetx_compile.memory`). Long runs
-    of equal layers are traced with one and with two layers, and the rest follows.
+    of equal layers are traced with two and with three layers, and the rest follows.
 
     Where no inputs are given they are token ids [batch_size, sequence_length] (and labels, where
     the forward takes them), or the images of a Hugging Face model. The loss is what the model
@@ -215,15 +215,25 @@ class _Step:
         longer = [
             self._of(meta.shortened(model, counts | {run: _FEW + 1}), choices) for run in runs
         ]
-        more = [run.count - _FEW for run in runs]
-        return [
-            with_more_layers(one, list(zip(of_runs, more, strict=True)))
-            for one, *of_runs in zip(few, *longer, strict=True)
-        ]
+        grown = []
+        for options, step, *steps in zip(choices, few, *longer, strict=True):
+            parts_of = zip(runs, steps, strict=True)
+            of_runs = [Longer(s, r.count - _FEW, _filling(model, r, options)) for r, s in parts_of]
+            grown.append(with_more_layers(step, of_runs))
+        return grown
 
     def _of(self, model: nn.Module, choices: Sequence[BackendOptions | None]) -> list[StepMemory]:
         step = example.TrainingStep(model, self.loss, self.autocast)
         return [step_memory(graphs) for graphs in trace(step, self.inputs, self.kwargs, choices)]
+
+
+def _filling(model: nn.Module, run: meta.Run, options: BackendOptions | None) -> float:
+    """How many layers beyond the few fill the batch of rotations that these have begun."""
+    layer = model.get_submodule(f"{run.name}.{run.start}")
+    rotations = parts.rotations(layer)
+    if options is None or not rotations:
+        return 0
+    return max(0.0, options.cayley_batch_bytes / rotations - _FEW)
 
 
 def _rows(

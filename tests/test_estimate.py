@@ -125,7 +125,7 @@ def test_a_few_layers_say_what_all_do() -> None:
 
     few, all_of_them = rows(False), rows(True)
     assert few.rows == all_of_them.rows
-    assert few.traced == "traced with layers: 1 and 2 of 5 equal layers"
+    assert few.traced == "traced with layers: 2 and 3 of 5 equal layers"
     assert all_of_them.traced == "traced with every layer"
     text = str(few)
     for name in ("Stack", "float32 [30 x 48]", "nn.Linear", "POET-X mem", "POETXAdamW", "peak in"):
@@ -159,6 +159,14 @@ def test_the_model_is_left_as_it_is() -> None:
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert adoption.adopted_state(model.head.weight) is None
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    dense = poetx.estimate(model, torch.randn(3, 48), variants=[]).rows[0]
+    poetx.prepare(model, poetx.POETXConfig(block_size=16))
+    expected = model(torch.ones(3, 48))
+    assert poetx.estimate(model, torch.randn(3, 48), variants=[]).rows[0] == dense
+    assert torch.equal(model(torch.ones(3, 48)), expected)
+    assert [type(m) for m in poetx.merge_and_unload(model).modules() if hasattr(m, "weight")] == [
+        nn.Linear
+    ] * 3
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------

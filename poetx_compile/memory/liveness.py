@@ -82,24 +82,47 @@ class StepMemory:
     backward: tuple[int, ...]
 
 
-def with_more_layers(few: StepMemory, longer: Sequence[tuple[StepMemory, int]]) -> StepMemory:
-    """The step of a model with more layers in its runs of equal layers.
+@dataclasses.dataclass(frozen=True)
+class Longer:
+    """How the step of a model grows with one run of equal layers.
 
-    Args:
-        few: the step of a model with few layers in each run.
-        longer: for each run the step with one layer more in it, and how many more there are.
+    Attributes:
+        step: with one layer more than the few.
+        layers: how many more there are.
+        filling: how many of them still add to a batch of rotations: a full one grows no further.
+    """
+
+    step: StepMemory
+    layers: int
+    filling: float
+
+
+def with_more_layers(few: StepMemory, longer: Sequence[Longer]) -> StepMemory:
+    """The step of a model with more layers in its runs of equal layers, from one with few in each.
 
     Each layer adds the same, so everything grows linearly. The backward has three parts: kernels in
     front of the layer that the longer step has more (towards the loss), which grow by what a layer
     keeps; those behind it, which grow by its gradients; and the layer's own, the kernels by which
-    the longer backward is longer, which do both from layer to layer.
+    the longer backward is longer, which do both from layer to layer. What grows beyond that are
+    batches of rotations.
     """
 
-    def grown(read: Callable[[StepMemory], int]) -> int:
-        return read(few) + sum(n * (read(one) - read(few)) for one, n in longer)
+    def grown(read: Callable[[StepMemory], int], linear: Callable[[StepMemory], int]) -> int:
+        value = read(few)
+        for run in longer:
+            layer = linear(run.step) - linear(few)
+            batch = read(run.step) - read(few) - layer
+            value += run.layers * layer + int(min(run.layers, run.filling) * batch)
+        return value
 
     half = len(few.backward) // 2
     rest = len(few.backward) - half
+
+    def kept(step: StepMemory) -> int:
+        return step.kept
+
+    def gradients(step: StepMemory) -> int:
+        return step.gradients
 
     def front(step: StepMemory) -> int:
         return max(step.backward[:half], default=0)
@@ -107,16 +130,17 @@ def with_more_layers(few: StepMemory, longer: Sequence[tuple[StepMemory, int]]) 
     def behind(step: StepMemory) -> int:
         return max(step.backward[-rest:], default=0)
 
-    peaks = [grown(front), grown(behind)]
-    growths = [n * max(front(one) - front(few), behind(one) - behind(few)) for one, n in longer]
-    for (one, n), growth in zip(longer, growths, strict=True):
-        own = max(one.backward[half:-rest], default=0)
-        peaks.append(own + growth * (n - 1) // n + sum(growths) - growth)
+    all_kept, in_front, at_end = grown(kept, kept), grown(front, kept), grown(behind, gradients)
+    own = [
+        max(run.step.backward[half:-rest], default=0)
+        + max(in_front - front(run.step), at_end - behind(run.step))
+        for run in longer
+    ]
     return StepMemory(
-        kept=grown(lambda m: m.kept),
-        gradients=grown(lambda m: m.gradients),
-        forward=grown(lambda m: m.forward),
-        backward=tuple(peaks),
+        kept=all_kept,
+        gradients=grown(gradients, gradients),
+        forward=max(all_kept, grown(lambda step: step.forward, kept)),
+        backward=(all_kept, in_front, at_end, *own),
     )
 
 

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrize
 
 from poetx_compile.config import POETXConfig
-from poetx_compile.parametrization import prepared_linears
+from poetx_compile.parametrization import prepared_linears, stored_weight
 from poetx_compile.prepare import prepare
 
-_WORTH_CUTTING = 3
-"""Layers in a run from which on two shorter ones, of one and of two layers, are less to trace."""
+_WORTH_CUTTING = 4
+"""Layers in a run from which on it is shortened: to two layers, and to three."""
 
 
 def copied(model: nn.Module, device: str = "meta") -> nn.Module:
@@ -46,12 +45,26 @@ def prepared(
 
 
 def unprepared(model: nn.Module) -> nn.Module:
-    """A copy on the meta device, plain, whose weights train."""
+    """A copy on the meta device, plain, whose weights train.
+
+    Its prepared linears are replaced: torch makes a class for each parametrized module, which a copy
+    shares with its original, and to unload the copy would unload the class.
+    """
     plain = copied(model)
-    for _, module, _ in list(prepared_linears(plain)):
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-        module.weight.requires_grad_(True)
-    return plain
+    replaced = {id(module): _plain(module) for _, module, _ in prepared_linears(plain)}
+    for parent in list(plain.modules()):
+        for name, child in parent.named_children():
+            if id(child) in replaced:
+                setattr(parent, name, replaced[id(child)])
+    return replaced.get(id(plain), plain)
+
+
+def _plain(module: nn.Linear) -> nn.Linear:
+    weight = stored_weight(module)
+    with torch.device("meta"):
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, dtype=weight.dtype)
+    linear.bias = module.bias
+    return linear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,12 @@ def step(model: nn.Module, optimizer: str) -> int:
     return max(merge, update)
 
 
+def rotations(model: nn.Module) -> int:
+    """The rotations built from all skew parameters, in fp32."""
+    layers = [e for _, _, e in prepared_linears(model)]
+    return sum(4 * (e.blocks_in * e.block_in**2 + e.blocks_out * e.block_out**2) for e in layers)
+
+
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
