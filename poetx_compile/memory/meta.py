@@ -47,13 +47,13 @@ def prepared(
 def unprepared(model: nn.Module) -> nn.Module:
     """A copy on the meta device, plain, whose weights train.
 
-    Its prepared linears are replaced: torch makes a class for each parametrized module, which a copy
-    shares with its original, and to unload the copy would unload the class.
+    Its prepared linears are replaced: torch makes a class for each parametrized module, which a
+    copy shares with its original, and to unload the copy would unload the class.
     """
     plain = copied(model)
     replaced = {id(module): _plain(module) for _, module, _ in prepared_linears(plain)}
     for parent in list(plain.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # a shared one under all its names
             if id(child) in replaced:
                 setattr(parent, name, replaced[id(child)])
     return replaced.get(id(plain), plain)
