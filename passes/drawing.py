@@ -27,6 +27,7 @@ ROTATIONS = "rotations"
 _KINDS = {
     "cayley_neumann": "rotation",
     "cayley_exact": "rotation",
+    "rotation_delta": "rotation",
     "rotation_tangent": "rotation",
     "orthogonal_equivalence": "weight",
     "fold_weight": "weight",
@@ -203,9 +204,7 @@ def _shared_rotations(root: fx.GraphModule) -> dict[fx.Node, tuple[str, ...]]:
     batches = 0
     for module in graphs.nested(root):
         for node in module.graph.nodes:
-            if not graphs.is_op(
-                node, torch.ops.poetx.cayley_neumann, torch.ops.poetx.rotation_tangent
-            ):
+            if node.meta.get(graphs.ROLE) not in _ROTATION_ROLES:
                 continue
             split = [user for user in node.users if user.target is torch.split]
             if split:

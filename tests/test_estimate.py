@@ -25,7 +25,7 @@ from poetx_compile.options import BackendOptions
 from tests.models import MLP
 from tests.tolerances import MEMORY
 
-RESULTS = Path(benchmark.__file__).parent / "results" / "step-nvidia-h200.json"
+RESULTS = Path(benchmark.__file__).parent / "results"
 
 
 class Stack(nn.Module):
@@ -43,22 +43,20 @@ class Stack(nn.Module):
         return self.head(x)
 
 
-def measured() -> dict[str, dict[str, float]]:
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))
-    assert [(r["method"], r["preset"], r["batch"]) for r in rows] == [
-        ("dense", "1b", 8), ("poetx", "1b", 8),
-    ]  # fmt: skip
-    return {row["method"]: row for row in rows}
-
-
 def test_a_llama_of_1b_takes_what_was_measured_on_a_gpu() -> None:
     """Recorded by `python -m benchmarks.step` on an H200: weights to peak, dense and POET-X."""
-    rows = measured()
+    files = [RESULTS / f"step{name}-nvidia-h200.json" for name in ("", "-mem")]
+    rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
+    measured = {(row["method"], row["variant"]): row for row in rows}
     case = StepCase(method="dense", permutation="chunked")
-    estimated = benchmark.estimates(case, ["fast"])
-    for row, estimate in zip((rows["dense"], rows["poetx"]), estimated, strict=True):
+    estimated = benchmark.estimates(case, ["fast", "mem"])
+    keys = ("dense", None), ("poetx", "fast"), ("poetx", "mem")
+    for key, estimate in zip(keys, estimated, strict=True):
+        row = measured[key]
+        shapes = (row["preset"], row["batch"], row["length"], row["vocabulary"], row["dtype"])
+        assert shapes == (case.preset, case.batch, case.length, case.vocabulary, case.dtype)
         for part in benchmark.compared(row, estimate):
-            assert abs(part["error_percent"]) <= 100 * MEMORY, part
+            assert abs(part["error_percent"]) <= 100 * MEMORY, (key, part)
         assert estimate.peak_in == "backward"
 
 

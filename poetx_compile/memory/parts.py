@@ -41,9 +41,12 @@ def step(model: nn.Module, optimizer: str) -> int:
 
 
 def rotations(model: nn.Module) -> int:
-    """The rotations built from all skew parameters, in fp32."""
-    layers = [e for _, _, e in prepared_linears(model)]
-    return sum(4 * (e.blocks_in * e.block_in**2 + e.blocks_out * e.block_out**2) for e in layers)
+    """What a step builds of all skew parameters, in the dtype of the weights."""
+    return sum(
+        stored_weight(module).element_size()
+        * (e.blocks_in * e.block_in**2 + e.blocks_out * e.block_out**2)
+        for _, module, e in prepared_linears(model)
+    )
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
