@@ -6,6 +6,7 @@
 ``python -m benchmarks.permute``  a permutation of the columns of an activation
 ``python -m benchmarks.merge``    merge-then-reinitialise of one layer
 ``python -m benchmarks.step``     a training step of a whole model against dense AdamW
+``python -m benchmarks.estimate`` `poetx_compile.estimate` against the memory a GPU measures
 ``python -m benchmarks.plot``     figures of the results of `layers`
 ==============================  ====================================================================
 

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         parser.error(f"--optimizers {','.join(unknown)}: use some of {','.join(OPTIMIZERS)}")
     rows: list[Row] = []
     for case in cases(args):
-        row = _in_process(case)
+        row = in_process(case)
         rows.append(compared(row, rows[0] if rows else row))
         path = result_path(args.output, args.name, row["gpu"])
         write(path, rows)
@@ -117,7 +117,7 @@ def compared(row: Row, dense: Row) -> Row:
     return row | ratios | dict.fromkeys(unused)
 
 
-def _in_process(case: StepCase) -> Row:
+def in_process(case: StepCase) -> Row:
     """Run the worker with empty caches and read its row; it writes what it has to say to stderr."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "row.json"

@@ -148,17 +148,8 @@ def run(case: StepCase) -> Row:
 
 def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
     """The Llama model of the examples, prepared, with its optimiser, compiled."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from llama import PRESETS, Llama, LlamaConfig
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    shapes: dict[str, Any] = PRESETS[case.preset] | {
-        "vocab_size": case.vocabulary,
-        "max_seq_len": case.length,
-    }
     with device:
-        model: nn.Module = Llama(LlamaConfig(**shapes))
+        model = untrained(case)
     model.to(dtype)
     gc.collect()
     if device.type == "cuda":
@@ -190,6 +181,20 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         compile_kwargs["options"] = {"stage": case.stage}
     forward = torch.compile(model, backend=poetx.poetx_backend, **compile_kwargs)
     return Trained(model, forward, ours, lambda: merge(model), lambda: ours.schedule.merges)
+
+
+def untrained(case: StepCase) -> nn.Module:
+    """The plain model of `case`, on the current default device."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from llama import PRESETS, Llama, LlamaConfig
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    shapes: dict[str, Any] = PRESETS[case.preset] | {
+        "vocab_size": case.vocabulary,
+        "max_seq_len": case.length,
+    }
+    return Llama(LlamaConfig(**shapes))
 
 
 def _seconds(function: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import fx
 
 from poetx_compile.passes import graphs
+from poetx_compile.passes.cost import Choice
 
 S = TypeVar("S")
 
@@ -30,7 +31,10 @@ class Refusal(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One decision of one pass about one layer (or several, for a pass over groups)."""
+    """One decision of one pass about one layer (or several, for a pass over groups).
+
+    `costs` is what the cost model said, where it was asked: one `Choice` for each side.
+    """
 
     pass_name: str
     layers: tuple[graphs.Layer, ...]
@@ -38,6 +42,7 @@ class Event:
     detail: str
     shape: tuple[int, int] | None = None
     blocks: str = "-"
+    costs: tuple[Choice, ...] = ()
 
 
 class Record:
@@ -68,7 +73,7 @@ class GraphPass(ABC, Generic[S]):
 
     @abstractmethod
     def describe(self, site: S) -> dict[str, Any]:
-        """The fields ``layers``, ``shape`` and ``blocks`` of the site's event."""
+        """The fields ``layers``, ``shape``, ``blocks`` and ``costs`` of the site's event."""
 
     @abstractmethod
     def decide(self, site: S) -> str:

@@ -67,6 +67,33 @@ def break_even(rotate: sympy.Expr, fold: sympy.Expr) -> int:
     return max(0, int((fold - rotate.subs(TOKENS, 0)) / rotate.coeff(TOKENS)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What the model says of one side of one layer.
+
+    Args:
+        side: ``"in"`` or ``"out"``.
+        rotate: seconds a step of rotating, a function of `TOKENS`.
+        fold: seconds a step of folding, a constant.
+        tokens: rows of the layer's input, as seen while tracing, over all its calls.
+    """
+
+    side: str
+    rotate: sympy.Expr
+    fold: sympy.Expr
+    tokens: int
+
+    @property
+    def folded(self) -> bool:
+        """Whether folding is cheaper at `tokens`."""
+        return bool(self.fold < self.rotate.subs(TOKENS, self.tokens))
+
+    @property
+    def break_even(self) -> int:
+        """The number of tokens up to which rotating costs no more than folding."""
+        return break_even(self.rotate, self.fold)
+
+
 def hint_of(shape: torch.Size) -> int:
     """The rows of an activation as seen when the graph was traced; adds no guard."""
     rows = 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -75,7 +74,7 @@ class Folded(GraphPass[fx.Node]):
         return [n for n in graph.nodes if graphs.is_op(n, *graphs.EQUIVALENCE)]
 
     def describe(self, site: fx.Node) -> dict[str, Any]:
-        return sides.describe(site)
+        return sides.describe(site) | {"costs": self._costs(site)}
 
     def decide(self, site: fx.Node) -> str:
         if other := sides.reader_other_than_linear(site):
@@ -96,41 +95,36 @@ class Folded(GraphPass[fx.Node]):
             raise Refusal("rotated: folding needs the angle guard (max_angle of at most 0.25)")
         if not all(side.order == 3 and side.block <= MAX_BLOCK for side in both):
             raise Refusal(f"rotated: folding is fast for order 3 and blocks up to {MAX_BLOCK}")
-        formulas = {side.name: self._formula(site, side) for side in both}
-        self._chosen[site] = [side for side in both if self._cheaper(site, side)]
+        choices = self._costs(site)
+        cheaper = {choice.side for choice in choices if choice.folded}
+        self._chosen[site] = [side for side in both if side.name in cheaper]
         detail = ", ".join(
-            f"{'folded' if side in self._chosen[site] else 'rotated'} {formulas[side.name]}"
-            for side in both
+            f"{'folded' if choice.folded else 'rotated'} {choice.side} "
+            f"({CONDITION} {choice.break_even})"
+            for choice in choices
         )
         if not self._chosen[site]:
             raise Refusal(detail)
         return detail
 
-    def _costs(self, site: fx.Node, side: sides.Side) -> tuple[sympy.Expr, sympy.Expr]:
-        """Seconds of rotating (a function of the tokens) and of folding this side."""
+    def _costs(self, site: fx.Node) -> tuple[cost.Choice, ...]:
+        """The costs of both forms for each side with a rotation; of a weight for linears alone."""
+        if sides.reader_other_than_linear(site):
+            return ()
+        inputs = [graphs.shape_of(graphs.linear_arguments(linear)[0]) for linear in site.users]
+        dtype = next((sides.compute_dtype(linear) for linear in site.users), None)
+        if dtype is None or None in inputs:
+            return ()
+        tokens = sum(cost.hint_of(shape) for shape in inputs if shape is not None)
         side_in, side_out = sides.sides_of(site)
-        dtype = sides.compute_dtype(next(iter(site.users)))
-        assert dtype is not None
-        rotate = cost.rotate_seconds(side.width, side.block, dtype.itemsize, self.machine)
-        shape = (side_out.width, side_in.width)
-        return rotate, cost.fold_seconds(
-            shape, side.block, dtype.itemsize, self.machine, self.folds
-        )
+        weight = (side_out.width, side_in.width)
 
-    def _cheaper(self, site: fx.Node, side: sides.Side) -> bool:
-        """Whether folding is cheaper at the sizes seen while tracing."""
-        rotate, fold = self._costs(site, side)
-        tokens = 0
-        for linear in site.users:
-            shape = graphs.shape_of(graphs.linear_arguments(linear)[0])
-            assert shape is not None
-            tokens += cost.hint_of(shape)
-        return bool(fold < rotate.subs(cost.TOKENS, tokens))
+        def choice(side: sides.Side) -> cost.Choice:
+            rotate = cost.rotate_seconds(side.width, side.block, dtype.itemsize, self.machine)
+            fold = cost.fold_seconds(weight, side.block, dtype.itemsize, self.machine, self.folds)
+            return cost.Choice(side.name, rotate, fold, tokens)
 
-    def _formula(self, site: fx.Node, side: sides.Side) -> str:
-        """The choice as a condition on the number of tokens T."""
-        rotate, fold = self._costs(site, side)
-        return f"{side.name} ({CONDITION} {cost.break_even(rotate, fold)})"
+        return tuple(choice(side) for side in (side_in, side_out) if side.blocks)
 
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
         stored, narrow = site.args[0], sides.is_narrow(site)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -22,6 +22,14 @@ _DTYPES = {
 }
 
 
+class Line(NamedTuple):
+    """The text of one node, and the graph module it is in."""
+
+    node: fx.Node
+    text: str
+    depth: int
+
+
 def render(root: fx.GraphModule) -> str:
     """The graph, one line a node, checkpointed bodies indented below their call.
 
@@ -29,37 +37,51 @@ def render(root: fx.GraphModule) -> str:
     they belong to, values are numbered, symbolic sizes are named in order of appearance. Nodes
     whose result nobody reads and the nodes of symbolic sizes are left out.
     """
-    return "\n".join(_lines(root, {}, ""))
+    return "\n".join("    " * line.depth + line.text for line in lines(root))
 
 
-def _lines(module: fx.GraphModule, sizes: dict[str, str], indent: str) -> Iterator[str]:
+def lines(root: fx.GraphModule) -> Iterator[Line]:
+    """The lines of `render`, each with its node."""
+    return _lines(root, {}, 0)
+
+
+def _lines(module: fx.GraphModule, sizes: dict[str, str], depth: int) -> Iterator[Line]:
     names: dict[fx.Node, str] = {}
+    numbered = 0
     for node in module.graph.nodes:
         value = node.meta.get(graphs.VALUE)
         if node.op == "placeholder":
             names[node] = input_name(node.name)
             if isinstance(value, torch.Tensor) and node.users:
-                yield f"{indent}{names[node]}: {_type(value, sizes)}"
+                yield Line(node, f"{names[node]}: {type_text(value, sizes)}", depth)
         elif node.op == "get_attr":
             names[node] = str(node.target)
         elif node.op == "output":
-            yield f"{indent}return {_argument(node.args[0], names, sizes)}"
+            yield Line(node, f"return {_argument(node.args[0], names, sizes)}", depth)
         else:
-            names[node] = f"%{sum(n.startswith('%') for n in names.values()) + 1}"
+            numbered += 1
+            names[node] = f"%{numbered}"
             arguments = [_argument(a, names, sizes) for a in node.args]
             arguments += [f"{k}={_argument(v, names, sizes)}" for k, v in node.kwargs.items()]
-            kind = f": {_type(value, sizes)}" if value is not None else ""
+            kind = f": {type_text(value, sizes)}" if value is not None else ""
             tags = " [recompute]" if "recompute" in node.meta else ""
-            yield f"{indent}{names[node]}{kind} = {_target(node)}({', '.join(arguments)}){tags}"
-            for child in node.all_input_nodes:
-                body = getattr(module, str(child.target), None) if child.op == "get_attr" else None
-                if isinstance(body, fx.GraphModule):
-                    yield from _lines(body, sizes, indent + "    ")
+            call = f"{target_name(node)}({', '.join(arguments)})"
+            yield Line(node, f"{names[node]}{kind} = {call}{tags}", depth)
+            for body in graphs.bodies(node):
+                yield from _lines(body, sizes, depth + 1)
+
+
+_MEMBER = re.compile(r"_(?:modules|parameters|buffers)_")
+
+
+def belongs_to_a_module(placeholder: str) -> bool:
+    """Whether an input is a parameter, a buffer or an adopted state, not an input of the model."""
+    return _MEMBER.search(placeholder) is not None
 
 
 def input_name(placeholder: str) -> str:
     """``l_self_modules_q_…_weight_modules_0_parameters_skew_in_`` → ``q.skew_in``."""
-    parts = re.split(r"_(?:modules|parameters|buffers)_", placeholder.strip("_"))
+    parts = _MEMBER.split(placeholder.strip("_"))
     head, *path = parts
     for noise in (["pair"], ["parametrizations", "weight"]):
         for i in range(len(path) - len(noise) + 1):
@@ -77,7 +99,8 @@ def input_name(placeholder: str) -> str:
     return ".".join(path) if path else re.sub(r"^l_", "", head)
 
 
-def _target(node: fx.Node) -> str:
+def target_name(node: fx.Node) -> str:
+    """What a node calls, in a word."""
     if node.op == "call_method":
         return f".{node.target}"
     target: Any = node.target
@@ -88,12 +111,13 @@ def _target(node: fx.Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _type(value: Any, sizes: dict[str, str]) -> str:
+def type_text(value: Any, sizes: dict[str, str]) -> str:
+    """``bf16[8, s0, 2048]``; `sizes` gives symbolic sizes their names."""
     if isinstance(value, torch.Tensor):
         shape = ", ".join(_size(s, sizes) for s in value.shape)
         return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{shape}]"
     if isinstance(value, list | tuple):
-        return f"({', '.join(_type(v, sizes) for v in value)})"
+        return f"({', '.join(type_text(v, sizes) for v in value)})"
     return type(value).__name__
 
 

@@ -11,6 +11,7 @@ from poetx_compile import ops
 from poetx_compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
 from poetx_compile.diagnostics import diagnostics
+from poetx_compile.estimate import estimate
 from poetx_compile.explain import explain
 from poetx_compile.optim import (
     POETXAdamW,
@@ -32,6 +33,7 @@ __all__ = [
     "attach",
     "clip_grad_norm_",
     "diagnostics",
+    "estimate",
     "explain",
     "merge_and_unload",
     "ops",

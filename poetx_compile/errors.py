@@ -37,3 +37,7 @@ class UnownedRotationsError(POETXError, RuntimeError):
 
 class AdoptionError(POETXError, RuntimeError):
     """A model that nobody prepared cannot be served as it is."""
+
+
+class EstimateError(POETXError, RuntimeError):
+    """The memory of a model cannot be estimated: it cannot be traced without its tensors."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +17,15 @@ from poetx_compile.backend import compile_graph, rewrite
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import linears, refusals, unwrap_compiled
 from poetx_compile.options import BackendOptions
+from poetx_compile.page import page
 from poetx_compile.parametrization import equivalence_of
-from poetx_compile.passes import Event, Record
+from poetx_compile.passes import Event, Machine, Record, graphs
+from poetx_compile.passes.cost import Choice
+from poetx_compile.passes.drawing import Drawn, drawing
 from poetx_compile.passes.folded import CONDITION
 from poetx_compile.passes.render import render
 from poetx_compile.prepare import config_of
-from poetx_compile.report import format_table
+from poetx_compile.report import compact, format_table
 
 _FORMULATIONS = ("folded", "input_centric")
 """The passes that rewrite a layer, in the order they see it."""
@@ -28,7 +33,10 @@ _FORMULATIONS = ("folded", "input_centric")
 
 @dataclasses.dataclass(frozen=True)
 class ExplainRow:
-    """One `nn.Linear`: shape [out, in], blocks, how it runs, whether it was rewritten, and why."""
+    """One `nn.Linear`: shape [out, in], blocks, how it runs, whether it was rewritten, and why.
+
+    `costs` is what the cost model said of its sides, where it was asked.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -36,31 +44,58 @@ class ExplainRow:
     formulation: str
     status: str
     reason: str
+    costs: tuple[Choice, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainedGraph:
-    """One graph of the model: Dynamo's, and what the passes made of it."""
+    """One graph of the model: Dynamo's, and what the passes made of it, as text and as boxes."""
 
     before: str
     after: str
     nodes_before: int
     nodes_after: int
     record: Record
+    boxes_before: list[Drawn]
+    boxes_after: list[Drawn]
 
 
 class Explanation:
-    """What `explain` found; prints as a table with counts.
+    """What `explain` found; prints as a table with counts; `save_html` draws it.
 
     Attributes:
         rows: an `ExplainRow` for each `nn.Linear` of the model.
         graphs: an `ExplainedGraph` for each graph (more than one where the model breaks).
         kernels: number of kernels Inductor generated, forward and backward, or ``None`` where it
             was not asked to compile.
+        model: name of the model's class.
+        machine: the rates of the cost model.
     """
 
-    def __init__(self, rows: list[ExplainRow], graphs: list[ExplainedGraph], kernels: int | None):
+    def __init__(
+        self,
+        rows: list[ExplainRow],
+        graphs: list[ExplainedGraph],
+        kernels: int | None,
+        model: str = "",
+        machine: Machine | None = None,
+    ):
         self.rows, self.graphs, self.kernels = rows, graphs, kernels
+        self.model, self.machine = model, machine or Machine()
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write one HTML page that needs nothing else, and return its path.
+
+        It shows the table, the graphs before and after side by side, drawn, with modules that open
+        and close and equal layers as one box, what was refused and why, and the cost model. Typing
+        a layer's name finds it in the table and in both graphs; ``page.html#layers.0`` opens there.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        target = Path(path)
+        target.write_text(page(self), encoding="utf-8")
+        return target
 
     @property
     def before(self) -> str:
@@ -95,7 +130,7 @@ class Explanation:
         for name in ("share_permutations", "cancel_permutations", "batch_cayley"):
             for event in (e for g in self.graphs for e in g.record.events if e.pass_name == name):
                 verb = "" if event.applied else "refused: "
-                layers = ", ".join(layer.name for layer in event.layers)
+                layers = ", ".join(compact(layer.name for layer in event.layers))
                 lines.append(f"{name}: {verb}{event.detail} ({layers})")
         if self.kernels is None:
             lines.append("kernels: not counted (explain(..., kernels=True) compiles to count them)")
@@ -133,18 +168,18 @@ def explain(
     states = WeakTensorKeyDictionary()
 
     def record(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        before = render(gm), len(gm.graph.nodes)
         graph, _, bind, made = rewrite(gm, example_inputs, parsed, states)
-        seen.append(
-            ExplainedGraph(before[0], render(graph), before[1], len(graph.graph.nodes), made)
-        )
+        nodes = _nodes(gm), _nodes(graph)
+        boxes = drawing(gm), drawing(graph)
+        seen.append(ExplainedGraph(render(gm), render(graph), *nodes, made, *boxes))
         return bind(graph)
 
     with torch.random.fork_rng(device_type=_device_type(plain)), _undisturbed(plain):
         torch.compile(plain, backend=record)(*inputs, **kwargs)
         count = _count_kernels(plain, parsed, inputs, kwargs) if kernels else None
     config = config_of(plain) or POETXConfig.from_dict(parsed.config)
-    return Explanation(_rows(plain, config, seen), seen, count)
+    rows = _rows(plain, config, seen)
+    return Explanation(rows, seen, count, type(plain).__name__, parsed.machine)
 
 
 @contextlib.contextmanager
@@ -199,26 +234,33 @@ def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> 
     return rows
 
 
+def _nodes(gm: torch.fx.GraphModule) -> int:
+    """The nodes of a graph and of the bodies in it."""
+    return sum(len(module.graph.nodes) for module in graphs.nested(gm))
+
+
 def _note(events: dict[Any, Event], key: Any, event: Event) -> None:
     """Keep the last word on a layer; where its weight is read twice, the reading refused."""
     earlier = events.get(key)
     if earlier is None or earlier.applied or earlier.pass_name != event.pass_name:
         # Where no side was worth folding, the condition is worth reading.
         if event.applied and earlier is not None and CONDITION in earlier.detail:
-            event = dataclasses.replace(event, detail=f"{event.detail}: {earlier.detail}")
+            detail = f"{event.detail}: {earlier.detail}"
+            event = dataclasses.replace(event, detail=detail, costs=earlier.costs)
         events[key] = event
 
 
 def _row(name: str, shape: tuple[int, int], event: Event | None, reason: str | None) -> ExplainRow:
     if event is not None and event.pass_name in _FORMULATIONS:
         if event.applied:
-            return ExplainRow(name, shape, event.blocks, event.detail, "rewritten", "")
+            how = event.detail
+            return ExplainRow(name, shape, event.blocks, how, "rewritten", "", event.costs)
         return ExplainRow(name, shape, event.blocks, "weight_centric", "refused", event.detail)
+    if reason is not None and reason != "already prepared":
+        return ExplainRow(name, shape, "-", "plain", "skipped", reason)
     if event is not None:
         return ExplainRow(name, shape, "-", "plain", "skipped", event.detail)
-    if reason is None or reason == "already prepared":
-        return ExplainRow(name, shape, "-", "-", "not seen", "no graph of these inputs calls it")
-    return ExplainRow(name, shape, "-", "plain", "skipped", reason)
+    return ExplainRow(name, shape, "-", "-", "not seen", "no graph of these inputs calls it")
 
 
 def _device_type(model: nn.Module) -> str:

@@ -28,6 +28,14 @@ def differing(before: POETXConfig, asked: POETXConfig) -> list[str]:
     return [k for k in was if k not in COMPILE_TIME and was[k] != now[k]]
 
 
+def without_adoption(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with `adopt_linear` disabled: for a copy of a prepared model, whose layers that
+    `prepare` left alone are not known to the backend."""
+    names = options.get("disable_passes", ())
+    names = (names,) if isinstance(names, str) else names
+    return options | {"disable_passes": [*names, "adopt_linear"]}
+
+
 @dataclasses.dataclass(frozen=True)
 class BackendOptions:
     """Options of one `torch.compile(model, backend=poetx_backend, mode=..., options={...})`.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+"""A number that is a whole segment of a module's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +58,38 @@ class PrepareReport:
         )
 
 
-def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Left-aligned columns with a rule under the header; no trailing blanks, plain ASCII."""
+def format_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Container[int] = ()
+) -> str:
+    """Columns with a rule under the header; no trailing blanks, plain ASCII.
+
+    Left-aligned, but for those whose numbers are in `right`.
+    """
     table = [list(header), *([str(c) for c in row] for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     table.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in table
-    )
+
+    def aligned(column: int, cell: str) -> str:
+        return cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
+
+    return "\n".join("  ".join(map(aligned, range(len(row)), row)).rstrip() for row in table)
+
+
+def compact(names: Iterable[str]) -> list[str]:
+    """Names with the numbers of equal ones joined: ``layers.0-3.mlp.up``, ``layers.7.mlp.up``."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        found = _NUMBER.search(name)
+        key = (name[: found.start()], name[found.end() :]) if found else (name, "")
+        numbers.setdefault(key, set()).update([int(found.group())] if found else [])
+    return [f"{start}{_ranges(found)}{rest}" for (start, rest), found in numbers.items()]
+
+
+def _ranges(numbers: set[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

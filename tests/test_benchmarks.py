@@ -175,7 +175,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         torch._dynamo.reset()
         return step_worker.run(case)
 
-    monkeypatch.setattr(step, "_in_process", run)
+    monkeypatch.setattr(step, "in_process", run)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -220,7 +220,7 @@ def test_a_worker_is_a_process_with_empty_caches(tmp_path: Path) -> None:
         method="dense", preset="tiny", vocabulary=8, batch=1, length=4, device="cpu",
         dtype="float32", stage="eager", warmup=0, steps=1, rounds=1, lr=1e-3,
     )  # fmt: skip
-    row = step._in_process(case)
+    row = step.in_process(case)
     assert row["method"] == "dense"
     assert row["tokens"] == 4
 

@@ -74,6 +74,7 @@ def test_every_folder_with_code_is_a_listed_package() -> None:
 def test_the_wheel_holds_every_module_the_marker_and_the_licence(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {"poetx_compile/py.typed"}
+    expected |= {f"poetx_compile/html/page.{kind}" for kind in ("html", "css", "js")}
     for package in PACKAGES:
         folder = ROOT / "passes" if package == "poetx_compile.passes" else None
         expected |= _modules(folder or ROOT / package.replace(".", "/"), package)

@@ -1,0 +1,169 @@
+"""Write docs/api.md from the docstrings: ``python docs/build_api.py``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import poetx_compile as poetx
+from poetx_compile import errors, options, report
+
+_explain, _estimate = (  # the functions of these names hide the modules
+    importlib.import_module(f"poetx_compile.{name}") for name in ("explain", "estimate")
+)
+
+SECTIONS: list[tuple[str, list[Any]]] = [
+    ("Say what is trained", [poetx.POETXConfig, poetx.prepare, poetx.merge_and_unload]),
+    ("Compile", [poetx.poetx_backend, options.BackendOptions]),
+    ("Optimise", [poetx.POETXAdamW, poetx.POETXMuon, poetx.param_groups, poetx.attach]),
+    ("Look", [poetx.explain, poetx.estimate, poetx.diagnostics]),
+    (
+        "What is returned",
+        [
+            report.PrepareReport,
+            report.LayerRow,
+            _explain.Explanation,
+            _explain.ExplainRow,
+            _estimate.Estimate,
+            _estimate.MemoryRow,
+        ],
+    ),
+]
+
+INTRODUCTION = """# API
+
+Everything public, from its docstrings: `import poetx_compile as poetx`. This page is written by
+`python docs/build_api.py`.
+"""
+
+_HEADING = re.compile(r"^(Args|Attributes|Parameters|Buffers|Returns|Raises|Yields):$")
+_ENTRY = re.compile(r"^(?P<names>[\w*.`, ]+): (?P<text>.*)$", re.DOTALL)
+
+
+def page() -> str:
+    """The text of the page. Names that are exported but in no section come last."""
+    listed = [value for _, values in SECTIONS for value in values]
+    rest = [getattr(poetx, n) for n in poetx.__all__ if not inspect.ismodule(getattr(poetx, n))]
+    rest = [value for value in rest if value not in listed]
+    sections = [*SECTIONS, *([("More", rest)] if rest else []), ("Errors", _errors())]
+    parts = [INTRODUCTION]
+    for title, values in sections:
+        parts.append(f"## {title}\n")
+        parts += [_described(value) for value in values]
+    return "\n".join(parts)
+
+
+def _errors() -> list[Any]:
+    found = [e for _, e in inspect.getmembers(errors, inspect.isclass)]
+    ours = (e for e in found if issubclass(e, errors.POETXError))
+    return sorted(ours, key=lambda e: inspect.getsourcelines(e)[1])
+
+
+def _described(value: Any) -> str:
+    doc = inspect.cleandoc(value.__doc__ or "")
+    if inspect.isclass(value) and issubclass(value, Exception):
+        bases = ", ".join(f"`{base.__name__}`" for base in value.__bases__)
+        return f"### {value.__name__}\n\n({bases}) {_inline(doc)}\n"
+    text = f"### {value.__name__}\n\n{_signature(value)}\n{_markdown(doc)}"
+    if inspect.isclass(value):
+        for name, member in vars(value).items():
+            if inspect.isfunction(member) and not name.startswith("_") and member.__doc__:
+                signature = _signature(member).replace("(self, ", "(").replace("(self)", "()")
+                body = _markdown(inspect.cleandoc(member.__doc__))
+                text += f"#### {value.__name__}.{name}\n\n{signature}\n{body}"
+    return text
+
+
+def _signature(value: Any) -> str:
+    signature = inspect.signature(value)
+    parameters = [_parameter(p) for p in signature.parameters.values()]
+    kinds = [p.kind for p in signature.parameters.values()]
+    if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    returned = ""
+    if not inspect.isclass(value) and signature.return_annotation is not inspect.Signature.empty:
+        returned = f" -> {signature.return_annotation}"
+    line = f"{value.__name__}({', '.join(parameters)}){returned}"
+    if len(line) > 96:
+        lines = "".join(f"    {parameter},\n" for parameter in parameters)
+        line = f"{value.__name__}(\n{lines}){returned}"
+    return f"```text\n{line}\n```\n"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    text = stars.get(parameter.kind, "") + parameter.name
+    if parameter.annotation is not inspect.Parameter.empty:
+        text += f": {parameter.annotation}"
+    if parameter.default is not inspect.Parameter.empty:
+        text += f" = {parameter.default!r}"
+    return text
+
+
+def _markdown(doc: str) -> str:
+    """A docstring of this project as Markdown: sections as lists, literal blocks as code."""
+    lines: list[str] = []
+    section = ""
+    for paragraph in _paragraphs(doc):
+        first, *others = paragraph
+        heading = _HEADING.match(first)
+        if heading:
+            section = heading.group(1)
+            lines += [f"**{section}**", ""]
+            if others:
+                lines += [*_entries(others, section), ""]
+        elif section and first.startswith("    "):
+            lines += [*_entries(paragraph, section), ""]
+        elif first.startswith("    ") or set(first) <= {"=", " "}:
+            lines += ["```text", *(line.removeprefix("    ") for line in paragraph), "```", ""]
+        else:
+            section = ""
+            lines += [_inline(line) for line in paragraph] + [""]
+    return "\n".join(lines)
+
+
+def _paragraphs(doc: str) -> Iterator[list[str]]:
+    """Runs of lines between blank ones; a table of ``===`` rules is one."""
+    paragraph: list[str] = []
+    for line in doc.splitlines():
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield paragraph
+            paragraph = []
+    if paragraph:
+        yield paragraph
+
+
+def _entries(lines: list[str], section: str) -> Iterator[str]:
+    """``name: text`` with its continuation lines as a list item; a result as a paragraph."""
+    if section in ("Returns", "Yields"):
+        yield _inline(" ".join(line.strip() for line in lines))
+        return
+    items: list[str] = []
+    for line in lines:
+        text = line.removeprefix("    ")
+        if (text.startswith(" ") and items) or (items and not _ENTRY.match(text)):
+            items[-1] += " " + text.strip()
+        else:
+            items.append(text.strip())
+    for item in items:
+        found = _ENTRY.match(item)
+        if found:
+            names = ", ".join(f"`{n.strip().strip('`')}`" for n in found["names"].split(","))
+            yield f"- {names}: {_inline(found['text'])}"
+        else:
+            yield _inline(item)
+
+
+def _inline(text: str) -> str:
+    """``code`` and `name` of reStructuredText as code of Markdown."""
+    return re.sub(r"``([^`]+)``", r"`\1`", text).replace("::", ":")
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "api.md").write_text(page(), encoding="utf-8")

@@ -1,0 +1,10 @@
+"""``python -m poetx_compile estimate|explain``."""
+
+from __future__ import annotations
+
+import sys
+
+from poetx_compile.command_line import main
+
+if __name__ == "__main__":
+    sys.exit(main())
