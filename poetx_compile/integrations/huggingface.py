@@ -112,9 +112,9 @@ def for_trainer(
 def _refuse(args: TrainingArguments) -> None:
     """Raise for ways of running that take the parameters away from the optimiser."""
     reason = None
-    if args.deepspeed:
+    if getattr(args, "deepspeed", None):
         reason = "DeepSpeed flattens the parameters: use DDP (torchrun)"
-    elif args.fsdp:
+    elif getattr(args, "fsdp", None):
         reason = "the Trainer takes no optimiser under FSDP: use DDP (torchrun)"
     elif args.n_gpu > 1:
         reason = (
