@@ -13,6 +13,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.diagnostics import diagnostics
 from poetx_compile.estimate import estimate
 from poetx_compile.explain import explain
+from poetx_compile.fsdp import fully_shard_rotations
 from poetx_compile.optim import (
     POETXAdamW,
     POETXMuon,
@@ -35,6 +36,7 @@ __all__ = [
     "diagnostics",
     "estimate",
     "explain",
+    "fully_shard_rotations",
     "merge_and_unload",
     "ops",
     "param_groups",

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import gc
 import logging
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.census import Census, hidden
@@ -27,6 +27,8 @@ from poetx_compile.options import differing
 from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linears
 from poetx_compile.passes.adopt_linear import AdoptLinear, Slot, StateSpec
 from poetx_compile.permutation import Permutation
+from poetx_compile.shards import is_sharded
+from poetx_compile.wrappers import PREPARE_FIRST, active_ddp, wrapper_name
 
 log = logging.getLogger("poetx_compile")
 
@@ -119,7 +121,7 @@ class Judge:
             return Verdict(f"the weight belongs to {type(module).__name__}, which is no nn.Linear")
         root = self.census.root(module)
         name, reason = self._verdicts(root)[id(module)]
-        if reason is None or _is_sharded(weight):
+        if reason is None or is_sharded(weight):
             self._check_wrappers(name, module, weight)
         return Verdict(reason, Place(root, name, module))
 
@@ -139,14 +141,13 @@ class Judge:
         return self._roots[id(root)]
 
     def _check_wrappers(self, name: str, module: nn.Module, weight: Tensor) -> None:
-        wrapper = "tensor parallelism" if _is_sharded(weight) else None
+        wrapper = "tensor parallelism" if is_sharded(weight) else None
         for outer in self.census.above(module):
-            wrapper = _parallel_wrapper(outer) or wrapper
+            wrapper = wrapper_name(outer) or wrapper
         if wrapper is not None:
             raise AdoptionError(
                 f"{user_name(name)} was not prepared and is under {wrapper}, which would not see "
-                "rotations that the compiler adds: call poetx_compile.prepare(model) before "
-                "wrapping the model"
+                f"rotations that the compiler adds: {PREPARE_FIRST}"
             )
 
 
@@ -183,6 +184,10 @@ class Adopter:
         weight = self.inputs[index]
         if not isinstance(weight, nn.Parameter):
             return "the weight is not a parameter"
+        if isinstance(weight, FakeTensor) and active_ddp() is not None:
+            raise AdoptionError(
+                f"{layer} was not prepared, and DDP splits the graph: {PREPARE_FIRST}"
+            )
         self.judge = self.judge or Judge(self.config)
         reason = self.judge(weight).reason
         if reason is not None:
@@ -338,26 +343,3 @@ def _identity(size: int, weight: Tensor, config: POETXConfig) -> Permutation:
         block=config.smallest_block,
         device=weight.device,
     )
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    kind = _if_loaded("torch.distributed.tensor", "DTensor")
-    return kind is not None and isinstance(weight, kind)
-
-
-def _parallel_wrapper(module: nn.Module) -> str | None:
-    """What reduces or shards the gradients of a module's parameters, if it is such a wrapper."""
-    for where, name, shown in (
-        ("torch.nn.parallel", "DistributedDataParallel", "DistributedDataParallel"),
-        ("torch.distributed.fsdp", "FullyShardedDataParallel", "FullyShardedDataParallel"),
-        ("torch.distributed.fsdp", "FSDPModule", "FSDP2"),
-    ):
-        kind = _if_loaded(where, name)
-        if kind is not None and isinstance(module, kind):
-            return shown
-    return None
-
-
-def _if_loaded(where: str, name: str) -> type | None:
-    """A class of torch, if anybody has imported its module: else nothing can be an instance."""
-    return getattr(sys.modules.get(where), name, None)

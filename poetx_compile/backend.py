@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,9 +16,10 @@ from poetx_compile.adoption import Adopter
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
-from poetx_compile.parametrization import config_of_skew
+from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_with_id
 from poetx_compile.passes import graphs
 from poetx_compile.settling import settle
+from poetx_compile.wrappers import check_reduced
 
 log = logging.getLogger("poetx_compile")
 
@@ -51,6 +52,7 @@ def poetx_backend(
         ConfigError: an unknown option, a value out of range, or an option that contradicts the
             configuration the model was prepared with.
         AdoptionError: an unprepared model under DDP or FSDP2, or with ``unprepared="refuse"``.
+        ParallelismError: a model that was prepared after it was given to DDP.
     """
     parsed = BackendOptions.parse(mode, options)
     _warn_at_the_limit()
@@ -86,9 +88,7 @@ def compile_graph(
     _announce_static(extra)
     if extra and states is None and parsed.stage == "inductor":
         parsed = dataclasses.replace(parsed, stage=PROVISIONAL)
-    compiled = _compile(
-        graph, [*example_inputs, *extra], parsed, _choice(gm, example_inputs, parsed)
-    )
+    compiled = _compile(graph, [*example_inputs, *extra], parsed, _choice(gm, parsed))
     return bind(compiled)
 
 
@@ -108,6 +108,8 @@ def rewrite(
         The rewritten graph, its additional inputs, the function that binds a compiled graph to
         them, and the record of what the passes did.
     """
+    for equivalence in _prepared(gm):
+        check_reduced(equivalence.skew_in, equivalence.skew_out)
     graph = graphs.clone(gm)
     record = passes.Record()
     adopter = None
@@ -123,7 +125,7 @@ def rewrite(
             provisional=options.stage == "inductor",
         )
         passes.run([adopter.graph_pass], graph, record, verify=options.verify_passes)
-    config = _choice(gm, example_inputs, options)
+    config = _choice(gm, options)
     rest = passes.pipeline(
         variant=config.variant,
         formulation=config.formulation,
@@ -139,14 +141,30 @@ def rewrite(
     return graph, adopter.extra_inputs(), adopter.bind, record
 
 
-def _choice(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: BackendOptions
-) -> POETXConfig:
+def _equivalence_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:
+    """The effective weights of prepared layers, in all graphs of a module."""
+    for module in graphs.nested(gm):
+        yield from (n for n in module.graph.nodes if graphs.is_op(n, *graphs.EQUIVALENCE))
+
+
+def _prepared(gm: fx.GraphModule) -> Iterator[OrthogonalEquivalence]:
+    """The parametrizations a graph was traced through.
+
+    By the modules that Dynamo noted, not by the graph's inputs: FSDP2 gathers into parameters of
+    its own, and DDP's graph splitting hands over fake tensors.
+    """
+    for node in _equivalence_nodes(gm):
+        equivalence = equivalence_with_id(graphs.layer_of(node).module_id)
+        if equivalence is not None:
+            yield equivalence
+
+
+def _choice(gm: fx.GraphModule, options: BackendOptions) -> POETXConfig:
     """The configuration in force: that of `prepare`, with the compile-time options on top.
 
     Raises `ConfigError` where an option contradicts what the model was prepared with.
     """
-    prepared = next((c for x in example_inputs if (c := config_of_skew(x)) is not None), None)
+    prepared = next((e.config for e in _prepared(gm)), None)
     if prepared is None:
         return POETXConfig.from_dict(options.config)
     given = POETXConfig.from_dict(options.config)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import NothingToTrainError
 from poetx_compile.parametrization import equivalence_of
+from poetx_compile.shards import is_sharded
 
 _ROUTER_NAMES = ("gate", "gating", "router", "shared_expert_gate")
 
@@ -126,8 +127,10 @@ def weight_refusal(weight: nn.Parameter) -> str | None:
     """Why a parameter cannot be the frozen weight of a POET layer, or ``None``."""
     if nn.parameter.is_lazy(weight):
         return "not initialised: run the model once, then call prepare"
+    if is_sharded(weight):
+        return "weight is sharded: prepare before fully_shard; tensor parallelism is not supported"
     if is_traceable_wrapper_subclass(weight):
-        return f"weight is a {type(weight.data).__name__}: prepare before sharding or quantising"
+        return f"weight is a {type(weight.data).__name__}: prepare before quantising"
     if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {weight.dtype} cannot be rotated"
     if not weight.requires_grad:

@@ -41,3 +41,7 @@ class AdoptionError(POETXError, RuntimeError):
 
 class EstimateError(POETXError, RuntimeError):
     """The memory of a model cannot be estimated: it cannot be traced without its tensors."""
+
+
+class ParallelismError(POETXError, RuntimeError):
+    """DDP, FSDP or tensor parallelism does not fit rotations, or came in the wrong order."""

@@ -8,8 +8,10 @@ For each layer, in permuted coordinates and IEEE fp32 (`docs/numerics.md`):
 3. the packed skew parameters go back to zero.
 
 Everything is written in place: the addresses stay, so a compiled model is not recompiled and CUDA
-graphs stay valid. Nothing is communicated: permutations follow from (seed, draw, group) and the
-arithmetic is the same on every rank.
+graphs stay valid. Permutations follow from (seed, draw, group) and the arithmetic is the same in
+every process, so under DDP nothing is communicated. Where FSDP2 shards the model, the rotations of
+a batch of layers and the weight of one layer at a time are gathered, merged by every process alike,
+and each keeps its own part.
 """
 
 from __future__ import annotations
@@ -29,10 +31,13 @@ from poetx_compile.ops.rotation_delta import minus_identity
 from poetx_compile.parametrization import (
     INTERRUPTED,
     OrthogonalEquivalence,
+    check_layouts,
     prepared_linears,
     stored_weight,
 )
 from poetx_compile.permutation import Permutation
+from poetx_compile.shards import local, whole, write
+from poetx_compile.wrappers import reshard
 
 POLAR_STEPS = 4
 """Newton-Schulz steps of `polar_factor`. Each takes an error δ of a singular value to 1.5 δ²: from
@@ -55,15 +60,20 @@ def merge(model: nn.Module) -> None:
     alive, twice in fp32, and some copies of `ROTATIONS_BYTES`.
 
     Args:
-        model: the whole prepared model (layers share permutations), compiled or not.
+        model: the whole prepared model (layers share permutations), compiled or not. Where it is
+            sharded every process has to call this.
 
     Raises:
+        IncompatibleStateError: processes prepared the model with different seeds.
         InterruptedMergeError: an earlier merge was cut off. If this one is (any exception, an
             interrupt included), every layer is marked: forward, `state_dict` and the optimiser
             refuse until a checkpoint has been loaded.
     """
-    layers = [(m, e) for _, m, e in prepared_linears(unwrap_compiled(model))]
+    model = unwrap_compiled(model)
+    reshard(model)
+    layers = [(m, e) for _, m, e in prepared_linears(model)]
     check_whole(e for _, e in layers)
+    check_layouts([e for _, e in layers])
     for _, equivalence in layers:
         equivalence.interrupted = True
     try:
@@ -129,7 +139,7 @@ def _merged_rotations(equivalences: Sequence[OrthogonalEquivalence]) -> list[lis
     for kind, skews in alike.items():
         *_, b, order, how = kind
         with ieee_fp32():
-            together = merged_rotation(torch.cat(skews), b, order, how)
+            together = merged_rotation(torch.cat([whole(s) for s in skews]), b, order, how)
         made[kind] = iter(together.split([len(skew) for skew in skews]))
     rotations_of = [next(made[kind]) for kind, _ in sides]
     return [rotations_of[i : i + 2] for i in range(0, len(rotations_of), 2)]
@@ -143,13 +153,13 @@ def _merge_layer(
 ) -> None:
     e = equivalence
     with ieee_fp32():
-        rotated = rotate_weight(stored, *rotations)
+        rotated = rotate_weight(whole(stored), *rotations)
     # weight = rotated[old inverse], then [new]: one gather a side, in the narrow dtype.
     rows = _composed(old_pairs[e.perm_out], e.perm_out)
     columns = _composed(old_pairs[e.perm_in], e.perm_in)
-    stored.copy_(rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
-    e.skew_in.zero_()
-    e.skew_out.zero_()
+    write(stored, rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
+    local(e.skew_in).zero_()
+    local(e.skew_out).zero_()
     e.write_layout()
 
 

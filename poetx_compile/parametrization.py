@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile import ops
 from poetx_compile.config import POETXConfig
-from poetx_compile.errors import InterruptedMergeError
+from poetx_compile.errors import (
+    IncompatibleStateError,
+    InterruptedMergeError,
+    ParallelismError,
+)
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype
 from poetx_compile.permutation import Permutation
+from poetx_compile.shards import is_sharded
+from poetx_compile.wrappers import check_reduced
 
 INTERRUPTED = (
     "a merge was cut off by an exception: some layers are merged, some are not. "
     "Load the last checkpoint into the model (load_state_dict) before going on."
 )
 
+NOT_GATHERED = (
+    "the weight of a sharded layer was read outside of the forward of the module that was given to "
+    "fully_shard: poetx_compile.diagnostics.effective_weight(linear) gathers it. (If the layer is "
+    "split by tensor parallelism: that is not supported, leave it out of the plan.)"
+)
+CAST = (
+    "a mixed precision policy of FSDP2 cast them. Call "
+    "poetx_compile.fully_shard_rotations(module) before fully_shard(module, mp_policy=...)"
+)
+
 _FORMAT = 1
 _KINDS = ("random", "chunked")
 
-_configs: Any = WeakTensorKeyDictionary()  # skew parameter → configuration, for the backend
-_alive: weakref.WeakSet[OrthogonalEquivalence] = weakref.WeakSet()
+_alive: weakref.WeakValueDictionary[int, OrthogonalEquivalence] = weakref.WeakValueDictionary()
+"""Every parametrization by its id, which is what a compiled graph knows of the module."""
 
 
 def side_blocks(size: int, block_size: int) -> tuple[int, int]:
@@ -75,9 +91,8 @@ class OrthogonalEquivalence(nn.Module):
         dtype = rotation_dtype(weight.dtype)
 
         def zeros(blocks: int, b: int) -> nn.Parameter:
-            return nn.Parameter(
-                torch.zeros(blocks, packed_size(b), dtype=dtype, device=weight.device)
-            )
+            packed = torch.zeros(blocks, packed_size(b), dtype=dtype, device=weight.device)
+            return nn.Parameter(packed, requires_grad=blocks > 0)  # FSDP2 reduces no empty gradient
 
         self.skew_in = zeros(self.blocks_in, self.block_in)
         self.skew_out = zeros(self.blocks_out, self.block_out)
@@ -85,29 +100,39 @@ class OrthogonalEquivalence(nn.Module):
         self.register_buffer("layout", torch.zeros(7, dtype=torch.int64, device=weight.device))
         self.write_layout()
         self.configure(config)
+        _alive[id(self)] = self
 
     def configure(self, config: POETXConfig) -> None:
         """Set the configuration; its blocks, order and permutations are those of this state."""
         self.config, self.merge_rotation = config, config.merge_rotation
-        self._announce()
-
-    def _announce(self) -> None:
-        """Let the backend find the configuration by the parameters it is given."""
-        _configs[self.skew_in] = _configs[self.skew_out] = self.config
-        _alive.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._announce()
+        _alive[id(self)] = self
 
     def forward(self, stored: Tensor) -> Tensor:
-        """The effective weight [n, m] of the stored one; differentiable in the skew parameters."""
+        """The effective weight [n, m] of the stored one; differentiable in the skew parameters.
+
+        Raises:
+            ParallelismError: the parameters are sharded here and not gathered, or were cast.
+        """
+        for tensor in (stored, self.skew_in, self.skew_out):
+            if is_sharded(tensor):
+                raise ParallelismError(NOT_GATHERED)
+        if self.skew_in.dtype not in (torch.float32, torch.float64):
+            raise ParallelismError(f"rotations arrive in {self.skew_in.dtype}: {CAST}")
+        if not torch.compiler.is_compiling():  # the backend does the same with what it compiles
+            check_reduced(self.skew_in, self.skew_out)
+        return self.effective(stored, self.skew_in, self.skew_out)
+
+    def effective(self, stored: Tensor, skew_in: Tensor, skew_out: Tensor) -> Tensor:
+        """The effective weight of tensors that stand for this layer's parameters."""
         if self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
         return ops.orthogonal_equivalence(
             stored,
-            self.skew_in,
-            self.skew_out,
+            skew_in,
+            skew_out,
             self.perm_in.pair,
             self.perm_out.pair,
             self.block_in,
@@ -145,10 +170,14 @@ class OrthogonalEquivalence(nn.Module):
         kind = _KINDS.index(self.perm_in.kind)
         return [self.perm_in.group, self.perm_out.group, kind, self.order or 0]
 
+    def layout_values(self) -> list[int]:
+        """What the buffer `layout` says of the permutations in force."""
+        return [_FORMAT, self.seed, self.draw, *self._shared()]
+
     def write_layout(self) -> None:
         """Bring the saved buffer up to date with the permutations."""
-        values = [_FORMAT, self.seed, self.draw, *self._shared()]
-        self.layout.copy_(torch.tensor(values, dtype=torch.int64, device="cpu"))
+        values = torch.tensor(self.layout_values(), dtype=torch.int64, device="cpu")
+        self.layout.copy_(values)
 
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
         # Rotations in half precision drift by tens of per cent (docs/numerics.md): a move to
@@ -158,9 +187,7 @@ class OrthogonalEquivalence(nn.Module):
             narrowed = t.is_floating_point() and moved.dtype != rotation_dtype(moved.dtype)
             return t.to(moved.device) if narrowed else moved
 
-        applied = super()._apply(keep_precision, recurse)
-        self._announce()  # torch may be told to make new parameters
-        return applied
+        return super()._apply(keep_precision, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.interrupted:
@@ -190,7 +217,6 @@ class OrthogonalEquivalence(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
-        self._announce()  # `assign=True` has made new parameters
         if saved is not None:
             self.perm_in.redraw(seed, draw)
             self.perm_out.redraw(seed, draw)
@@ -203,9 +229,9 @@ class OrthogonalEquivalence(nn.Module):
         )
 
 
-def config_of_skew(value: Any) -> POETXConfig | None:
-    """The configuration of the layer a skew parameter belongs to; ``None`` for anything else."""
-    return _configs.get(value) if isinstance(value, nn.Parameter) else None
+def equivalence_with_id(module_id: int | None) -> OrthogonalEquivalence | None:
+    """The parametrization whose `id` a graph has noted, or ``None``."""
+    return None if module_id is None else _alive.get(module_id)
 
 
 def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
@@ -217,6 +243,26 @@ def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
         if isinstance(parametrization, OrthogonalEquivalence):
             return parametrization
     return None
+
+
+def check_layouts(equivalences: Sequence[OrthogonalEquivalence]) -> None:
+    """Raise `IncompatibleStateError` where a saved layout is not that of the permutations in force.
+
+    DDP gives every process the buffers of rank 0, these among them: a process that was prepared
+    with another seed, or merged when the others did not, finds out without any communication.
+    """
+    by_device: dict[torch.device, list[OrthogonalEquivalence]] = defaultdict(list)
+    for equivalence in equivalences:
+        by_device[equivalence.layout.device].append(equivalence)
+    for group in by_device.values():
+        saved = torch.stack([e.layout for e in group]).tolist()
+        for e, values in zip(group, saved, strict=True):
+            if values != e.layout_values():
+                raise IncompatibleStateError(
+                    f"the permutations of this process (layout {e.layout_values()}) are not those "
+                    f"of rank 0 ({values}): prepare the model in every process alike, with one "
+                    "configuration and seed"
+                )
 
 
 def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, OrthogonalEquivalence]]:
@@ -235,7 +281,7 @@ def share_permutations_with(
     """
     inside = set(equivalences)
     permutations = {p for e in inside for p in (e.perm_in, e.perm_out)}
-    outside = [e for e in _alive if e not in inside]
+    outside = [e for e in _alive.values() if e not in inside]
     return [e for e in outside if e.perm_in in permutations or e.perm_out in permutations]
 
 

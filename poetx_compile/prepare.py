@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from poetx_compile.adoption import adopted_state, decline, release
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import check_targets, linears, refusals, unwrap_compiled
-from poetx_compile.errors import ConfigError, NothingToTrainError
+from poetx_compile.errors import ConfigError, NothingToTrainError, ParallelismError
 from poetx_compile.ownership import enrol
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
@@ -26,10 +26,18 @@ from poetx_compile.parametrization import (
 from poetx_compile.permutation import Permutation
 from poetx_compile.prepared_class import share_class
 from poetx_compile.report import LayerRow, PrepareReport
+from poetx_compile.shards import is_sharded
 from poetx_compile.sharing import Groups
+from poetx_compile.wrappers import PREPARE_FIRST, wrapper_of
 
 log = logging.getLogger("poetx_compile")
 M = TypeVar("M", bound=nn.Module)
+
+SHARDED_EXPORT = (
+    "a sharded model cannot be unloaded in place: gather its state (get_model_state_dict of "
+    "torch.distributed.checkpoint.state_dict, with full_state_dict=True), load it into a model "
+    "that is prepared alike and not sharded, and unload that"
+)
 
 _SHAPING = ("block_size", "neumann_order", "cayley", "normalize_rows")
 """Fields that an adopted state is made with; the others may still be chosen when it is moved."""
@@ -76,6 +84,7 @@ def prepare(
         ConfigError: the model was prepared with another configuration, or sides cannot share: one
             does not exist, is not trained through rotations, has another size, is in two groups or
             was prepared without sharing.
+        ParallelismError: the model is wrapped by DDP or FSDP already.
     """
     model = unwrap_compiled(model)
     earlier = config_of(model)
@@ -96,6 +105,7 @@ def prepare(
     config = config or earlier or _config_of_adopted(adopted) or POETXConfig()
     check_targets(list(found), config)
     reasons = refusals(model, config)
+    _check_order(model, reasons)
     if any(found[n].weight.is_meta for n, reason in reasons.items() if reason is None):
         raise ConfigError(
             "the model's weights are on the meta device: materialise and initialise them, "
@@ -126,6 +136,17 @@ def prepare(
     return PrepareReport(rows, trainable, sum(p.numel() for p in parameters) - rotations)
 
 
+def _check_order(model: nn.Module, reasons: dict[str, str | None]) -> None:
+    """Raise where a wrapper came before `prepare` and there is something left to prepare."""
+    wrapper = wrapper_of(model)
+    prepared = "already prepared" in reasons.values()
+    if wrapper is not None and (not prepared or None in reasons.values()):
+        raise ParallelismError(
+            f"this model was given to {wrapper} before it was prepared, which would leave its "
+            f"rotations out: {PREPARE_FIRST}"
+        )
+
+
 def register(
     module: nn.Linear, equivalence: OrthogonalEquivalence, *, as_it_is: bool = False
 ) -> None:
@@ -141,6 +162,8 @@ def register(
     with _unchanged(weight) if as_it_is else contextlib.nullcontext():
         parametrize.register_parametrization(module, "weight", equivalence, unsafe=True)
     equivalence.takes_stored = False
+    # Of the class that torch has just made, and that the first of its kind hands on.
+    type(module).register_parameter = _register_parameter  # type: ignore[method-assign, assignment]
     share_class(module)
     stored_weight(module).requires_grad_(False)
     stored_weight(module).grad = None
@@ -150,6 +173,19 @@ def register(
 def _unchanged(weight: Tensor) -> contextlib.AbstractContextManager[None]:
     """Torch sets a parametrized tensor to its stored form even where that is the tensor itself."""
     return torch.autograd._unsafe_preserve_version_counter(weight)
+
+
+def _register_parameter(module: nn.Linear, name: str, parameter: nn.Parameter | None) -> None:
+    """`nn.Module.register_parameter`, with a reason where tensor parallelism calls it.
+
+    It takes the names of all parameters of a linear for names of its own.
+    """
+    if "." in name:
+        raise ParallelismError(
+            "a prepared linear cannot be split by tensor parallelism, which would cut its blocks: "
+            "leave it out of the plan, or exclude it from prepare (exclude_modules)"
+        )
+    nn.Module.register_parameter(module, name, parameter)
 
 
 def config_of(model: nn.Module) -> POETXConfig | None:
@@ -171,9 +207,15 @@ def merge_and_unload(model: M) -> M:
 
     Returns:
         The same object.
+
+    Raises:
+        ParallelismError: the model is sharded; the message says how to export it.
     """
     plain = unwrap_compiled(model)
-    for _, module, _ in list(prepared_linears(plain)):
+    layers = list(prepared_linears(plain))
+    if any(is_sharded(p) for _, m, e in layers for p in (stored_weight(m), e.skew_in, e.skew_out)):
+        raise ParallelismError(SHARDED_EXPORT)
+    for _, module, _ in layers:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         module.weight.requires_grad_(True)
         # The weight comes back as the last parameter; optimiser states and others go by position.

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from poetx_compile import ops
+from poetx_compile.backend import _choice
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import InterruptedMergeError
+from poetx_compile.options import BackendOptions
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
-    config_of_skew,
     equivalence_of,
     prepared_linears,
     side_blocks,
@@ -299,9 +300,20 @@ def test_a_rotated_layer_in_low_precision_follows_the_fp64_one(dtype) -> None:
     assert_close(low(x), wide(x.double()))
 
 
-def test_the_backend_still_finds_the_configuration_of_assigned_parameters() -> None:
+@pytest.mark.parametrize("how", ["as prepared", "assigned parameters", "deepcopy"])
+def test_the_backend_finds_the_configuration_of_a_graph(how: str) -> None:
     layer = nn.Linear(6, 4)
     prepare(layer, POETXConfig(block_size=2, variant="mem"))
-    state = {name: value.clone() for name, value in layer.state_dict().items()}
-    layer.load_state_dict(state, assign=True)
-    assert config_of_skew(equivalence_of(layer).skew_in).variant == "mem"  # type: ignore[union-attr]
+    if how == "assigned parameters":
+        state = {name: value.clone() for name, value in layer.state_dict().items()}
+        layer.load_state_dict(state, assign=True)
+    if how == "deepcopy":
+        layer = copy.deepcopy(layer)
+    found = []
+
+    def backend(gm, inputs):
+        found.append(_choice(gm, BackendOptions.parse(None, None)).variant)
+        return gm
+
+    torch.compile(layer, backend=backend)(torch.randn(3, 6))
+    assert found == ["mem"]

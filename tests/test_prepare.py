@@ -364,7 +364,7 @@ def test_a_sharded_or_quantised_weight_is_left_alone() -> None:
 
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
     model[1].weight = nn.Parameter(Wrapper(torch.zeros(8, 8)))
-    reason = "weight is a Wrapper: prepare before sharding or quantising"
+    reason = "weight is a Wrapper: prepare before quantising"
     assert _status(prepare(model, CONFIG))["1"] == ("skipped", reason)
 
 

@@ -11,7 +11,8 @@ each merge (there Q is that step) and from the growth between measurements. A me
 launched where the bound has come half of the way to the limit, and is read one step later, when the
 device has finished it and is busy with the next step: nothing waits. (Only the first of a run is
 waited for, and all of them where merges come every few steps.) Which step reads which measurement
-does not depend on timing, so all ranks decide alike.
+does not depend on timing, so all processes decide alike. Where the skew parameters are sharded each
+process measures its own blocks, and one number is reduced over all of them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from poetx_compile.optim.spectral_norm import largest_norms
+from poetx_compile.shards import groups_of, local, reduce_over
 
 UNDERESTIMATE = 1.02
 """The Lanczos estimate may lie this much below the norm."""
@@ -146,7 +148,9 @@ class _Measurement:
         self.before_merge = False
         self._values: list[Tensor] = []
         self._events: list[torch.cuda.Event] = []
-        for value in largest_norms(skews):
+        groups = groups_of(skew for skew, _ in skews)
+        for norm in largest_norms([(local(skew), b) for skew, b in skews]):
+            value = reduce_over(groups, norm, "max")
             if value.is_cuda:
                 host = torch.empty((), dtype=value.dtype, pin_memory=True)
                 host.copy_(value, non_blocking=True)

@@ -17,6 +17,7 @@ from poetx_compile.optim.adamw import fusible
 from poetx_compile.optim.blocks import by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
+from poetx_compile.shards import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz step, from Muon (Jordan et al., 2024): steep at zero, so that five
@@ -34,7 +35,8 @@ class POETXMuon(torch.optim.Optimizer):
     For each skew block: ``m ← m + (1 − μ)(g − m)``, ``n = g + μ(m − g)`` (Nesterov), n unpacked to
     a skew matrix N, ``Q ← Q − lr · msign(N)``. Every plane of a block turns by about the same
     angle, ``2 · lr`` ± 30 %, and one moment is stored instead of two. All blocks of a size are
-    orthogonalised in one batch, in bf16 on CUDA and in fp32 elsewhere.
+    orthogonalised in one batch, in bf16 on CUDA and in fp32 elsewhere. Sharded skew parameters hold
+    whole blocks in each process, which turns its own; nothing is communicated.
 
     Args:
         model: prepared here, with `config`, if nobody has; compiled or not.
@@ -106,13 +108,13 @@ class POETXMuon(torch.optim.Optimizer):
         skews = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
         if not skews:
             return
-        gradients = [p.grad for p in skews]
-        momenta = []
         for skew in skews:
             state = self.state[skew]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(skew)
-            momenta.append(state["momentum_buffer"])
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in skews]
+        gradients = [local(p.grad) for p in skews]
+        skews = [local(p) for p in skews]
         mu = group["momentum"]
         torch._foreach_lerp_(momenta, gradients, 1 - mu)
         directions = torch._foreach_lerp(gradients, momenta, mu)

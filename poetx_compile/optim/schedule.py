@@ -18,6 +18,7 @@ from poetx_compile.errors import (
     StaleOptimizerError,
     UnownedRotationsError,
 )
+from poetx_compile.fsdp import check_processes
 from poetx_compile.merge import check_whole, merge
 from poetx_compile.optim.angle import ANGLE, AngleGuard
 from poetx_compile.optim.blocks import sides
@@ -59,9 +60,11 @@ def attach(
         ConfigError: the optimiser is attached already, or the model is not prepared, or prepared
             with another configuration.
         UnownedRotationsError: skew parameters that no group of the optimiser holds.
+        ParallelismError: the model is sharded in a way in which rotations cannot train.
     """
     model = unwrap_compiled(model)
     config = prepared_config(model, config)
+    check_processes(model)
     if schedule_of(optimizer) is not None:
         raise ConfigError(
             "this optimiser is attached already: POETXAdamW and POETXMuon attach themselves, "

@@ -22,19 +22,19 @@ _TINY = 1e-30
 
 @torch.no_grad()
 def largest_norms(skews: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-    """The largest spectral norm of all blocks: a scalar on each device that holds any.
+    """The largest spectral norm of all blocks: a float64 scalar on each device of `skews`.
 
     Args:
-        skews: (packed skew [blocks, b(b−1)/2], b) pairs, fp32 or fp64.
+        skews: (packed skew [blocks, b(b−1)/2], b) pairs, fp32 or fp64; of no block the norm is 0.
 
     Estimated from below by `spectral_norms`; nothing is copied to the host.
     """
-    largest: dict[torch.device, list[Tensor]] = {}
+    largest = {s.device: [torch.zeros((), dtype=torch.float64, device=s.device)] for s, _ in skews}
     with ieee_fp32():
         for kind, tensors in by_kind(skews).items():
             for batch in chunks(tensors, kind.size):
                 norms = spectral_norms(unpack(gather(tensors, batch), kind.size))
-                largest.setdefault(kind.device, []).append(norms.amax().double())
+                largest[kind.device].append(norms.amax().double())
     return [torch.stack(values).amax() for values in largest.values()]
 
 
