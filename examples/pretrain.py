@@ -4,6 +4,8 @@
     python examples/pretrain.py --method adamw         # the same, every weight trained
     python examples/pretrain.py --preset 20m --data corpus.jsonl.gz --steps 2000 --out runs/a
     python examples/pretrain.py --out runs/a --resume  # goes on from the last checkpoint
+    torchrun --nproc-per-node 2 examples/pretrain.py   # the same batch over two processes, with DDP
+    torchrun --nproc-per-node 2 examples/pretrain.py --parallel fsdp2
 
 The run folder holds config.json, metrics.jsonl, checkpoint.safetensors, loss.png, spectrum.png and,
 in export/, the trained model with plain weights (`llama.load` reads it). A run that cannot start or
@@ -26,7 +28,7 @@ from safetensors.torch import save_file
 
 import poetx_compile as poetx
 from llama import PRESETS, Llama, LlamaConfig
-from poetx_compile.diagnostics import spectrum
+from poetx_compile.diagnostics import effective_weight, spectrum
 from poetx_compile.errors import POETXError
 from pretraining.batches import window_count
 from pretraining.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
@@ -37,6 +39,7 @@ from pretraining.methods import Method, build, pick_device, pick_dtypes, poetx_c
 from pretraining.metrics import MetricsFile
 from pretraining.options import Options, parse, resumed
 from pretraining.plots import draw, read_run
+from pretraining.processes import Processes, gathered, processes
 from pretraining.training import Training
 
 WATCHED = "layers.0.self_attn.q_proj"
@@ -50,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = parse(arguments)
     try:
-        return pretrain(given)
+        with processes() as group:
+            return pretrain(given, group)
     except (RunError, POETXError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,9 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def pretrain(given: dict[str, Any]) -> int:
-    """Train by the options that were `given`; returns the exit code."""
+def pretrain(given: dict[str, Any], group: Processes) -> int:
+    """Train by the options that were `given`, in all processes of `group`; the exit code."""
     options, checkpoint = _options_and_checkpoint(given)
+    group.part(options.batch_size)
+    group.wait()  # nobody creates the folder before all have looked for it
     device = pick_device(options.device)
     dtype, autocast = pick_dtypes(options.dtype, device)
     if options.compare is not None:
@@ -77,54 +83,84 @@ def pretrain(given: dict[str, Any]) -> int:
         model = Llama(shapes, activation_checkpointing=options.activation_checkpointing)
     model.to(dtype)
     poetx_settings = poetx_config(options, shapes)
-    method = build(model, options, poetx_settings)
-    training = Training(options, method, corpus, device, autocast=autocast)
+    method = build(model, options, poetx_settings, group)
+    training = Training(options, method, corpus, device, autocast=autocast, group=group)
 
     if checkpoint is None:
         spectra: dict[str, Any] = {"layer": WATCHED, "before": _spectrum(model), "after": []}
-        folder = _new_folder(options)
-        write_json(folder / "spectrum.json", spectra)
+        folder = _new_folder(options) if group.is_first else Path()
     else:
         training.load(checkpoint)
         set_random_state(checkpoint["random"])
         folder = Path(str(options.out))
         spectra = read_json(folder / "spectrum.json")
-    write_json(
-        folder / "config.json",
-        {
-            "label": method.label,
-            "options": options.to_dict(),
-            "model": dataclasses.asdict(shapes),
-            "poetx": poetx_settings.to_dict() if options.method == "poetx" else None,
-            "corpus": {
-                "name": corpus.name,
-                "documents": list(corpus.documents),
-                "train_bytes": len(corpus.train),
-                "validation_bytes": len(corpus.validation),
-                "fingerprint": corpus.fingerprint,
-                "unigram_bpb": unigram_bpb,
+    metrics = None
+    if group.is_first:
+        write_json(folder / "spectrum.json", spectra)
+        write_json(
+            folder / "config.json",
+            {
+                "label": method.label,
+                "options": options.to_dict(),
+                "model": dataclasses.asdict(shapes),
+                "poetx": poetx_settings.to_dict() if options.method == "poetx" else None,
+                "corpus": {
+                    "name": corpus.name,
+                    "documents": list(corpus.documents),
+                    "train_bytes": len(corpus.train),
+                    "validation_bytes": len(corpus.validation),
+                    "fingerprint": corpus.fingerprint,
+                    "unigram_bpb": unigram_bpb,
+                },
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                },
+                "processes": group.count,
             },
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
-        },
-    )
-    _announce(options, corpus, method, device, dtype, autocast, folder)
-    metrics = MetricsFile(folder / "metrics.jsonl", training.step)
+        )
+        _announce(options, corpus, method, device, dtype, autocast, folder, group)
+        metrics = MetricsFile(folder / "metrics.jsonl", training.step)
     if not options.no_compile:
-        print(f"compiled in {training.compile():.0f} s", flush=True)
+        seconds = training.compile()
+        if group.is_first:
+            print(f"compiled in {seconds:.0f} s", flush=True)
     done = training.run(metrics, lambda: _save(folder, training))
     if not done:
-        print(f"stopped at step {training.step}; go on with --out {folder} --resume")
+        if group.is_first:
+            print(f"stopped at step {training.step}; go on with --out {folder} --resume")
         return INTERRUPTED
 
     spectra["after"] = _spectrum(model)
-    write_json(folder / "spectrum.json", spectra)
-    draw(folder, None if options.compare is None else Path(options.compare))
-    export(model, shapes, folder / "export")
-    _conclude(training, unigram_bpb, folder)
+    trained: Llama | None = model
+    if group.several and options.parallel == "fsdp2":
+        trained = _unsharded(model, shapes, dtype, poetx_settings, training)
+    if group.is_first:
+        write_json(folder / "spectrum.json", spectra)
+        draw(folder, None if options.compare is None else Path(options.compare))
+        assert trained is not None
+        export(trained, shapes, folder / "export")
+        _conclude(training, unigram_bpb, folder)
+    group.wait()
     return 0
+
+
+def _unsharded(
+    model: Llama,
+    shapes: LlamaConfig,
+    dtype: torch.dtype,
+    settings: poetx.POETXConfig,
+    training: Training,
+) -> Llama | None:
+    """A model of one process with the state of a sharded one; ``None`` in all but the first."""
+    state = gathered(dict(model.state_dict()), training.group)
+    if not training.group.is_first:
+        return None
+    copy = Llama(shapes).to(dtype)
+    if training.options.method == "poetx":
+        poetx.prepare(copy, settings)
+    copy.load_state_dict(state)
+    return copy
 
 
 def export(model: Llama, shapes: LlamaConfig, folder: Path) -> None:
@@ -140,9 +176,9 @@ def export(model: Llama, shapes: LlamaConfig, folder: Path) -> None:
 
 
 def _spectrum(model: Llama) -> list[float]:
-    weight = model.get_submodule(WATCHED).weight
-    assert isinstance(weight, torch.Tensor)
-    return spectrum(weight).tolist()
+    linear = model.get_submodule(WATCHED)
+    assert isinstance(linear, torch.nn.Linear)
+    return spectrum(effective_weight(linear)).tolist()
 
 
 def _options_and_checkpoint(given: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
@@ -185,9 +221,10 @@ def _new_folder(options: Options) -> Path:
 
 
 def _save(folder: Path, training: Training) -> None:
-    save_checkpoint(
-        folder / "checkpoint.safetensors", {**training.state(), "random": random_state()}
-    )
+    state = {**training.state(), "random": random_state()}
+    if training.group.is_first:
+        save_checkpoint(folder / "checkpoint.safetensors", state)
+    training.group.wait()
 
 
 def _announce(
@@ -198,6 +235,7 @@ def _announce(
     dtype: torch.dtype,
     autocast: bool,
     folder: Path,
+    group: Processes,
 ) -> None:
     parameters = sum(p.numel() for p in method.model.parameters())
     precision = str(dtype).removeprefix("torch.") + (" with bfloat16 autocast" if autocast else "")
@@ -206,7 +244,8 @@ def _announce(
         f"corpus: {corpus.name}, {len(corpus.train):,} bytes in {corpus.documents[0]} documents "
         f"to train, {len(corpus.validation):,} in {corpus.documents[1]} to validate"
     )
-    print(f"model: {options.preset}, {parameters:,} parameters, {precision}, on {device}")
+    where = f"{device}" + (f" in {group.count} processes" if group.several else "")
+    print(f"model: {options.preset}, {parameters:,} parameters, {precision}, on {where}")
     if method.summary:
         print(f"{method.label}: {method.summary}")
     sys.stdout.flush()

@@ -21,21 +21,30 @@ class TrainBatches:
         seq_len: tokens in a window; its targets are the same window moved by one byte.
         batch_size: windows in a batch.
         seed: seed of the order; the global generators are not touched.
-        position: number of windows already drawn.
+        position: number of windows already drawn, by all processes.
+        part: the rows of each batch that this process gets; all of them by default.
 
     Raises:
         RunError: there is less than one window of data.
     """
 
-    def __init__(self, data: Tensor, seq_len: int, batch_size: int, seed: int, position: int = 0):
+    def __init__(
+        self,
+        data: Tensor,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        position: int = 0,
+        part: slice = slice(None),
+    ):
         self.data, self.seq_len, self.batch_size, self.seed = data, seq_len, batch_size, seed
-        self.position = position
+        self.position, self.part = position, part
         self.windows = window_count(data, seq_len, "train")
         self._epoch, self._order, self._offset = -1, torch.empty(0, dtype=torch.int64), 0
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """(tokens, targets), each int64 [batch_size, seq_len]."""
-        starts = [self._start(self.position + i) for i in range(self.batch_size)]
+        """(tokens, targets), each int64 [batch_size, seq_len], or the rows of this process."""
+        starts = [self._start(self.position + i) for i in range(self.batch_size)[self.part]]
         self.position += self.batch_size
         return windows_at(self.data, starts, self.seq_len)
 
@@ -51,9 +60,11 @@ class TrainBatches:
 
 
 def validation_batches(
-    data: Tensor, seq_len: int, batch_size: int, count: int
+    data: Tensor, seq_len: int, batch_size: int, count: int, part: slice = slice(None)
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """At most `count` full batches of windows, evenly spaced over `data`: always the same ones.
+
+    `part` takes some rows of each.
 
     Where `data` has less than one full batch of windows, the windows repeat, so that the shapes
     (and with them the compiled code) stay the same.
@@ -63,7 +74,7 @@ def validation_batches(
     wanted = count * batch_size
     picks = [i * windows // wanted for i in range(wanted)]
     for start in range(0, wanted, batch_size):
-        starts = [pick * seq_len for pick in picks[start : start + batch_size]]
+        starts = [pick * seq_len for pick in picks[start : start + batch_size][part]]
         yield windows_at(data, starts, seq_len)
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from llama import LlamaConfig
+from llama import Llama, LlamaConfig
 from poetx_compile.diagnostics import diagnostics
 from pretraining.failure import RunError
 from pretraining.options import Options
+from pretraining.processes import Processes, spread
 
 BETAS = (0.9, 0.95)
 _LABELS = {"muon": "POET-X (Muon)", "adamw": "POET-X (AdamW)"}
@@ -28,7 +29,7 @@ class Method:
 
     Attributes:
         label: name of the method in the plots.
-        model: the plain module, which owns the parameters.
+        model: the plain module, which owns the parameters (sharded by FSDP2: a part of each).
         forward: the compiled model: ``forward(tokens, targets)`` gives the loss.
         optimizer: trains what the method trains.
         trainable: trained parameters in per cent of the dense model's.
@@ -67,23 +68,28 @@ def poetx_config(options: Options, shapes: LlamaConfig) -> poetx.POETXConfig:
     )
 
 
-def build(model: nn.Module, options: Options, config: poetx.POETXConfig) -> Method:
-    """Make `model` ready to train by `options.method`."""
+def build(
+    model: Llama, options: Options, config: poetx.POETXConfig, group: Processes | None = None
+) -> Method:
+    """Make `model` ready to train by `options.method`, in all processes of `group`."""
     dense = sum(p.numel() for p in model.parameters())
     label, summary = "AdamW", ""
     backend: Any = options.stage
     compile_options: dict[str, Any] | None = None
     if options.method == "poetx":
         report = poetx.prepare(model, config)
+    forward: Any = model
+    if group is not None and group.several:
+        forward = spread(model, options.parallel, rotations=options.method == "poetx")
+    if options.method == "poetx":
         label, summary = _LABELS[options.optimizer], str(report).splitlines()[-1]
         backend = poetx.poetx_backend
         compile_options = {"stage": options.stage}
         optimizer = _poetx_optimizer(model, options)
     else:
         optimizer = _dense_optimizer(model, options)
-    forward: Any = model
     if not options.no_compile:
-        forward = torch.compile(model, backend=backend, options=compile_options)
+        forward = torch.compile(forward, backend=backend, options=compile_options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Method(label, model, forward, optimizer, 100 * trained / dense, summary)
 

@@ -22,7 +22,7 @@ class Options:
 
     preset: str = _option("tiny", "size of the model", choices=tuple(PRESETS))
     steps: int = _option(250, "optimiser steps", least=1, free=True)
-    batch_size: int = _option(8, "sequences in a batch", least=1)
+    batch_size: int = _option(8, "sequences in a batch, of all processes together", least=1)
     seq_len: int = _option(128, "bytes in a sequence", least=2)
     vocab_size: int = _option(256, "size of the vocabulary; bytes use the first 256", least=256)
     seed: int = _option(0, "seed of the weights, the data order and the permutations", least=0)
@@ -53,6 +53,13 @@ class Options:
         "inductor",
         "what runs the compiled graphs",
         choices=("inductor", "aot_eager", "eager"),
+        free=True,
+    )
+    parallel: str = _option(
+        "ddp",
+        "how the processes that torchrun starts share the work: a copy of the model each, or "
+        "sharded weights",
+        choices=("ddp", "fsdp2"),
         free=True,
     )
     no_compile: bool = _option(False, "run the model without torch.compile", free=True)

@@ -21,6 +21,7 @@ from pretraining.failure import RunError
 from pretraining.methods import Method
 from pretraining.metrics import MetricsFile, Row, peak_memory_mib
 from pretraining.options import Options
+from pretraining.processes import Processes, gathered, load
 from pretraining.schedule import lr_factor
 
 
@@ -40,10 +41,15 @@ class Training:
         device: torch.device,
         *,
         autocast: bool,
+        group: Processes | None = None,
     ):
         self.options, self.method, self.corpus = options, method, corpus
         self.device, self.autocast = device, autocast
-        self.batches = TrainBatches(corpus.train, options.seq_len, options.batch_size, options.seed)
+        self.group = group or Processes()
+        self.part = self.group.part(options.batch_size)
+        self.batches = TrainBatches(
+            corpus.train, options.seq_len, options.batch_size, options.seed, part=self.part
+        )
         self.peak_lr = [float(group["lr"]) for group in method.optimizer.param_groups]
         self.trained = [p for p in method.model.parameters() if p.requires_grad]
         self.step, self.val_loss = 0, math.nan
@@ -55,22 +61,25 @@ class Training:
         return self._tokens / self._seconds if self._seconds else math.nan
 
     def state(self) -> dict[str, Any]:
-        """Everything the run needs to continue, beside the generators' state."""
-        return {
+        """Everything the run needs to continue, beside the generators' state.
+
+        The same whatever the number of processes; in all but the first, parts may be missing.
+        """
+        state = {
             "step": self.step,
             "position": self.batches.position,
             "corpus": self.corpus.fingerprint,
             "model": dict(self.method.model.state_dict()),
             "optimizer": self.method.optimizer.state_dict(),
         }
+        return gathered(state, self.group)
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a `state`; raises `RunError` where it does not fit this run."""
         if state["corpus"] != self.corpus.fingerprint:
             raise RunError("the data is not the data that the run was started with")
         try:
-            self.method.model.load_state_dict(state["model"])
-            self.method.optimizer.load_state_dict(state["optimizer"])
+            load(self.method.model, self.method.optimizer, state)
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(f"the checkpoint does not fit this model: {error}") from error
         self.step, self.batches.position = state["step"], state["position"]
@@ -87,9 +96,10 @@ class Training:
             torch.cuda.reset_peak_memory_stats(self.device)
         return time.perf_counter() - begun
 
-    def run(self, metrics: MetricsFile, save: Callable[[], None]) -> bool:
+    def run(self, metrics: MetricsFile | None, save: Callable[[], None]) -> bool:
         """Train to the last step; False where the user interrupted it (the state is saved)."""
         bar = tqdm(
+            disable=not self.group.is_first,
             total=self.options.steps,
             initial=self.step,
             unit="step",
@@ -98,10 +108,11 @@ class Training:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
-        with bar, stop_request() as stopped:
+        with bar, stop_request(self.group) as stopped:
             while self.step < self.options.steps and not stopped():
                 row = self._window(bar, stopped)
-                metrics.append(row)
+                if metrics is not None:
+                    metrics.append(row)
                 if row.loss is None or not math.isfinite(row.loss):
                     raise RunError(
                         f"the loss is not finite at step {self.step}: use a smaller --lr"
@@ -118,9 +129,11 @@ class Training:
         compilation, longer than all evaluations of a short run.
         """
         o = self.options
-        pairs = validation_batches(self.corpus.validation, o.seq_len, o.batch_size, o.eval_batches)
+        pairs = validation_batches(
+            self.corpus.validation, o.seq_len, o.batch_size, o.eval_batches, self.part
+        )
         losses = [self._loss(*pair, forward=self.method.model) for pair in pairs]
-        return float(torch.stack(losses).double().mean())
+        return self.group.mean(torch.stack(losses).double().mean())
 
     def _window(self, bar: tqdm, stopped: Callable[[], bool]) -> Row:
         """The steps up to the next row of metrics.jsonl."""
@@ -132,7 +145,7 @@ class Training:
             due = any(map(self._is_due, ("log_every", "eval_every", "save_every")))
             if due or stopped():
                 break
-        loss = float(torch.stack(losses).double().mean())  # waits for the device
+        loss = self.group.mean(torch.stack(losses).double().mean())  # waits for the device
         seconds = time.perf_counter() - begun
         tokens = len(losses) * self.options.batch_size * self.options.seq_len
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
@@ -186,18 +199,31 @@ class Training:
 
 
 @contextmanager
-def stop_request() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C asks for a stop after the step; the second one interrupts."""
+def stop_request(group: Processes) -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C asks for a stop after the step; the second one interrupts.
+
+    Of several processes all stop after the same step. There torchrun hands each signal on once
+    more, and SIGTERM as well, so that only the first counts.
+    """
     requested = False
 
     def on_interrupt(_signal: int, _frame: FrameType | None) -> None:
         nonlocal requested
-        if requested:
+        if requested and not group.several:
             raise KeyboardInterrupt
         requested = True
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    signals = [signal.SIGINT, signal.SIGTERM] if group.several else [signal.SIGINT]
+    previous = {number: signal.signal(number, on_interrupt) for number in signals}
+    stopping = False
+
+    def stopped() -> bool:
+        nonlocal stopping
+        stopping = stopping or group.any(requested)
+        return stopping
+
     try:
-        yield lambda: requested
+        yield stopped
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
