@@ -10,6 +10,8 @@
 ``python -m benchmarks.plot``     figures of the results of `layers`
 ==============================  ====================================================================
 
-Each prints a table and writes ``benchmarks/results/<name>-<gpu>.json``, a list of rows, after every
-row. No time is taken of anything that has not passed its correctness gate in the same process.
+``torchrun --nproc-per-node 2 -m benchmarks.distributed`` compares DDP and FSDP2 with one process
+and prints a table. Each of the others prints a table and writes
+``benchmarks/results/<name>-<gpu>.json``, a list of rows, after every row. No time is taken of
+anything that has not passed its correctness gate in the same process.
 """
