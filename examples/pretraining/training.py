@@ -109,7 +109,8 @@ class Training:
             mininterval=0.5 if sys.stderr.isatty() else 10,
         )
         with bar, stop_request(self.group) as stopped:
-            while self.step < self.options.steps and not stopped():
+            stopping = False
+            while self.step < self.options.steps and not stopping:
                 row = self._window(bar, stopped)
                 if metrics is not None:
                     metrics.append(row)
@@ -117,7 +118,8 @@ class Training:
                     raise RunError(
                         f"the loss is not finite at step {self.step}: use a smaller --lr"
                     )
-                if stopped() or self._is_due("save_every"):
+                stopping = stopped()  # asked once: what stops the run is saved
+                if stopping or self._is_due("save_every"):
                     save()
         return self.step == self.options.steps
 
