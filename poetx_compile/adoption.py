@@ -21,7 +21,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.census import Census, hidden
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import check_targets, linears, refusals, user_name
+from poetx_compile.eligibility import (
+    check_targets,
+    linears,
+    name_refusal,
+    refusals,
+    user_name,
+)
 from poetx_compile.errors import AdoptionError, ConfigError
 from poetx_compile.options import differing
 from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linears
@@ -184,15 +190,25 @@ class Adopter:
         weight = self.inputs[index]
         if not isinstance(weight, nn.Parameter):
             return "the weight is not a parameter"
-        if isinstance(weight, FakeTensor) and active_ddp() is not None:
-            raise AdoptionError(
-                f"{layer} was not prepared, and DDP splits the graph: {PREPARE_FIRST}"
-            )
+        if isinstance(weight, FakeTensor):
+            return self._refuse_split(layer)
         self.judge = self.judge or Judge(self.config)
         reason = self.judge(weight).reason
         if reason is not None:
             self.left.append((index, layer))
         return reason
+
+    def _refuse_split(self, layer: str) -> str:
+        """Of a weight that is not there yet: DDP's graph splitting compiles with fake tensors."""
+        ddp = active_ddp()
+        if reason := name_refusal([layer], self.config):
+            return reason
+        if ddp is not None and not any(True for _ in prepared_linears(ddp)):
+            raise AdoptionError(
+                f"{user_name(layer)} was not prepared and is under DistributedDataParallel, which "
+                f"would not see rotations that the compiler adds: {PREPARE_FIRST}"
+            )
+        return "the model was prepared, and this layer was not"
 
     def _create(self, slot: Slot) -> StateSpec:
         if self.refuse:

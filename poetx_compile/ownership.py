@@ -28,7 +28,7 @@ from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_of,
 
 log = logging.getLogger("poetx_compile")
 
-_layers: Any = WeakTensorKeyDictionary()  # stored weight or skew parameter → its linear, weakly
+_linears: weakref.WeakSet[nn.Linear] = weakref.WeakSet()  # enrolled, and still prepared or not
 _owners: Any = WeakTensorKeyDictionary()  # skew parameter → its optimiser, weakly
 _orphans: Any = WeakTensorKeyDictionary()  # adopted skew parameter without an owner → its linear
 _looked: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
@@ -44,8 +44,7 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
     global _version
     _version += 1
     skews = equivalence.skew_in, equivalence.skew_out
-    for parameter in (stored_weight(module), *skews):
-        _layers[parameter] = weakref.ref(module)
+    _linears.add(module)
     if equivalence.adopted:
         _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
     _watch()
@@ -66,17 +65,12 @@ def owner(skew: nn.Parameter) -> Optimizer | None:
 
 def held(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
     """The enrolled layers without an owner of which `optimizer` holds a parameter, in its order."""
-    found: dict[nn.Linear, OrthogonalEquivalence] = {}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        reference = _layers.get(parameter)
-        module = None if reference is None else reference()
-        equivalence = None if module is None else equivalence_of(module)
-        if module is None or equivalence is None or not _trains(equivalence):
-            continue
-        mine = (stored_weight(module), equivalence.skew_in, equivalence.skew_out)
-        if any(parameter is p for p in mine) and owner(equivalence.skew_in) is None:
-            found[module] = equivalence
-    return list(found.items())
+    layers = {m: e for m in list(_linears) if (e := equivalence_of(m)) is not None and _trains(e)}
+    # As they are now: sharding makes new parameters.
+    module_of = {p: m for m, e in layers.items() for p in (stored_weight(m), e.skew_in, e.skew_out)}
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    found = dict.fromkeys(m for p in parameters if (m := module_of.get(p)) is not None)
+    return [(m, layers[m]) for m in found if owner(layers[m].skew_in) is None]
 
 
 def _trains(equivalence: OrthogonalEquivalence) -> bool:

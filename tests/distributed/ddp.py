@@ -23,6 +23,7 @@ from tests.distributed.training import (
     COMPILED,
     Collectives,
     adamw,
+    adopted,
     alone,
     assert_alike,
     attached,
@@ -62,7 +63,7 @@ def choices() -> Iterator[list[Any]]:
 
 
 def check_losses_and_states_are_those_of_one_process() -> None:
-    for make in (muon, adamw, attached):
+    for make in (muon, adamw, attached, adopted):
         model = build()
         wrapped = DistributedDataParallel(model)
         optimizer = make(wrapped)

@@ -25,6 +25,7 @@ from tests.distributed.training import (
     COMPILED,
     Collectives,
     adamw,
+    adopted,
     alone,
     assert_alike,
     attached,
@@ -51,7 +52,7 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def check_losses_and_states_are_those_of_one_process() -> None:
-    for make in (muon, adamw, attached):
+    for make in (muon, adamw, attached, adopted):
         model = shard(build())
         optimizer = make(model)
         assert_alike(train(model, optimizer), alone(make))
@@ -266,7 +267,7 @@ def check_reading_a_sharded_weight_is_refused() -> None:
 def check_the_wrong_order_is_refused() -> None:
     model = shard(TinyLM())
     for act in (lambda: poetx.prepare(model), lambda: poetx.POETXAdamW(model)):
-        with raises(ParallelismError, "fully_shard before it was prepared"):
+        with raises(ParallelismError, "fully_shard (FSDP2) before it was prepared"):
             act()
     with raises(AdoptionError, "poetx_compile.prepare(model)"):
         torch.compile(model, **COMPILED)(batch(0)[:, :-1])

@@ -55,6 +55,12 @@ def attached(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+def adopted(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    poetx.adopt(optimizer, model)
+    return optimizer
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
