@@ -19,7 +19,11 @@ _explain, _estimate = (  # the functions of these names hide the modules
 SECTIONS: list[tuple[str, list[Any]]] = [
     ("Say what is trained", [poetx.POETXConfig, poetx.prepare, poetx.merge_and_unload]),
     ("Compile", [poetx.poetx_backend, options.BackendOptions]),
-    ("Optimise", [poetx.POETXAdamW, poetx.POETXMuon, poetx.param_groups, poetx.attach]),
+    ("Optimise", [poetx.POETXAdamW, poetx.POETXMuon]),
+    (
+        "Optimise with another optimiser",
+        [poetx.param_groups, poetx.attach, poetx.adopt, poetx.clip_grad_norm_],
+    ),
     ("Look", [poetx.explain, poetx.estimate, poetx.diagnostics]),
     (
         "What is returned",
