@@ -24,6 +24,10 @@ SECTIONS: list[tuple[str, list[Any]]] = [
         "Optimise with another optimiser",
         [poetx.param_groups, poetx.attach, poetx.adopt, poetx.clip_grad_norm_],
     ),
+    (
+        "Save, resume, export",
+        [poetx.save_checkpoint, poetx.load_checkpoint, poetx.plain_state_dict],
+    ),
     ("Look", [poetx.explain, poetx.estimate, poetx.diagnostics]),
     (
         "What is returned",

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 examples/pretrain.py   # the same batch over two processes, with DDP
     torchrun --nproc-per-node 2 examples/pretrain.py --parallel fsdp2
 
-The run folder holds config.json, metrics.jsonl, checkpoint.safetensors, loss.png, spectrum.png and,
+The run folder holds config.json, metrics.jsonl, checkpoint.pt, loss.png, spectrum.png and,
 in export/, the trained model with plain weights (`llama.load` reads it). A run that cannot start or
 go on says why in one line and exits with code 2.
 """
@@ -30,11 +30,12 @@ import poetx_compile as poetx
 from llama import PRESETS, Llama, LlamaConfig
 from poetx_compile.diagnostics import effective_weight, spectrum
 from poetx_compile.errors import POETXError
+from poetx_compile.files import write_atomically
 from pretraining.batches import window_count
 from pretraining.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from pretraining.corpus import Corpus, load_corpus
 from pretraining.failure import RunError
-from pretraining.files import read_json, write_atomically, write_json
+from pretraining.files import read_json, write_json
 from pretraining.methods import Method, build, pick_device, pick_dtypes, poetx_config
 from pretraining.metrics import MetricsFile
 from pretraining.options import Options, parse, resumed
@@ -132,41 +133,20 @@ def pretrain(given: dict[str, Any], group: Processes) -> int:
         return INTERRUPTED
 
     spectra["after"] = _spectrum(model)
-    trained: Llama | None = model
-    if group.several and options.parallel == "fsdp2":
-        trained = _unsharded(model, shapes, dtype, poetx_settings, training)
+    state = gathered(dict(model.state_dict()), group)
     if group.is_first:
         write_json(folder / "spectrum.json", spectra)
         draw(folder, None if options.compare is None else Path(options.compare))
-        assert trained is not None
-        export(trained, shapes, folder / "export")
+        export(state, shapes, folder / "export")
         _conclude(training, unigram_bpb, folder)
     group.wait()
     return 0
 
 
-def _unsharded(
-    model: Llama,
-    shapes: LlamaConfig,
-    dtype: torch.dtype,
-    settings: poetx.POETXConfig,
-    training: Training,
-) -> Llama | None:
-    """A model of one process with the state of a sharded one; ``None`` in all but the first."""
-    state = gathered(dict(model.state_dict()), training.group)
-    if not training.group.is_first:
-        return None
-    copy = Llama(shapes).to(dtype)
-    if training.options.method == "poetx":
-        poetx.prepare(copy, settings)
-    copy.load_state_dict(state)
-    return copy
-
-
-def export(model: Llama, shapes: LlamaConfig, folder: Path) -> None:
-    """Merge the rotations into plain weights and write a model that `llama.load` reads."""
-    state = poetx.merge_and_unload(model).state_dict()
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def export(state: dict[str, Any], shapes: LlamaConfig, folder: Path) -> None:
+    """Write the plain weights of a trained model's `state`, which `llama.load` reads."""
+    plain = poetx.plain_state_dict(state, device="cpu")
+    plain = {name: tensor.contiguous() for name, tensor in plain.items()}
     folder.mkdir(exist_ok=True)
     write_json(folder / "config.json", dataclasses.asdict(shapes))
     write_atomically(
@@ -195,7 +175,7 @@ def _options_and_checkpoint(given: dict[str, Any]) -> tuple[Options, dict[str, A
     if not isinstance(saved, dict) or not isinstance(saved.get("options"), dict):
         raise RunError(f"{out} is no run folder of this script")
     options = resumed(saved["options"], given)
-    checkpoint = load_checkpoint(out / "checkpoint.safetensors")
+    checkpoint = load_checkpoint(out)
     if checkpoint["step"] >= options.steps:
         raise RunError(
             f"the run in {out} is finished at step {checkpoint['step']}: "
@@ -223,7 +203,7 @@ def _new_folder(options: Options) -> Path:
 def _save(folder: Path, training: Training) -> None:
     state = {**training.state(), "random": random_state()}
     if training.group.is_first:
-        save_checkpoint(folder / "checkpoint.safetensors", state)
+        save_checkpoint(folder, state)
     training.group.wait()
 
 

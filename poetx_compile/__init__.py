@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from poetx_compile import ops
 from poetx_compile.backend import poetx_backend
+from poetx_compile.checkpoint import load_checkpoint, save_checkpoint
 from poetx_compile.config import POETXConfig
 from poetx_compile.diagnostics import diagnostics
 from poetx_compile.estimate import estimate
 from poetx_compile.explain import explain
+from poetx_compile.export import plain_state_dict
 from poetx_compile.fsdp import fully_shard_rotations
 from poetx_compile.optim import (
     POETXAdamW,
@@ -37,9 +39,12 @@ __all__ = [
     "estimate",
     "explain",
     "fully_shard_rotations",
+    "load_checkpoint",
     "merge_and_unload",
     "ops",
     "param_groups",
+    "plain_state_dict",
     "poetx_backend",
     "prepare",
+    "save_checkpoint",
 ]

@@ -46,6 +46,9 @@ class POETXConfig:
             input of each layer.
         formulation: ``"input_centric"`` rotates activations, ``"folded"`` builds the effective
             weight once a step; ``"auto"`` takes the cheaper one for each side of each layer.
+        keep_in_eval: keep the effective weights while an eager model is evaluated (`model.eval()`,
+            no gradients) instead of computing them at every call: a second copy of the prepared
+            weights, freed by `model.train()` or the next optimiser step.
         memory_budget: ``None``, or the fraction in (0, 1] of the activation memory that the
             partitioner may keep (`torch._functorch.config.activation_memory_budget`).
         seed: seed of the permutations; never touches the global generators.
@@ -71,6 +74,7 @@ class POETXConfig:
     permutation: str = "random"
     variant: str = "fast"
     formulation: str = "auto"
+    keep_in_eval: bool = True
     memory_budget: float | None = None
     seed: int = 0
     target_modules: str | Sequence[str] | None = None
@@ -103,8 +107,9 @@ class POETXConfig:
             raise _bad("memory_budget", budget, "None, or a fraction in (0, 1]")
         if not (_is_int(self.seed) and 0 <= self.seed < 2**63):
             raise _bad("seed", self.seed, "an int in [0, 2⁶³)")
-        if not isinstance(self.normalize_rows, bool):
-            raise _bad("normalize_rows", self.normalize_rows, "a bool")
+        for name in ("normalize_rows", "keep_in_eval"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "a bool")
         target = self.target_modules
         if not (target is None or isinstance(target, str) or _is_names(target)):
             raise _bad("target_modules", target, "None, a regular expression or a list of names")

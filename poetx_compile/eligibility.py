@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -138,6 +139,50 @@ def weight_refusal(weight: nn.Parameter) -> str | None:
     if weight.dim() != 2 or min(weight.shape) == 0 or max(weight.shape) < 2:
         return f"shape {list(weight.shape)} has nothing to rotate"
     return None
+
+
+class OtherWeight(NamedTuple):
+    """A weight that belongs to no `nn.Linear`: the module it is in, its own name, and why not."""
+
+    module: str
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    trains: bool
+
+
+def other_weights(model: nn.Module) -> Iterator[OtherWeight]:
+    """Every parameter of two dimensions or more outside of `nn.Linear`, once.
+
+    A module with `in_features` and `out_features` but no such parameter (a quantised layer, with
+    buffers of its own) counts as one.
+    """
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or ".parametrizations." in f".{module_name}.":
+            continue
+        weights = {
+            name: p
+            for name, p in module._parameters.items()
+            if p is not None and not nn.parameter.is_lazy(p) and p.dim() >= 2
+        }
+        for name, p in weights.items():
+            if id(p) not in seen:
+                seen.add(id(p))
+                full = f"{module_name}.{name}".lstrip(".")
+                reason = _not_linear(module, p.dim())
+                yield OtherWeight(module_name, full, tuple(p.shape), reason, p.requires_grad)
+        sizes = [vars(module).get(key) for key in ("out_features", "in_features")]
+        if not weights and isinstance(sizes[0], int) and isinstance(sizes[1], int):
+            shape = (sizes[0], sizes[1])
+            yield OtherWeight(module_name, module_name, shape, _not_linear(module, 2), False)
+
+
+def _not_linear(module: nn.Module, dimensions: int) -> str:
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    reason = f"{type(module).__name__} is no nn.Linear"
+    return f"{reason} ({dimensions} dimensions)" if dimensions > 2 else reason
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -19,16 +19,28 @@ class NothingToTrainError(POETXError, ValueError):
     """No `nn.Linear` of the model is eligible, or a `target_modules` pattern matched nothing."""
 
 
-class IncompatibleStateError(POETXError, ValueError):
-    """A checkpoint does not fit the prepared model (block size, seed, groups)."""
+class IncompatibleStateError(POETXError, ValueError, RuntimeError):
+    """A state does not fit the prepared model (block size, groups), or only a part of it does.
+
+    torch raises a `RuntimeError` where a module's state does not fit, a `ValueError` where an
+    optimiser's does not: this is both.
+    """
+
+
+class CheckpointError(POETXError, RuntimeError):
+    """A file is broken, or no checkpoint of `save_checkpoint`."""
 
 
 class InterruptedMergeError(POETXError, RuntimeError):
-    """A merge was cut off by an exception: some layers are merged, some are not."""
+    """A merge or a load was cut off by an exception: some layers have it behind them, some not."""
+
+
+class EffectiveWeightError(POETXError, RuntimeError):
+    """An effective weight was written too late, or is an argument of compiled code."""
 
 
 class StaleOptimizerError(POETXError, RuntimeError):
-    """The model was prepared or unloaded again after its optimiser was built."""
+    """The model's rotations are no longer those its optimiser was built for, or has been copied."""
 
 
 class UnownedRotationsError(POETXError, RuntimeError):

@@ -31,6 +31,7 @@ from poetx_compile.ops.rotation_delta import minus_identity
 from poetx_compile.parametrization import (
     INTERRUPTED,
     OrthogonalEquivalence,
+    check_alone,
     check_layouts,
     prepared_linears,
     stored_weight,
@@ -64,7 +65,9 @@ def merge(model: nn.Module) -> None:
             sharded every process has to call this.
 
     Raises:
-        IncompatibleStateError: processes prepared the model with different seeds.
+        ConfigError: layers outside of `model` share permutations with it.
+        IncompatibleStateError: something else has written into the model's tensors, or processes
+            prepared it with different seeds.
         InterruptedMergeError: an earlier merge was cut off. If this one is (any exception, an
             interrupt included), every layer is marked: forward, `state_dict` and the optimiser
             refuse until a checkpoint has been loaded.
@@ -73,6 +76,7 @@ def merge(model: nn.Module) -> None:
     reshard(model)
     layers = [(m, e) for _, m, e in prepared_linears(model)]
     check_whole(e for _, e in layers)
+    check_alone(e for _, e in layers)
     check_layouts([e for _, e in layers])
     for _, equivalence in layers:
         equivalence.interrupted = True

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from poetx_compile import ops
+from poetx_compile import effective, ops
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import (
+    ConfigError,
     IncompatibleStateError,
     InterruptedMergeError,
     ParallelismError,
 )
+from poetx_compile.layout import SIZE, Layout
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype
@@ -26,7 +28,7 @@ from poetx_compile.shards import is_sharded
 from poetx_compile.wrappers import check_reduced
 
 INTERRUPTED = (
-    "a merge was cut off by an exception: some layers are merged, some are not. "
+    "a merge or a load was cut off by an exception: some layers have it behind them, some not. "
     "Load the last checkpoint into the model (load_state_dict) before going on."
 )
 
@@ -35,16 +37,32 @@ NOT_GATHERED = (
     "fully_shard: poetx_compile.diagnostics.effective_weight(linear) gathers it. (If the layer is "
     "split by tensor parallelism: that is not supported, leave it out of the plan.)"
 )
+NOT_ASSIGNED = (
+    "the weight of a sharded layer cannot be assigned: model.load_state_dict({'name.weight': "
+    "tensor}, strict=False) takes whole weights and keeps each process's part"
+)
 CAST = (
     "a mixed precision policy of FSDP2 cast them. Call "
     "poetx_compile.fully_shard_rotations(module) before fully_shard(module, mp_policy=...)"
 )
+OVERWRITTEN = (
+    "the saved buffer `layout` of a prepared layer, {saved}, is not that of its permutations, "
+    "{here}. Either this process's permutations are not those of rank 0, whose buffers DDP gave "
+    "it: prepare the model in every process alike, with one configuration and seed. Or something "
+    "wrote into the model's tensors: an average of them (EMA, AveragedModel) means nothing across "
+    "a merge, average poetx.plain_state_dict(model) instead; and a checkpoint that was read into "
+    "the tensors of model.state_dict() has to be given to model.load_state_dict as well"
+)
 
-_FORMAT = 1
-_KINDS = ("random", "chunked")
-
-_alive: weakref.WeakValueDictionary[int, OrthogonalEquivalence] = weakref.WeakValueDictionary()
+_alive: WeakValueDictionary[int, OrthogonalEquivalence] = WeakValueDictionary()
 """Every parametrization by its id, which is what a compiled graph knows of the module."""
+
+_revision = 0
+
+
+def revision() -> int:
+    """A number that grows whenever prepared layers, or the parameters in them, may have changed."""
+    return _revision
 
 
 def side_blocks(size: int, block_size: int) -> tuple[int, int]:
@@ -65,12 +83,10 @@ class OrthogonalEquivalence(nn.Module):
         skew_out: the same of the output side.
 
     Buffers:
-        layout: int64 [7], saved: format, seed, draw, group of the input side, group of the output
-            side, kind of permutation, order of the expansion (0: exact). The permutations
-            themselves follow from it.
+        layout: int64 [10], saved (`Layout`): the permutations follow from it.
 
     Attributes:
-        interrupted: a merge of this layer was cut off.
+        interrupted: a merge or a load of this layer was cut off.
         adopted: the compiler made it, not `prepare`.
         takes_stored: the weight given to `right_inverse` is in its stored form already.
     """
@@ -88,6 +104,7 @@ class OrthogonalEquivalence(nn.Module):
         self.interrupted = False
         self.adopted = False
         self.takes_stored = False
+        self._layout_version: int | None = None
         dtype = rotation_dtype(weight.dtype)
 
         def zeros(blocks: int, b: int) -> nn.Parameter:
@@ -97,18 +114,34 @@ class OrthogonalEquivalence(nn.Module):
         self.skew_in = zeros(self.blocks_in, self.block_in)
         self.skew_out = zeros(self.blocks_out, self.block_out)
         self.perm_in, self.perm_out = perm_in, perm_out
-        self.register_buffer("layout", torch.zeros(7, dtype=torch.int64, device=weight.device))
-        self.write_layout()
+        self.register_buffer("layout", torch.zeros(SIZE, dtype=torch.int64, device=weight.device))
         self.configure(config)
-        _alive[id(self)] = self
+        self.write_layout()
 
     def configure(self, config: POETXConfig) -> None:
         """Set the configuration; its blocks, order and permutations are those of this state."""
         self.config, self.merge_rotation = config, config.merge_rotation
+        self._announce()
+
+    def _announce(self) -> None:
+        """Be found, and let those who look after layers look again."""
+        global _revision
+        _revision += 1
+        _alive[id(self)] = self
+        self._own_skew, self._own_layout = ref(self.skew_in), ref(self.layout)
+        effective.forget(self)
+
+    def retire(self) -> None:
+        """The weight is a plain one again; whoever still holds this state holds nothing."""
+        global _revision
+        _revision += 1
+        _alive.pop(id(self), None)
+        effective.forget(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _alive[id(self)] = self
+        self._layout_version = None  # a copy counts its versions anew
+        self._announce()
 
     def forward(self, stored: Tensor) -> Tensor:
         """The effective weight [n, m] of the stored one; differentiable in the skew parameters.
@@ -121,9 +154,12 @@ class OrthogonalEquivalence(nn.Module):
                 raise ParallelismError(NOT_GATHERED)
         if self.skew_in.dtype not in (torch.float32, torch.float64):
             raise ParallelismError(f"rotations arrive in {self.skew_in.dtype}: {CAST}")
-        if not torch.compiler.is_compiling():  # the backend does the same with what it compiles
-            check_reduced(self.skew_in, self.skew_out)
-        return self.effective(stored, self.skew_in, self.skew_out)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.effective(stored, self.skew_in, self.skew_out)
+        check_reduced(self.skew_in, self.skew_out)  # the backend does so with what it compiles
+        if self.interrupted:
+            raise InterruptedMergeError(INTERRUPTED)
+        return effective.read(self, stored)
 
     def effective(self, stored: Tensor, skew_in: Tensor, skew_out: Tensor) -> Tensor:
         """The effective weight of tensors that stand for this layer's parameters."""
@@ -140,20 +176,44 @@ class OrthogonalEquivalence(nn.Module):
             self.order,
         )
 
+    def holds(self, stored: Tensor) -> bool:
+        """Whether parameters of this layer's own are in force: no stand-ins, none just gathered."""
+        ours = isinstance(stored, nn.Parameter) and self._own_skew() is self.skew_in
+        return ours and not (stored.is_inference() or self.skew_in.is_inference())
+
+    def train(self, mode: bool = True) -> OrthogonalEquivalence:
+        effective.forget(self)
+        return super().train(mode)
+
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The stored form of a new weight; the rotations go back to the identity."""
+        """The stored form of a new weight; the rotations go back to the identity.
+
+        Raises:
+            ValueError: a weight of another shape.
+            ParallelismError: the parameters are sharded.
+        """
         if self.takes_stored:
             return weight
+        if is_sharded(self.skew_in):
+            raise ParallelismError(NOT_ASSIGNED)
         with torch.no_grad():
+            stored = self.permuted(weight)
             self.skew_in.zero_()
             self.skew_out.zero_()
-            return self.permuted(weight)
+        return stored
 
     def permuted(self, weight: Tensor) -> Tensor:
-        """``weight[perm_out][:, perm_in]``, contiguous."""
-        n, m = weight.shape
-        rows = weight.detach().index_select(0, pair_index(self.perm_out.pair, 0, n))
-        return rows.index_select(1, pair_index(self.perm_in.pair, 0, m))
+        """``weight[perm_out][:, perm_in]``, contiguous, on the device of `weight`.
+
+        Raises:
+            ValueError: a weight of another shape.
+        """
+        n, m = shape = (self.perm_out.size, self.perm_in.size)
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"a weight of shape {list(weight.shape)} is not one of {[n, m]}")
+        rows = pair_index(self.perm_out.pair_on(weight.device), 0, n)
+        columns = pair_index(self.perm_in.pair_on(weight.device), 0, m)
+        return weight.detach().index_select(0, rows).index_select(1, columns)
 
     @property
     def seed(self) -> int:
@@ -165,61 +225,73 @@ class OrthogonalEquivalence(nn.Module):
         """Which draw of the permutations is in force: 0 is the identity, each merge adds one."""
         return self.perm_in.draw
 
-    def _shared(self) -> list[int]:
-        """What a checkpoint must share: groups of both sides, kind, order of the expansion."""
-        kind = _KINDS.index(self.perm_in.kind)
-        return [self.perm_in.group, self.perm_out.group, kind, self.order or 0]
+    @property
+    def here(self) -> Layout:
+        """The layout in force."""
+        p, q = self.perm_in, self.perm_out
+        blocks = self.config.block_in, self.config.block_out
+        return Layout(p.seed, p.draw, p.group, q.group, p.kind, self.order, *blocks)
 
     def layout_values(self) -> list[int]:
         """What the buffer `layout` says of the permutations in force."""
-        return [_FORMAT, self.seed, self.draw, *self._shared()]
+        return self.here.values()
 
     def write_layout(self) -> None:
         """Bring the saved buffer up to date with the permutations."""
-        values = torch.tensor(self.layout_values(), dtype=torch.int64, device="cpu")
-        self.layout.copy_(values)
+        self.layout.copy_(self.here.tensor())
+        self._layout_version = None if self.layout.is_inference() else self.layout._version
+
+    def check_layout(self) -> None:
+        """Raise `IncompatibleStateError` where something else has written the saved buffer.
+
+        It is read, which waits for the device, only after it was written.
+        """
+        if self._own_layout() is not self.layout:
+            return  # the stand-in of a functional call
+        version = None if self.layout.is_inference() else self.layout._version
+        if version is None or version != self._layout_version:
+            check_layouts([self])
+            self._layout_version = version
 
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
         # Rotations in half precision drift by tens of per cent (docs/numerics.md): a move to
-        # another device is followed, a cast below fp32 is not.
+        # another device is followed, a cast below fp32 is not, nor one of the layout.
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
-            narrowed = t.is_floating_point() and moved.dtype != rotation_dtype(moved.dtype)
-            return t.to(moved.device) if narrowed else moved
+            dtype = rotation_dtype(moved.dtype) if t.is_floating_point() else t.dtype
+            return moved if moved.dtype == dtype else t.to(moved.device)
 
-        return super()._apply(keep_precision, recurse)
+        was_meta = self.skew_in.is_meta
+        applied = super()._apply(keep_precision, recurse)
+        self._layout_version = None
+        if was_meta and not self.skew_in.is_meta:
+            with torch.no_grad():  # `to_empty`: there was no rotation to lose
+                self.skew_in.zero_()
+                self.skew_out.zero_()
+                self.write_layout()
+        self._announce()  # torch may be told to make new parameters
+        return applied
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
+        self.check_layout()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ):
-        saved = state_dict.get(prefix + "layout")
-        if saved is not None:
-            version, seed, draw, *rest = saved.tolist()
-            here = self._shared()
-            if version != _FORMAT:
-                errors.append(
-                    f"{prefix}layout has format {version}, this version of poetx_compile reads "
-                    f"{_FORMAT}: load it with the version that saved it, merge and export"
-                )
-                return
-            if rest != here:
-                errors.append(
-                    f"{prefix}layout: permutation groups, kind and order {rest} were saved, the "
-                    f"model has {here}: prepare the same model with the configuration of the "
-                    "checkpoint and the same `shared`"
-                )
-                return
+        # What does not fit has been refused before anything was written (`loading`).
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
-        if saved is not None:
-            self.perm_in.redraw(seed, draw)
-            self.perm_out.redraw(seed, draw)
+        for permutation in (self.perm_in, self.perm_out):
+            if permutation.pair.is_meta:
+                permutation.settle(self.skew_in.device)
+        self._announce()  # `assign=True` has made new parameters
+        if prefix + "layout" in state_dict:
+            self._layout_version = None
+            self.check_layout()
             self.interrupted = False
 
     def extra_repr(self) -> str:
@@ -249,19 +321,19 @@ def check_layouts(equivalences: Sequence[OrthogonalEquivalence]) -> None:
     """Raise `IncompatibleStateError` where a saved layout is not that of the permutations in force.
 
     DDP gives every process the buffers of rank 0, these among them: a process that was prepared
-    with another seed, or merged when the others did not, finds out without any communication.
+    with another seed, or merged when the others did not, finds out without any communication. So
+    does a model whose tensors something else has written.
     """
     by_device: dict[torch.device, list[OrthogonalEquivalence]] = defaultdict(list)
     for equivalence in equivalences:
-        by_device[equivalence.layout.device].append(equivalence)
+        if not equivalence.layout.is_meta:
+            by_device[equivalence.layout.device].append(equivalence)
     for group in by_device.values():
         saved = torch.stack([e.layout for e in group]).tolist()
         for e, values in zip(group, saved, strict=True):
             if values != e.layout_values():
                 raise IncompatibleStateError(
-                    f"the permutations of this process (layout {e.layout_values()}) are not those "
-                    f"of rank 0 ({values}): prepare the model in every process alike, with one "
-                    "configuration and seed"
+                    OVERWRITTEN.format(saved=values, here=e.layout_values())
                 )
 
 
@@ -283,6 +355,16 @@ def share_permutations_with(
     permutations = {p for e in inside for p in (e.perm_in, e.perm_out)}
     outside = [e for e in _alive.values() if e not in inside]
     return [e for e in outside if e.perm_in in permutations or e.perm_out in permutations]
+
+
+def check_alone(equivalences: Iterable[OrthogonalEquivalence]) -> None:
+    """Raise `ConfigError` where other layers have permutations of these."""
+    if others := share_permutations_with(equivalences):
+        raise ConfigError(
+            f"{len(others)} layer(s) outside of these share permutations with them, and a merge of "
+            "one is a merge of all: merge the whole model, give the linears that share an input to "
+            "one optimiser, and declare nothing `shared` between parts that have several"
+        )
 
 
 class PreparedLayers(nn.ModuleList):

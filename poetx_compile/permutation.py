@@ -108,12 +108,21 @@ class Permutation(nn.Module):
             self.pair.copy_(self.peek(seed, draw))
             self.seed, self.draw = seed, draw
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Permutation:
-        # Only a change of device is followed, by drawing the pair again: `to_empty` leaves no
-        # garbage behind, and a cast of all buffers (`Module.type`) leaves indices.
-        device = fn(self.pair).device
+    def settle(self, device: torch.device) -> None:
+        """Be on `device`: drawn there again, for the pair of a module on meta has no values."""
         if device != self.pair.device:
             self.pair = self.peek(self.seed, self.draw).to(device)
+
+    def pair_on(self, device: torch.device) -> Tensor:
+        """The pair on another device; drawn there where the module is on meta."""
+        if self.pair.is_meta and device != self.pair.device:
+            return self.peek(self.seed, self.draw).to(device)
+        return self.pair.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Permutation:
+        # Only a change of device is followed: `to_empty` leaves no garbage behind, and a cast of
+        # all buffers (`Module.type`) leaves indices.
+        self.settle(fn(self.pair).device)
         return self
 
     def extra_repr(self) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,8 +15,16 @@ from torch.nn.utils import parametrize
 
 from poetx_compile.adoption import adopted_state, decline, release
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import check_targets, linears, refusals, unwrap_compiled
+from poetx_compile.eligibility import (
+    OtherWeight,
+    check_targets,
+    linears,
+    other_weights,
+    refusals,
+    unwrap_compiled,
+)
 from poetx_compile.errors import ConfigError, NothingToTrainError, ParallelismError
+from poetx_compile.loading import guard_loads, unguard_loads
 from poetx_compile.ownership import enrol
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
@@ -35,8 +44,8 @@ M = TypeVar("M", bound=nn.Module)
 
 SHARDED_EXPORT = (
     "a sharded model cannot be unloaded in place: gather its state (get_model_state_dict of "
-    "torch.distributed.checkpoint.state_dict, with full_state_dict=True), load it into a model "
-    "that is prepared alike and not sharded, and unload that"
+    "torch.distributed.checkpoint.state_dict, with full_state_dict=True) and give it to "
+    "poetx_compile.plain_state_dict"
 )
 
 _SHAPING = ("block_size", "neumann_order", "cayley", "normalize_rows")
@@ -77,7 +86,8 @@ def prepare(
         shared: declarations of sides that share one permutation, each a sequence of patterns.
 
     Returns:
-        The report: a row for each `nn.Linear` with its status and the reason.
+        The report: a row for each `nn.Linear`, and for whatever else has weights of two dimensions
+        or more, with its status and the reason.
 
     Raises:
         NothingToTrainError: no `nn.Linear` is eligible, or a pattern matched nothing.
@@ -106,13 +116,14 @@ def prepare(
     check_targets(list(found), config)
     reasons = refusals(model, config)
     _check_order(model, reasons)
-    if any(found[n].weight.is_meta for n, reason in reasons.items() if reason is None):
+    fresh = [found[n].weight for n, reason in reasons.items() if reason is None]
+    if config.normalize_rows and any(weight.is_meta for weight in fresh):
         raise ConfigError(
-            "the model's weights are on the meta device: materialise and initialise them, "
-            "then call prepare"
+            "normalize_rows needs the values of the weights, and there are weights on the meta "
+            "device: materialise and initialise them first, then call prepare"
         )
     if all(reason is not None and reason != "already prepared" for reason in reasons.values()):
-        raise NothingToTrainError(_nothing(reasons))
+        raise NothingToTrainError(_nothing(model, reasons))
     # Adopted states hold gradients under identity permutations (draw 0): what joins them has to.
     groups = Groups(model, config, 0 if adopted else 1, shared, found, reasons)
     trained = {id(found[n]) for n, r in reasons.items() if r in (None, "already prepared")}
@@ -129,7 +140,8 @@ def prepare(
             perm_in, perm_out = groups.sides(name, found[name])
             equivalence = OrthogonalEquivalence(found[name].weight, config, perm_in, perm_out)
             register(found[name], equivalence)
-    rows = [_row(name, module, reasons[name]) for name, module in found.items()]
+    guard_loads(model)
+    rows = list(_rows(model, found, reasons))
     parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     rotations = sum(e.skew_in.numel() + e.skew_out.numel() for _, _, e in prepared_linears(model))
@@ -215,7 +227,7 @@ def merge_and_unload(model: M) -> M:
     layers = list(prepared_linears(plain))
     if any(is_sharded(p) for _, m, e in layers for p in (stored_weight(m), e.skew_in, e.skew_out)):
         raise ParallelismError(SHARDED_EXPORT)
-    for _, module, _ in layers:
+    for _, module, equivalence in layers:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         module.weight.requires_grad_(True)
         # The weight comes back as the last parameter; optimiser states and others go by position.
@@ -223,6 +235,8 @@ def merge_and_unload(model: M) -> M:
             module._parameters[name] = module._parameters.pop(name)
         # The model is compiled again at its next call: that must not start all over by itself.
         decline(module.weight, "merged and unloaded: prepare the model to train rotations again")
+        equivalence.retire()
+    unguard_loads(plain)
     return model
 
 
@@ -274,6 +288,7 @@ def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXCo
             late = OrthogonalEquivalence(module.weight, config, *sides)
             late.adopted = True
             register(module, late)
+    guard_loads(model)
 
 
 def _move(
@@ -328,6 +343,20 @@ def _normalize_rows(weight: Tensor) -> None:
     weight.copy_(rows / norm)
 
 
+def _rows(
+    model: nn.Module, found: dict[str, nn.Linear], reasons: dict[str, str | None]
+) -> Iterator[LayerRow]:
+    others: dict[str, list[OtherWeight]] = defaultdict(list)
+    for weight in other_weights(model):
+        others[weight.module].append(weight)
+    for name, _ in model.named_modules(remove_duplicate=False):
+        if name in found:
+            yield _row(name, found[name], reasons[name])
+        for w in others.pop(name, ()):
+            status = "dense" if w.trains else "frozen"
+            yield LayerRow(w.name, w.shape, "-", status, w.reason, is_linear=False)
+
+
 def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
     shape = (module.out_features, module.in_features)
     equivalence = equivalence_of(module)
@@ -350,8 +379,9 @@ def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
     return LayerRow(name, shape, blocks_text, "prepared", "; ".join(notes))
 
 
-def _nothing(reasons: dict[str, str | None]) -> str:
-    if not reasons:
-        return "the model has no nn.Linear: there is nothing to train through rotations"
-    lines = "\n".join(f"  {name or '(root)'}: {reason}" for name, reason in reasons.items())
-    return f"no nn.Linear of the model is eligible:\n{lines}"
+def _nothing(model: nn.Module, reasons: dict[str, str | None]) -> str:
+    others = Counter(weight.reason for weight in other_weights(model))
+    lines = [f"  {name or '(root)'}: {reason}" for name, reason in reasons.items()]
+    lines += [f"  {count} weight{'s' * (count > 1)}: {why}" for why, count in others.items()]
+    what = "no nn.Linear of the model is eligible" if reasons else "the model has no nn.Linear"
+    return "\n".join([f"{what}: there is nothing to train through rotations", *lines])

@@ -1,4 +1,4 @@
-"""The table of what happened to each `nn.Linear`, shared by `prepare` and `explain`."""
+"""The table of what happened to each weight, shared by `prepare` and `explain`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,32 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
-    """One `nn.Linear`: its name, shape [out, in], blocks, status and the reason of the status."""
+    """One `nn.Linear`, or another weight that is not rotated.
+
+    Attributes:
+        name: of the layer; of another weight, its parameter's.
+        shape: [out, in] of a layer.
+        blocks: number of blocks and their size, of either side.
+        status: ``"prepared"`` or ``"skipped"``; of another weight ``"dense"`` or, where it takes no
+            gradient, ``"frozen"``.
+        reason: of the status.
+        is_linear: whether this is an `nn.Linear`.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     blocks: str
     status: str
     reason: str
+    is_linear: bool = True
 
 
 class PrepareReport:
     """What `prepare` did: iterable rows, and a table when printed.
 
     Attributes:
-        rows: one `LayerRow` for each `nn.Linear`, in the model's order.
+        rows: one `LayerRow` for each `nn.Linear`, and for every other weight of two dimensions or
+            more, in the model's order.
         trainable: number of trainable parameters after `prepare`, rotations included.
         total: number of parameters of the plain model.
     """
@@ -42,13 +54,16 @@ class PrepareReport:
 
     def __str__(self) -> str:
         cells = [
-            (r.name or "(root)", f"{r.shape[0]}x{r.shape[1]}", r.blocks, r.status, r.reason)
+            (r.name or "(root)", "x".join(map(str, r.shape)), r.blocks, r.status, r.reason)
             for r in self.rows
         ]
-        prepared = sum(r.status == "prepared" for r in self.rows)
+        linears = [r for r in self.rows if r.is_linear]
+        prepared = sum(r.status == "prepared" for r in linears)
+        others = len(self.rows) - len(linears)
         summary = (
-            f"{prepared} of {len(self.rows)} nn.Linear prepared; "
-            f"{self.trainable:,} trainable parameters, "
+            f"{prepared} of {len(linears)} nn.Linear prepared; "
+            + (f"{others} other weight{'s' * (others > 1)}; " if others else "")
+            + f"{self.trainable:,} trainable parameters, "
             f"{100 * self.trainable / max(self.total, 1):.1f} % of the plain model's {self.total:,}"
         )
         return (

@@ -19,6 +19,7 @@ from benchmarks import (
     cayley,
     floors,
     gate,
+    generate,
     layers,
     machine,
     merge,
@@ -144,6 +145,18 @@ def test_merge(tmp_path: Path) -> None:
     keys = {"in_features", "out_features", "block_size", "merge_rotation", "floor_ms", "error"}
     read_back(tmp_path, "merge", found, keys)
     assert [r["merge_rotation"] for r in found] == ["polar", "plain"]
+
+
+def test_generate(tmp_path: Path) -> None:
+    (row,) = generate.main(
+        [
+            *("--device", "cpu", "--presets", "tiny", "--block-sizes", "16", "--context", "4"),
+            *("--output", str(tmp_path), *FAST),
+        ]
+    )
+    assert rows.read(tmp_path / "generate-cpu.json") == [row]
+    assert row["gain"] == row["kept"] / row["built"] > 1
+    assert row["kept_mib"] == 2 * (4 * 128 * 128 + 3 * 128 * 384) * 4 / 2**20
 
 
 def test_merge_is_not_timed_where_it_loses_the_permutations(

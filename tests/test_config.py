@@ -28,7 +28,7 @@ BAD = [
     *(("max_angle", v, ANGLE) for v in (0, 1, -0.1, 1.5, "0.2", True, NAN, float("inf"))),
     *(("memory_budget", v, FRACTION) for v in (0, 1.1, -1, NAN, "half", True)),
     *(("seed", v, SEED) for v in (-1, 2**63, 0.0, None, True)),
-    *(("normalize_rows", v, "a bool") for v in (0, 1, None, "yes")),
+    *((f, v, "a bool") for f in ("normalize_rows", "keep_in_eval") for v in (0, 1, None, "yes")),
     *(("target_modules", v, TARGET) for v in (3, [""], [1], {"q_proj"})),
     ("target_modules", "q_proj(", "a valid regular expression"),
     *(("exclude_modules", v, NAMES) for v in (None, "lm_head", [""], [1])),
@@ -72,6 +72,7 @@ OTHER = {
     "target_modules": ["q_proj", "layers.0.up"],
     "exclude_modules": [],
     "normalize_rows": True,
+    "keep_in_eval": False,
 }
 
 

@@ -18,7 +18,6 @@ import llama
 import poetx_compile
 import pretrain
 from pretrain import INTERRUPTED, main
-from pretraining.checkpoint import load_checkpoint
 from pretraining.metrics import read_rows
 from pretraining.training import Training
 
@@ -92,7 +91,7 @@ def test_a_run_leaves_a_complete_folder(more: tuple[str, ...], groups: set[str],
     assert names == {
         "config.json",
         "metrics.jsonl",
-        "checkpoint.safetensors",
+        "checkpoint.pt",
         "spectrum.json",
         "loss.png",
         "spectrum.png",
@@ -161,8 +160,8 @@ def test_resume_continues_bit_for_bit(method: str, optimizer: str, monkeypatch: 
     assert losses("cut")[-1][0] == 6  # two rows past the checkpoint of step 4
     assert main(["--out", "cut", "--resume"]) == 0
     assert losses("cut") == losses("whole")
-    whole, cut = (load_checkpoint(Path(n, "checkpoint.safetensors")) for n in ("whole", "cut"))
-    assert whole["position"] == cut["position"] == 12 * 4
+    whole, cut = (torch.load(Path(n, "checkpoint.pt"), weights_only=True) for n in ("whole", "cut"))
+    assert whole["extra"]["position"] == cut["extra"]["position"] == 12 * 4
     for name, tensor in whole["model"].items():
         assert torch.equal(tensor, cut["model"][name]), name
 
@@ -310,12 +309,12 @@ def test_an_existing_run_is_never_overwritten(capsys):
 @quick
 def test_resume_refuses_a_broken_checkpoint_and_other_data(capsys):
     run("out")
-    path = Path("out/checkpoint.safetensors")
+    path = Path("out/checkpoint.pt")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     before = snapshot("out")
     assert main(["--out", "out", "--resume", "--steps", "9"]) == 2
-    assert "checkpoint.safetensors is broken" in capsys.readouterr().err
+    assert "checkpoint.pt is broken" in capsys.readouterr().err
     assert snapshot("out") == before
 
     path.write_bytes(whole)
@@ -333,7 +332,7 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(monkeypatch: pytest.Monke
     )
     run("out", code=2)
     assert "the loss is not finite at step 6" in capsys.readouterr().err
-    assert load_checkpoint(Path("out/checkpoint.safetensors"))["step"] == 4
+    assert poetx_compile.load_checkpoint("out/checkpoint.pt")["step"] == 4
     rows = read_rows(Path("out/metrics.jsonl"))
     assert rows[-1]["loss"] is None
 

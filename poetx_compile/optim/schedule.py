@@ -22,14 +22,16 @@ from poetx_compile.fsdp import check_processes
 from poetx_compile.merge import check_whole, merge
 from poetx_compile.optim.angle import ANGLE, AngleGuard
 from poetx_compile.optim.blocks import sides
-from poetx_compile.optim.groups import prepared_config
+from poetx_compile.optim.groups import BLOCK, prepared_config
 from poetx_compile.ownership import own
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     PreparedLayers,
+    check_alone,
     prepared_linears,
-    share_permutations_with,
+    revision,
 )
+from poetx_compile.wrappers import reshard
 
 STEP = "poetx_step"
 LAST_MERGE = "poetx_last_merge"
@@ -57,8 +59,8 @@ def attach(
         The schedule, to look at.
 
     Raises:
-        ConfigError: the optimiser is attached already, or the model is not prepared, or prepared
-            with another configuration.
+        ConfigError: the optimiser is attached already; the model is not prepared, or prepared with
+            another configuration; or layers outside of it share permutations with it.
         UnownedRotationsError: skew parameters that no group of the optimiser holds.
         ParallelismError: the model is sharded in a way in which rotations cannot train.
     """
@@ -78,22 +80,13 @@ def attach(
     optimizer.register_state_dict_post_hook(schedule._after_state_dict)
     optimizer.register_load_state_dict_pre_hook(schedule._before_load)
     optimizer.register_load_state_dict_post_hook(schedule._after_load)
+    optimizer.__reduce_ex__ = _refuse_copy  # type: ignore[method-assign, assignment]
     return schedule
 
 
 def schedule_of(optimizer: Optimizer) -> MergeSchedule | None:
     """The schedule that `attach` gave an optimiser, or ``None``."""
     return getattr(optimizer, _ATTRIBUTE, None)
-
-
-def check_alone(equivalences: Iterable[OrthogonalEquivalence]) -> None:
-    """Raise `ConfigError` where other layers have permutations of these."""
-    if others := share_permutations_with(equivalences):
-        raise ConfigError(
-            f"{len(others)} layer(s) outside of these share permutations with them, and a merge of "
-            "one is a merge of all: give the linears that share an input to one optimiser, and "
-            "declare nothing `shared` between parts that have several"
-        )
 
 
 class MergeSchedule:
@@ -168,7 +161,7 @@ class MergeSchedule:
                 "that this optimiser trains"
             )
         check_alone(e for _, e in layers)
-        self._layers, self._skews = layers, skews
+        self._layers, self._skews, self._revision = layers, skews, revision()
         if self._config.max_angle is not None:
             pairs = [pair for _, e in layers for pair in sides(e)]
             self._guard = AngleGuard(pairs, self._config.max_angle)
@@ -229,6 +222,12 @@ class MergeSchedule:
                     f"the optimiser state has no {missing[0]!r}: it was saved by an optimiser that "
                     "did not merge. Load the model's weights only and start a new optimiser."
                 )
+            if group.get(BLOCK) != saved.get(BLOCK):
+                raise IncompatibleStateError(
+                    f"the optimiser state was saved at block size {saved.get(BLOCK)}, group "
+                    f"{group.get('name')!r} has {group.get(BLOCK)}: prepare the model with the "
+                    "block size of the checkpoint, or start a new optimiser"
+                )
             if STEP in group:  # saved without the guard: it starts anew
                 known = {key: saved[key] for key in _fresh() if key in saved}
                 self._loaded = self._loaded or _fresh() | known
@@ -246,7 +245,7 @@ class MergeSchedule:
     # --- the transaction --------------------------------------------------------------------------
 
     def _merge(self, optimizer: Optimizer, ledger: dict[str, Any]) -> None:
-        self._check_layers(thoroughly=True)
+        self._check_layers(thoroughly=True)  # also layers that were replaced by others
         merge(self._model)
         if self._config.moments == "reset":
             for skew in self._skews:
@@ -257,15 +256,27 @@ class MergeSchedule:
         self.merges += 1
 
     def _check_layers(self, thoroughly: bool = False) -> None:
-        equivalences: list[OrthogonalEquivalence] = [e for _, e in self._layers]
-        check_whole(equivalences)
-        first_module, first = self._layers[0]
-        here = [e for _, _, e in prepared_linears(self._model if thoroughly else first_module)]
-        if here != (equivalences if thoroughly else [first]):
+        check_whole(e for _, e in self._layers)
+        if self._revision == revision() and not thoroughly:
+            return
+        reshard(self._model)  # FSDP2 may have left whole parameters in the place of its own
+        here = [e for _, _, e in prepared_linears(self._model)]
+        skews = {p for e in here for p in (e.skew_in, e.skew_out)}
+        if here != [e for _, e in self._layers] or skews != self._skews:
             raise StaleOptimizerError(
-                "the prepared layers of the model are no longer those this optimiser was built "
-                "for (prepare or merge_and_unload was called since): build a new optimiser"
+                "the rotations of the model are no longer those this optimiser was built for "
+                "(prepare, merge_and_unload or load_state_dict(assign=True) was called since, or a "
+                "layer was replaced): build a new optimiser"
             )
+        self._revision = revision()
+
+
+def _refuse_copy(protocol: int) -> Any:
+    """In the place of an attached optimiser's `__reduce_ex__`: torch's copies have no hooks."""
+    raise StaleOptimizerError(
+        "a copy of this optimiser (copy.deepcopy, pickle, torch.save) would never merge: build a "
+        "new one for the copied model and load copy.deepcopy(optimizer.state_dict()) into it"
+    )
 
 
 def _fresh() -> dict[str, Any]:

@@ -29,10 +29,11 @@ from poetx_compile.optim.groups import (
     rule_of,
     skew_blocks,
 )
-from poetx_compile.optim.schedule import MergeSchedule, attach, check_alone, schedule_of
+from poetx_compile.optim.schedule import MergeSchedule, attach, schedule_of
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     PreparedLayers,
+    check_alone,
     equivalence_of,
     prepared_linears,
     stored_weight,

@@ -92,7 +92,7 @@ def test_two_processes_go_on_as_one_and_one_as_two(
     out, err = two.communicate(timeout=120)
     assert two.returncode != 0, err
     assert out.count("run folder:") == 1  # one process shows what happens
-    stopped = load_checkpoint(Path("copies/checkpoint.safetensors"))["step"]
+    stopped = load_checkpoint(Path("copies"))["step"]
     assert 3 <= stopped < STEPS
     assert f"stopped at step {stopped}; go on with --out copies --resume" in out
     assert main(["--out", "copies", "--resume"]) == 0
