@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile import shards
+from poetx_compile import effective, shards
 from poetx_compile.diagnostics import diagnostics, effective_weight
 from poetx_compile.errors import AdoptionError, IncompatibleStateError, ParallelismError
 from poetx_compile.merge import merge
@@ -42,6 +42,7 @@ from tests.distributed.training import (
     world,
 )
 from tests.models import OddZoo, TinyLM
+from tests.tolerances import assert_close
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
@@ -90,6 +91,33 @@ def check_merged_bits_are_those_of_one_process() -> None:
         assert digest(model) == digest(single)
     for (_, a, _), (_, b, _) in zip(prepared_linears(model), prepared_linears(single), strict=True):
         assert torch.equal(effective_weight(a), b.weight)
+
+
+def check_whole_plain_weights_are_kept_in_parts_also_from_meta() -> None:
+    plain = TinyLM()
+    weights = {f"{n}.weight": m.weight for n, m in plain.named_modules() if "proj" in n}
+    with torch.device("meta"):
+        fresh = TinyLM()
+    poetx.prepare(fresh, poetx.POETXConfig(block_size=4))
+    fresh = shard(fresh).to_empty(device="cpu")
+    trained = shard(build())
+    turn(trained, seed=1)
+    for model in (fresh, trained):
+        for name, parameter in model.named_parameters():
+            if "parametrizations" not in name:
+                nn.init.constant_(parameter, 0.5)
+        model.load_state_dict(weights, strict=False)
+        for name, linear, e in prepared_linears(model):
+            assert isinstance(e.skew_in, DTensor)
+            assert torch.equal(effective_weight(linear), weights[f"{name}.weight"]), name
+        model.eval()
+        with torch.no_grad():
+            before = [model(batch(0)[:, :-1]) for _ in range(2)][-1]
+        assert not any(e in effective._kept for _, _, e in prepared_linears(model))
+        merge(model)
+        assert_close(model(batch(0)[:, :-1]), before)
+        with raises(ParallelismError, "takes whole weights and keeps each process's part"):
+            model.layers[0].mlp.up_proj.weight = torch.zeros(40, 16)
 
 
 def check_a_merge_holds_one_whole_weight_at_a_time() -> None:
