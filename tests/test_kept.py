@@ -230,7 +230,12 @@ def test_an_evaluation_folds_once_and_sees_weights_that_were_exchanged_for_it(fo
         y = run(x)
         assert_close(y, model(x))
         y.square().sum().backward()
-    assert len(folds) == 3 * 3, "training, evaluation in either mode, training"
+    assert len(folds) == 3 * 3, "training, the evaluations, training"
+    kept.forget()
+    with torch.inference_mode(), torch.enable_grad():
+        run(batch())
+    run(batch()).sum().backward()
+    assert len(folds) == 4 * 3, "what inference mode has folded serves a backward"
 
 
 def test_dynamic_shapes_take_the_weights_over(folds):
