@@ -7,6 +7,7 @@
 `share_permutations`    one gather for the layers fed by the same tensor
 `cancel_permutations`   no permutation where a scatter meets a gather of the same group
 `batch_cayley`          rotations of several layers in one launch, within a byte budget
+`hoist_folds`           folds leave the graph, to be kept between its calls (only where asked for)
 `recompute`             what the backward builds again (variants fast and mem)
 ======================  ========================================================================
 
@@ -23,6 +24,7 @@ from poetx_compile.passes.cancel_permutations import CancelPermutations
 from poetx_compile.passes.contract import Event, GraphPass, Record, Refusal, run
 from poetx_compile.passes.cost import Machine
 from poetx_compile.passes.folded import Folded
+from poetx_compile.passes.hoist_folds import HoistFolds
 from poetx_compile.passes.input_centric import InputCentric
 from poetx_compile.passes.recompute import Recompute
 from poetx_compile.passes.share_permutations import SharePermutations
@@ -36,6 +38,7 @@ NAMES = tuple(
         SharePermutations,
         CancelPermutations,
         BatchCayley,
+        HoistFolds,
         Recompute,
     )
 )
@@ -50,8 +53,9 @@ def pipeline(
     machine: Machine | None = None,
     max_bytes: int = DEFAULT_BYTES,
     disabled: tuple[str, ...] = (),
+    hoist: HoistFolds | None = None,
 ) -> list[GraphPass[Any]]:
-    """The passes after adoption, configured, less the disabled ones."""
+    """The passes after adoption, configured, less the disabled ones; `hoist` where asked for."""
     folds = 1 if variant == "fast" else 2
     passes: list[GraphPass[Any]] = [
         Folded(formulation, folds, machine, within_guard),
@@ -59,6 +63,7 @@ def pipeline(
         SharePermutations(),
         CancelPermutations(),
         BatchCayley(max_bytes),
+        *([] if hoist is None else [hoist]),
         Recompute(variant),
     ]
     if formulation == "input_centric":
@@ -74,6 +79,7 @@ __all__ = [
     "Event",
     "Folded",
     "GraphPass",
+    "HoistFolds",
     "InputCentric",
     "Machine",
     "Recompute",

@@ -237,12 +237,8 @@ def _hidden_linears(root: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
 
 def _add_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
     """A new last placeholder, static for CUDA graphs as a parameter is."""
-    last = graph.find_nodes(op="placeholder")[-1]
-    with graph.inserting_after(last):
-        node = graph.placeholder(name)
-    node.meta[graphs.VALUE] = value
+    node = graphs.add_input(graph, name, value)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node._dynamo_source = None  # type: ignore[attr-defined]
     return node
 
 

@@ -50,6 +50,8 @@ class Record:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.hoisted: fx.GraphModule | None = None
+        """What was taken out of the graph, to run less often (`hoist_folds`)."""
 
     def applied(self, pass_name: str) -> list[Event]:
         """The rewrites of one pass."""

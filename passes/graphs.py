@@ -85,6 +85,25 @@ def nested(root: fx.GraphModule) -> list[fx.GraphModule]:
     return list(found.values())
 
 
+def fsdp_inputs(gm: fx.GraphModule) -> set[int]:
+    """Positions of the inputs that are parameters or buffers of a module under FSDP.
+
+    While the module runs they are plain tensors, gathered for it; only their source tells.
+    """
+    sources = [getattr(n, "_dynamo_source", None) for n in gm.graph.find_nodes(op="placeholder")]
+    return {i for i, s in enumerate(sources) if s is not None and s.guard_source.is_fsdp_module()}
+
+
+def add_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:
+    """A new last placeholder, which Dynamo knows nothing of."""
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta[VALUE] = value
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    return node
+
+
 def linear_arguments(node: fx.Node) -> tuple[Any, Any, Any]:
     """(input, weight, bias) of an ``F.linear`` call, however it was spelled."""
     values = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)

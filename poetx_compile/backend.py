@@ -10,11 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile import passes
 from poetx_compile.adoption import Adopter
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
+from poetx_compile.kept import Compiler, FoldKeeper
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
 from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_with_id
 from poetx_compile.passes import graphs
@@ -44,9 +46,9 @@ def poetx_backend(
 
     Args:
         mode: as for Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, …).
-        options: fields of `POETXConfig`; ``stage``, ``unprepared``, ``disable_passes``,
-            ``verify_passes``, ``cayley_batch_bytes``, ``machine`` (see `BackendOptions`); any
-            option of Inductor.
+        options: fields of `POETXConfig`; ``stage``, ``unprepared``, ``keep_folded``,
+            ``disable_passes``, ``verify_passes``, ``cayley_batch_bytes``, ``machine`` (see
+            `BackendOptions`); any option of Inductor.
 
     Raises:
         ConfigError: an unknown option, a value out of range, or an option that contradicts the
@@ -84,12 +86,16 @@ def compile_graph(
     gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: BackendOptions, states: Any = None
 ) -> Callable[..., Any]:
     """`poetx_backend` with parsed options; `states` as in `rewrite`."""
-    graph, extra, bind, _ = rewrite(gm, example_inputs, parsed, states)
+    config = _choice(gm, parsed)
+
+    def compile_it(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        return _compile(graph, inputs, parsed, config)
+
+    graph, extra, bind, record = rewrite(gm, example_inputs, parsed, states, compile_it)
     _announce_static(extra)
-    if extra and states is None and parsed.stage == "inductor":
+    if states is None and parsed.stage == "inductor" and record.applied("adopt_linear"):
         parsed = dataclasses.replace(parsed, stage=PROVISIONAL)
-    compiled = _compile(graph, [*example_inputs, *extra], parsed, _choice(gm, parsed))
-    return bind(compiled)
+    return bind(compile_it(graph, [*example_inputs, *extra]))
 
 
 def rewrite(
@@ -97,12 +103,16 @@ def rewrite(
     example_inputs: Sequence[Any],
     options: BackendOptions,
     states: Any = None,
+    compile_folds: Compiler = lambda graph, _: graph,
 ) -> tuple[fx.GraphModule, list[Any], Callable[[Any], Any], passes.Record]:
     """Run the passes over a copy of Dynamo's graph.
 
     Args:
         states: where adopted states live, to show what adoption does; by default the registry of
-            the process, and then only what is called for training is adopted, for good.
+            the process, and then only what is called for training is adopted, for good. Where it
+            is given, kept folds are those of this graph alone as well.
+        compile_folds: compiles the graph of folds that are kept between calls; by default it runs
+            as it is.
 
     Returns:
         The rewritten graph, its additional inputs, the function that binds a compiled graph to
@@ -126,6 +136,11 @@ def rewrite(
         )
         passes.run([adopter.graph_pass], graph, record, verify=options.verify_passes)
     config = _choice(gm, options)
+    keeper = None
+    if options.keep_folded == "step":
+        _check_may_keep(config)
+        own = None if states is None else WeakTensorKeyDictionary()
+        keeper = FoldKeeper(gm, example_inputs, options.cuda_graphs, compile_folds, own)
     rest = passes.pipeline(
         variant=config.variant,
         formulation=config.formulation,
@@ -133,12 +148,33 @@ def rewrite(
         machine=options.machine,
         max_bytes=options.cayley_batch_bytes,
         disabled=options.disable_passes,
+        hoist=keeper and keeper.graph_pass,
     )
     passes.run(rest, graph, record, verify=options.verify_passes)
     log.debug("rewritten graph:\n%s", graph.graph)
-    if adopter is None or not adopter.graph_pass.slots:
-        return graph, [], lambda compiled: compiled, record
-    return graph, adopter.extra_inputs(), adopter.bind, record
+    parts: list[Adopter | FoldKeeper] = []  # in the order of their inputs
+    if adopter is not None and adopter.graph_pass.slots:
+        parts.append(adopter)
+    if keeper is not None and keeper.graph_pass.module is not None:
+        record.hoisted = keeper.graph_pass.module
+        parts.append(keeper)
+
+    def bind(compiled: Callable[..., Any]) -> Callable[..., Any]:
+        for part in reversed(parts):
+            compiled = part.bind(compiled)
+        return compiled
+
+    return graph, [t for part in parts for t in part.extra_inputs()], bind, record
+
+
+def _check_may_keep(config: POETXConfig) -> None:
+    if config.variant == "mem" or config.memory_budget is not None:
+        mem = config.variant == "mem"
+        asked = "variant = 'mem'" if mem else f"memory_budget = {config.memory_budget}"
+        raise ConfigError(
+            f"option keep_folded = 'step' keeps every folded weight between calls, and {asked} is "
+            "there to keep less: give one of the two"
+        )
 
 
 def _equivalence_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:

@@ -127,7 +127,7 @@ class Explanation:
             f"nodes: {sum(g.nodes_before for g in self.graphs)} before, "
             f"{sum(g.nodes_after for g in self.graphs)} after",
         ]
-        for name in ("share_permutations", "cancel_permutations", "batch_cayley"):
+        for name in ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds"):
             for event in (e for g in self.graphs for e in g.record.events if e.pass_name == name):
                 verb = "" if event.applied else "refused: "
                 layers = ", ".join(compact(layer.name for layer in event.layers))
@@ -171,7 +171,10 @@ def explain(
         graph, _, bind, made = rewrite(gm, example_inputs, parsed, states)
         nodes = _nodes(gm), _nodes(graph)
         boxes = drawing(gm), drawing(graph)
-        seen.append(ExplainedGraph(render(gm), render(graph), *nodes, made, *boxes))
+        after = render(graph)
+        if made.hoisted is not None:
+            after += f"\n\nkept between calls:\n{render(made.hoisted)}"
+        seen.append(ExplainedGraph(render(gm), after, *nodes, made, *boxes))
         return bind(graph)
 
     with torch.random.fork_rng(device_type=_device_type(plain)), _undisturbed(plain):

@@ -13,11 +13,20 @@ from poetx_compile.passes.batch_cayley import DEFAULT_BYTES
 
 STAGES = ("inductor", "aot_eager", "eager")
 UNPREPARED = ("adopt", "refuse")
+KEEP_FOLDED = ("call", "step")
 COMPILE_TIME = ("variant", "formulation", "memory_budget")
 """Fields of `POETXConfig` that a compiled graph may choose apart from what `prepare` was given."""
 
 _CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)}
-_OWN = ("stage", "unprepared", "disable_passes", "verify_passes", "cayley_batch_bytes", "machine")
+_OWN = (
+    "stage",
+    "unprepared",
+    "keep_folded",
+    "disable_passes",
+    "verify_passes",
+    "cayley_batch_bytes",
+    "machine",
+)
 
 
 def differing(before: POETXConfig, asked: POETXConfig) -> list[str]:
@@ -48,6 +57,9 @@ class BackendOptions:
             memory_budget change nothing there).
         unprepared: what becomes of a model that nobody prepared, once it is called for training:
             ``"adopt"``, or ``"refuse"`` to raise `AdoptionError`.
+        keep_folded: how long folded weights are kept: for a ``"call"`` (and its backward), or for a
+            ``"step"``, over the micro-batches of an accumulated step and the batches of an
+            evaluation (`hoist_folds`).
         disable_passes: names of passes that are left out.
         verify_passes: lint and check all metadata after each pass.
         cayley_batch_bytes: byte budget of one batch of rotations (`batch_cayley`).
@@ -59,6 +71,7 @@ class BackendOptions:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     stage: str = "inductor"
     unprepared: str = "adopt"
+    keep_folded: str = "call"
     disable_passes: tuple[str, ...] = ()
     verify_passes: bool = False
     cayley_batch_bytes: int = DEFAULT_BYTES
@@ -80,6 +93,11 @@ class BackendOptions:
             raise ConfigError(
                 f"option unprepared = {unprepared!r} is not allowed: use one of {UNPREPARED}"
             )
+        keep = own.get("keep_folded", "call")
+        if keep not in KEEP_FOLDED:
+            raise ConfigError(
+                f"option keep_folded = {keep!r} is not allowed: use one of {KEEP_FOLDED}"
+            )
         own["disable_passes"] = _pass_names(own.get("disable_passes", ()))
         budget = own.get("cayley_batch_bytes", DEFAULT_BYTES)
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
@@ -95,6 +113,14 @@ class BackendOptions:
                 f"stage {stage!r}: leave them out, or use stage 'inductor'"
             )
         return cls(config=config, inductor=inductor, **own)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether compiled graphs are captured as CUDA graphs."""
+        import torch._inductor.config as inductor
+
+        captured = self.inductor.get("triton.cudagraphs", inductor.triton.cudagraphs)
+        return self.stage == "inductor" and bool(captured)
 
     def identity(self) -> dict[str, Any]:
         """JSON-able values that tell compiled artefacts of different options apart."""

@@ -306,6 +306,12 @@ def equivalence_with_id(module_id: int | None) -> OrthogonalEquivalence | None:
     return None if module_id is None else _alive.get(module_id)
 
 
+def own_rotations() -> set[int]:
+    """The ids of all skew parameters of prepared layers, without stand-ins and gathered ones."""
+    own = [e for e in _alive.values() if e._own_skew() is e.skew_in]
+    return {id(skew) for e in own for skew in (e.skew_in, e.skew_out)}
+
+
 def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
     """The parametrization of a prepared linear, or ``None``."""
     if not parametrize.is_parametrized(module, "weight"):

@@ -24,6 +24,7 @@ from poetx_compile.eligibility import (
     unwrap_compiled,
 )
 from poetx_compile.errors import ConfigError, NothingToTrainError, ParallelismError
+from poetx_compile.kept import forget
 from poetx_compile.loading import guard_loads, unguard_loads
 from poetx_compile.ownership import enrol
 from poetx_compile.parametrization import (
@@ -237,6 +238,7 @@ def merge_and_unload(model: M) -> M:
         decline(module.weight, "merged and unloaded: prepare the model to train rotations again")
         equivalence.retire()
     unguard_loads(plain)
+    forget()  # an optimiser that is still there would keep the folded weights alive
     return model
 
 

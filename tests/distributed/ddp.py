@@ -48,8 +48,8 @@ def choices() -> Iterator[list[Any]]:
     seen: list[Any] = []
     rewrite = backend.rewrite
 
-    def spy(gm, inputs, options, states=None):
-        result = rewrite(gm, inputs, options, states)
+    def spy(gm, inputs, options, *rest):
+        result = rewrite(gm, inputs, options, *rest)
         record = result[3]
         layers = [*record.applied("input_centric"), *record.applied("folded")]
         seen.append((backend._choice(gm, options).variant, len(layers)))
