@@ -63,6 +63,7 @@ def poetx_config(options: Options, shapes: LlamaConfig) -> poetx.POETXConfig:
         block_size=block_size,
         merge_interval=options.merge_interval,
         variant=options.variant,
+        permutation=options.permutation,
         seed=options.seed,
         normalize_rows=True,
     )

@@ -48,6 +48,9 @@ class Options:
     )
     merge_interval: int = _option(200, "steps between merges", least=1)
     variant: str = _option("fast", "what the backward keeps", choices=("fast", "mem"))
+    permutation: str = _option(
+        "random", "of single columns, or of chunks, faster", choices=("random", "chunked")
+    )
     activation_checkpointing: bool = _option(False, "recompute each block in the backward")
     stage: str = _option(
         "inductor",
