@@ -429,7 +429,8 @@ def test_inductor_launches_the_kernels_itself(dtype, width, b, kind):
     for got, expected in zip(actual, with_gradients(layer, *inputs), strict=True):
         assert_close(got, expected, dtype)
     forward, backward = codes
-    assert not re.findall(r"torch\.ops\.poetx\.", forward + backward)
+    # Comments name the ops that the code came from.
+    assert not re.findall(r"^[^#\n]*torch\.ops\.poetx\.", forward + backward, re.MULTILINE)
     for kernel in ("unpack", "square", "horner_step"):
         assert len(re.findall(rf"{kernel}_kernel_\d+\.run\(", forward)) == 1
     assert len(re.findall(r"unpack_and_split_kernel_\d+\.run\(", backward)) == 1
