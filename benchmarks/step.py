@@ -21,13 +21,15 @@ from benchmarks import options, peer
 from benchmarks.options import list_of, positive
 from benchmarks.rows import Row, line, result_path, table, write
 from benchmarks.step_worker import DENSE, OPTIMIZERS, PEER, POETX, StepCase
+from poetx_compile.options import KEEP_FOLDED
 
 ROOT = Path(__file__).resolve().parent.parent
 
 COLUMNS = (
-    "method", "optimizer", "variant", "formulation", "permutation", "block_size", "ms", "linear_ms",
-    "ratio", "tokens_per_s", "speed_ratio", "first_step_s", "first_step_ratio", "weights_mib",
-    "gradients_mib", "optimizer_mib", "activations_mib", "peak_mib", "peak_ratio", "merge_share",
+    "method", "optimizer", "variant", "formulation", "permutation", "block_size", "accumulation",
+    "keep_folded", "ms", "linear_ms", "ratio", "tokens_per_s", "speed_ratio", "first_step_s",
+    "first_step_ratio", "weights_mib", "gradients_mib", "optimizer_mib", "activations_mib",
+    "peak_mib", "peak_ratio", "merge_share",
 )  # fmt: skip
 
 
@@ -37,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     args = parser.parse_args(arguments)
     if args.cuda_graphs and args.stage != "inductor":
         parser.error("--cuda-graphs needs --stage inductor")
-    if unknown := sorted(set(args.optimizers) - set(OPTIMIZERS)):
-        parser.error(f"--optimizers {','.join(unknown)}: use some of {','.join(OPTIMIZERS)}")
+    for option, known in (("optimizers", OPTIMIZERS), ("keep_folded", KEEP_FOLDED)):
+        if unknown := sorted(set(getattr(args, option)) - set(known)):
+            name = option.replace("_", "-")
+            parser.error(f"--{name} {','.join(unknown)}: use some of {','.join(known)}")
     rows: list[Row] = []
     for case in cases(args):
         row = in_process(case)
@@ -60,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocabulary", type=positive, default=32000)
     add("--batch", type=positive, default=8)
     add("--length", type=positive, default=1024)
+    add("--accumulation", type=positive, default=1, help="batches in a step of the optimiser")
+    add("--keep-folded", type=list_of(str), default=("call",), help="of POET-X: call,step")
     add("--lr", type=float, default=1e-4)
     add("--cuda-graphs", action="store_true", help='compile with mode="reduce-overhead"')
     add("--warmup", type=int, default=5, help="steps after the first that are not timed")
@@ -75,13 +81,15 @@ def cases(args: argparse.Namespace) -> Iterator[StepCase]:
     common = {name: value for name, value in vars(args).items() if name in fields}
     device = options.pick_device(args.device)
     common["dtype"] = str(options.pick_dtype(args.dtype, device)).removeprefix("torch.")
-    common["peer"] = None
+    common["peer"], common["keep_folded"] = None, "call"
     dense = StepCase(method=DENSE, **common)
     yield dense
     for block_size, optimizer, variant in itertools.product(
         args.block_sizes, args.optimizers, args.variants
     ):
-        for formulation, permutation in itertools.product(args.formulations, args.permutations):
+        for formulation, permutation, keep_folded in itertools.product(
+            args.formulations, args.permutations, args.keep_folded
+        ):
             yield dataclasses.replace(
                 dense,
                 method=POETX,
@@ -90,6 +98,7 @@ def cases(args: argparse.Namespace) -> Iterator[StepCase]:
                 variant=variant,
                 formulation=formulation,
                 permutation=permutation,
+                keep_folded=keep_folded,
             )
         if args.peer is not None:
             yield dataclasses.replace(
@@ -112,7 +121,7 @@ def compared(row: Row, dense: Row) -> Row:
     }
     if row["method"] == POETX:
         return row | ratios
-    unused = ["formulation", "permutation", "optimizer"]
+    unused = ["formulation", "permutation", "optimizer", "keep_folded"]
     unused += ["variant", "block_size"] if row["method"] == DENSE else []
     return row | ratios | dict.fromkeys(unused)
 

@@ -45,6 +45,8 @@ class StepCase:
         method: ``"dense"`` (fused AdamW), ``"poetx"``, or ``"peer"``.
         optimizer: of POET-X, a key of `OPTIMIZERS`.
         preset: shapes of `examples/llama.py`.
+        accumulation: batches whose gradients are added before a step of the optimiser.
+        keep_folded: the backend's option, of POET-X.
         cuda_graphs: compile with ``mode="reduce-overhead"``.
         steps, rounds, warmup: `rounds` times `steps` steps are timed, after `warmup` steps.
         peer: folder of the peer.
@@ -60,6 +62,8 @@ class StepCase:
     vocabulary: int = 32000
     batch: int = 8
     length: int = 1024
+    accumulation: int = 1
+    keep_folded: str = "call"
     lr: float = 1e-4
     device: str = "cuda"
     dtype: str = "bfloat16"
@@ -101,13 +105,14 @@ def run(case: StepCase) -> Row:
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> Tensor:
-        if case.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        loss = trained.forward(*batch)
-        loss.backward()
+        for _ in range(case.accumulation):
+            if case.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            loss = trained.forward(*batch) / case.accumulation
+            loss.backward()
         trained.optimizer.step()
         trained.optimizer.zero_grad(set_to_none=True)
-        return loss.detach().clone()
+        return loss.detach() * case.accumulation
 
     first_loss, first_s = _seconds(step, device)
     for _ in range(case.warmup):
@@ -127,17 +132,18 @@ def run(case: StepCase) -> Row:
     errors = _check(trained, batch, dtype, first_loss.item(), timed[-1][0].item())
     merge_ms = _merge_ms(trained, device)
     amortised_ms = step_ms + merge_ms / case.merge_interval
+    tokens_a_step = case.batch * case.length * case.accumulation
     return (
         environment(device, dtype)
         | dataclasses.asdict(case)
         | {
             "peer": peer.PACKAGE if case.method == PEER else None,  # not where it is
-            "tokens": case.batch * case.length,
+            "tokens": tokens_a_step,
             "ms": amortised_ms,
             "step_ms": step_ms,
             "merge_ms": merge_ms,
             "merge_share": (amortised_ms - step_ms) / amortised_ms,
-            "tokens_per_s": case.batch * case.length / (amortised_ms / 1e3),
+            "tokens_per_s": tokens_a_step / (amortised_ms / 1e3),
             "first_step_s": first_s,
             "early_merges": early_merges,
         }
@@ -177,8 +183,7 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
     )
     poetx.prepare(model, config)
     ours = OPTIMIZERS[case.optimizer](model, lr=case.lr)
-    if case.stage != "inductor":
-        compile_kwargs["options"] = {"stage": case.stage}
+    compile_kwargs["options"] = {"stage": case.stage, "keep_folded": case.keep_folded}
     forward = torch.compile(model, backend=poetx.poetx_backend, **compile_kwargs)
     return Trained(model, forward, ours, lambda: merge(model), lambda: ours.schedule.merges)
 

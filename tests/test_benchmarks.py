@@ -213,11 +213,23 @@ def test_step(tmp_path: Path) -> None:
     assert ours["optimizer_mib"] < 0.5 * dense["optimizer_mib"]
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_step_accumulates_with_folded_weights_kept_or_not(tmp_path: Path) -> None:
+    more = ["--formulations", "folded", "--accumulation", "2", "--keep-folded", "call,step"]
+    dense, made_anew, kept = step.main([*STEP, *more, "--output", str(tmp_path)])
+    tokens = 2 * 8
+    assert [row["tokens"] for row in (dense, made_anew, kept)] == [tokens] * 3
+    assert [row["keep_folded"] for row in (dense, made_anew, kept)] == [None, "call", "step"]
+    assert kept["tokens_per_s"] == pytest.approx(1e3 * tokens / kept["ms"])
+    assert kept["last_loss"] == pytest.approx(made_anew["last_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--cuda-graphs"], "--cuda-graphs needs --stage inductor"),
         (["--optimizers", "sgd,muon"], "--optimizers sgd: use some of adamw,muon"),
+        (["--keep-folded", "call,ever"], "--keep-folded ever: use some of call,step"),
     ],
 )
 def test_step_refuses_options_that_cannot_be(
