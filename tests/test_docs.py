@@ -268,6 +268,7 @@ def test_every_pass_has_a_page() -> None:
 
 
 def test_the_api_page_is_that_of_the_docstrings() -> None:
+    pytest.importorskip("transformers")  # for_trainer is on the page
     made = runpy.run_path(str(ROOT / "docs" / "build_api.py"))["page"]()
     page = ROOT / "docs" / "api.md"
     if os.environ.get("EXPECTTEST_ACCEPT"):
