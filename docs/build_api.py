@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import poetx_compile as poetx
-from poetx_compile import errors, options, report
+from poetx_compile import errors, kept, options, passes, report
+from poetx_compile.integrations import huggingface
+from poetx_compile.optim import MergeSchedule
 
-_explain, _estimate = (  # the functions of these names hide the modules
-    importlib.import_module(f"poetx_compile.{name}") for name in ("explain", "estimate")
+_explain, _estimate, _diagnostics = (  # the functions of these names hide the modules
+    importlib.import_module(f"poetx_compile.{name}")
+    for name in ("explain", "estimate", "diagnostics")
 )
 
 SECTIONS: list[tuple[str, list[Any]]] = [
     ("Say what is trained", [poetx.POETXConfig, poetx.prepare, poetx.merge_and_unload]),
-    ("Compile", [poetx.poetx_backend, options.BackendOptions]),
+    ("Compile", [poetx.poetx_backend, options.BackendOptions, passes.Machine, kept.forget]),
     ("Optimise", [poetx.POETXAdamW, poetx.POETXMuon]),
     (
         "Optimise with another optimiser",
@@ -28,12 +31,25 @@ SECTIONS: list[tuple[str, list[Any]]] = [
         "Save, resume, export",
         [poetx.save_checkpoint, poetx.load_checkpoint, poetx.plain_state_dict],
     ),
-    ("Look", [poetx.explain, poetx.estimate, poetx.diagnostics]),
+    ("Several GPUs", [poetx.fully_shard_rotations]),
+    ("Hugging Face", [huggingface.for_trainer, huggingface.POETXCallback]),
+    (
+        "Look",
+        [
+            poetx.explain,
+            poetx.estimate,
+            poetx.diagnostics,
+            _diagnostics.effective_weight,
+            _diagnostics.spectrum,
+            _diagnostics.spectrum_drift,
+        ],
+    ),
     (
         "What is returned",
         [
             report.PrepareReport,
             report.LayerRow,
+            MergeSchedule,
             _explain.Explanation,
             _explain.ExplainRow,
             _estimate.Estimate,
@@ -42,10 +58,18 @@ SECTIONS: list[tuple[str, list[Any]]] = [
     ),
 ]
 
+INTERNAL = (
+    *("block_in", "block_out", "smallest_block", "order", "may_fold"),
+    *("parse", "cuda_graphs", "identity"),
+    *("equivalences", "extend"),
+    *("on_optimizer_step", "on_log"),
+)
+"""Members that other parts of the package use, and no user."""
+
 INTRODUCTION = """# API
 
-Everything public, from its docstrings: `import poetx_compile as poetx`. This page is written by
-`python docs/build_api.py`.
+Everything public, from its docstrings. `poetx` is `poetx_compile`; what has another home says so.
+This page is written by `python docs/build_api.py`.
 """
 
 _HEADING = re.compile(r"^(Args|Attributes|Parameters|Buffers|Returns|Raises|Yields):$")
@@ -61,7 +85,8 @@ def page() -> str:
     parts = [INTRODUCTION]
     for title, values in sections:
         parts.append(f"## {title}\n")
-        parts += [_described(value) for value in values]
+        parts += [_described(value).rstrip("\n") + "\n" for value in values]
+    parts.append(f"## Ops\n\n{_markdown(inspect.cleandoc(poetx.ops.__doc__ or ''))}")
     return "\n".join(parts)
 
 
@@ -76,20 +101,27 @@ def _described(value: Any) -> str:
     if inspect.isclass(value) and issubclass(value, Exception):
         bases = ", ".join(f"`{base.__name__}`" for base in value.__bases__)
         return f"### {value.__name__}\n\n({bases}) {_inline(doc)}\n"
-    text = f"### {value.__name__}\n\n{_signature(value)}\n{_markdown(doc)}"
+    text = f"### {value.__name__}\n\n{_home(value)}{_signature(value)}\n{_markdown(doc)}"
     if inspect.isclass(value):
-        for name, member in vars(value).items():
-            if inspect.isfunction(member) and not name.startswith("_") and member.__doc__:
-                signature = _signature(member).replace("(self, ", "(").replace("(self)", "()")
-                body = _markdown(inspect.cleandoc(member.__doc__))
-                text += f"#### {value.__name__}.{name}\n\n{signature}\n{body}"
+        for name, kind in vars(value).items():
+            member = kind.fget if isinstance(kind, property) else getattr(value, name)
+            if inspect.isroutine(member) and name not in INTERNAL and not name.startswith("_"):
+                signature = "" if isinstance(kind, property) else f"{_signature(member)}\n"
+                body = _markdown(inspect.cleandoc(member.__doc__ or ""))
+                text += f"\n#### {value.__name__}.{name}\n\n{signature}{body}"
     return text
+
+
+def _home(value: Any) -> str:
+    """Where to import it from, if not from the package itself."""
+    return "" if hasattr(poetx, value.__name__) else f"In `{value.__module__}`.\n\n"
 
 
 def _signature(value: Any) -> str:
     signature = inspect.signature(value)
-    parameters = [_parameter(p) for p in signature.parameters.values()]
-    kinds = [p.kind for p in signature.parameters.values()]
+    given = [p for p in signature.parameters.values() if p.name != "self"]
+    parameters = [_parameter(p) for p in given]
+    kinds = [p.kind for p in given]
     if inspect.Parameter.KEYWORD_ONLY in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds:
         parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
     returned = ""
@@ -108,7 +140,8 @@ def _parameter(parameter: inspect.Parameter) -> str:
     if parameter.annotation is not inspect.Parameter.empty:
         text += f": {parameter.annotation}"
     if parameter.default is not inspect.Parameter.empty:
-        text += f" = {parameter.default!r}"
+        default = parameter.default
+        text += f" = {default.__name__ if inspect.isclass(default) else repr(default)}"
     return text
 
 
@@ -126,7 +159,9 @@ def _markdown(doc: str) -> str:
                 lines += [*_entries(others, section), ""]
         elif section and first.startswith("    "):
             lines += [*_entries(paragraph, section), ""]
-        elif first.startswith("    ") or set(first) <= {"=", " "}:
+        elif set(first) <= {"=", " "}:
+            lines += [*_table(paragraph), ""]
+        elif first.startswith(("    ", ">>> ")):
             lines += ["```text", *(line.removeprefix("    ") for line in paragraph), "```", ""]
         else:
             section = ""
@@ -149,12 +184,12 @@ def _paragraphs(doc: str) -> Iterator[list[str]]:
 
 def _entries(lines: list[str], section: str) -> Iterator[str]:
     """``name: text`` with its continuation lines as a list item; a result as a paragraph."""
-    if section in ("Returns", "Yields"):
+    if section in ("Returns", "Yields") and not lines[0].lstrip().startswith("- "):
         yield _inline(" ".join(line.strip() for line in lines))
         return
     items: list[str] = []
     for line in lines:
-        text = line.removeprefix("    ")
+        text = line.removeprefix("    ").removeprefix("- ")
         if (text.startswith(" ") and items) or (items and not _ENTRY.match(text)):
             items[-1] += " " + text.strip()
         else:
@@ -166,6 +201,23 @@ def _entries(lines: list[str], section: str) -> Iterator[str]:
             yield f"- {names}: {_inline(found['text'])}"
         else:
             yield _inline(item)
+
+
+def _table(lines: list[str]) -> Iterator[str]:
+    """A simple table of reStructuredText as one of Markdown; without a header, an empty one."""
+    rules = [line for line in lines if set(line) <= {"=", " "}]
+    starts = [found.start() for found in re.finditer(r"=+", lines[0])]
+    rows: list[list[str]] = [] if len(rules) == 3 else [[""] * len(starts)]
+    for line in lines:
+        cells = [line[i:j].strip() for i, j in zip(starts, [*starts[1:], None], strict=True)]
+        if line in rules:
+            continue
+        if line.startswith(" "):  # goes on with the row before
+            rows[-1] = [f"{a} {b}".strip() for a, b in zip(rows[-1], cells, strict=True)]
+        else:
+            rows.append(cells)
+    rows.insert(1, ["---"] * len(starts))
+    yield from ("| " + " | ".join(map(_inline, row)) + " |" for row in rows)
 
 
 def _inline(text: str) -> str:

@@ -53,15 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m poetx_compile",
-        description="What POET-X makes of a model, before anybody trains it. Neither a GPU nor the "
-        "model's memory is needed: everything is done on the meta device.",
+        description="What POET-X makes of a model, before anybody trains it. This takes no GPU and "
+        "no memory for the weights: everything happens on the meta device.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="estimate|explain")
     command = _command(commands, "estimate", "memory of training, part by part", _ESTIMATE)
     command.set_defaults(run=_estimate)
     add = command.add_argument
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="of POET-X; dense is AdamW")
-    add("--variants", default="fast,mem", help="one row each")
+    add(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="of the POET-X columns (default: adamw); the dense one is AdamW",
+    )
+    add("--variants", default="fast,mem", help="a column each (default: fast,mem)")
     add("--autocast", choices=DTYPES, help="dtype of an autocast region around the forward")
     add("--whole", action="store_true", help="trace every layer of a long run of equal ones")
     add("--json", metavar="FILE", help="write the result in bytes as JSON; - for the output")
@@ -72,7 +77,7 @@ def command_parser() -> argparse.ArgumentParser:
     add("--html", metavar="FILE", type=Path, help="write a page with the drawn graphs")
     add("--graphs", action="store_true", help="print the graph after the passes as well")
     add("--adopt", action="store_true", help="as compiled without prepare: the backend adopts it")
-    add("--variant", choices=("fast", "mem"), default="fast")
+    add("--variant", choices=("fast", "mem"), default="fast", help="what is kept (default: fast)")
     add(
         "--option",
         action="append",
@@ -95,19 +100,24 @@ def _command(commands: Any, name: str, what: str, examples: str) -> argparse.Arg
     add = command.add_argument
     add("model", nargs="?", help="a Hugging Face config.json, or the folder it is in")
     add("--factory", metavar="MODULE:FUNCTION", help="a function that returns the model instead")
-    add("--batch-size", type=int, metavar="N", help="of inputs made here (default: 1)")
-    add("--sequence-length", type=int, metavar="N", help="of inputs made here (default: 1024)")
+    add("--batch-size", type=int, metavar="N", help="of the inputs, without --input (default: 1)")
+    add("--sequence-length", type=int, metavar="N", help="the same (default: 1024)")
     add(
         "--input",
         action="append",
         default=[],
         metavar="SHAPE[:DTYPE]",
-        help="an input of the forward, as 8x1024:int64; in their order, instead of made ones",
+        help="an input of the forward, such as 8x1024:int64; once for each input, in their order",
     )
     add("--dtype", choices=DTYPES, help="convert the model (default: as it is)")
     add("--block-size", type=int, default=256, metavar="B", help="default: 256")
-    add("--permutation", choices=("random", "chunked"), default="random")
-    add("--formulation", choices=("auto", "input_centric", "folded"), default="auto")
+    add("--permutation", choices=("random", "chunked"), default="random", help="default: random")
+    add(
+        "--formulation",
+        choices=("auto", "input_centric", "folded"),
+        default="auto",
+        help="default: auto, the cheaper one for each side",
+    )
     return command
 
 

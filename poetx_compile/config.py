@@ -42,10 +42,10 @@ class POETXConfig:
             merge.
         permutation: ``"random"``, or ``"chunked"`` for random chunks of up to 64 neighbouring
             coordinates, which kernels gather at no extra cost.
-        variant: what the backward keeps: ``"fast"`` what is cheapest to keep, ``"mem"`` only the
-            input of each layer.
+        variant: what the backward keeps: ``"fast"`` keeps what costs time to build again, ``"mem"``
+            builds again what costs memory to keep (docs/passes/recompute.md).
         formulation: ``"input_centric"`` rotates activations, ``"folded"`` builds the effective
-            weight once a step; ``"auto"`` takes the cheaper one for each side of each layer.
+            weight once a call; ``"auto"`` takes the cheaper one for each side of each layer.
         keep_in_eval: keep the effective weights while an eager model is evaluated (`model.eval()`,
             no gradients) instead of computing them at every call: a second copy of the prepared
             weights, freed by `model.train()` or the next optimiser step.

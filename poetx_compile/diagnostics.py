@@ -29,8 +29,8 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
     Returns:
         Floats, 0 where nothing is prepared:
 
-        - ``angle_max``: largest spectral norm θ of a block's Q, in radians of half a turn: its
-          plane turns by 2·atan θ;
+        - ``angle_max``: largest spectral norm θ of a block's Q, which turns a plane by 2·atan θ
+          radians; `max_angle` limits θ;
         - ``angle_mean``: mean over the blocks of each block's θ;
         - ``orthogonality_error``: largest ``‖GᵀG − I‖₂`` of a block, about 2θ⁴ for order 3.
     """

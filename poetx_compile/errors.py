@@ -40,7 +40,7 @@ class EffectiveWeightError(POETXError, RuntimeError):
 
 
 class StaleOptimizerError(POETXError, RuntimeError):
-    """The model's rotations are no longer those its optimiser was built for, or has been copied."""
+    """The optimiser is a copy, or was built for other rotations than the model has now."""
 
 
 class UnownedRotationsError(POETXError, RuntimeError):

@@ -17,7 +17,7 @@ from poetx_compile.backend import compile_graph, rewrite
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import linears, refusals, unwrap_compiled
 from poetx_compile.options import BackendOptions
-from poetx_compile.page import page
+from poetx_compile.page import across_layers, page
 from poetx_compile.parametrization import equivalence_of
 from poetx_compile.passes import Event, Machine, Record, graphs
 from poetx_compile.passes.cost import Choice
@@ -25,7 +25,7 @@ from poetx_compile.passes.drawing import Drawn, drawing
 from poetx_compile.passes.folded import CONDITION
 from poetx_compile.passes.render import render
 from poetx_compile.prepare import config_of
-from poetx_compile.report import compact, format_table
+from poetx_compile.report import format_table
 
 _FORMULATIONS = ("folded", "input_centric")
 """The passes that rewrite a layer, in the order they see it."""
@@ -127,11 +127,8 @@ class Explanation:
             f"nodes: {sum(g.nodes_before for g in self.graphs)} before, "
             f"{sum(g.nodes_after for g in self.graphs)} after",
         ]
-        for name in ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds"):
-            for event in (e for g in self.graphs for e in g.record.events if e.pass_name == name):
-                verb = "" if event.applied else "refused: "
-                layers = ", ".join(compact(layer.name for layer in event.layers))
-                lines.append(f"{name}: {verb}{event.detail} ({layers})")
+        for name, applied, detail, layers in across_layers(self.graphs):
+            lines.append(f"{name}: {'' if applied else 'refused: '}{detail} ({layers})")
         if self.kernels is None:
             lines.append("kernels: not counted (explain(..., kernels=True) compiles to count them)")
         else:

@@ -105,7 +105,7 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
         raise IncompatibleStateError(
             f"the tensors of {prefix.rstrip('.')} are sharded: gather them with "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options="
-            "StateDictOptions(full_state_dict=True, cpu_offload=True)) and give me that"
+            "StateDictOptions(full_state_dict=True, cpu_offload=True)) and pass the result"
         )
     return tensors
 

@@ -135,7 +135,7 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             f"the rotations of {len(set(idle))} adopted layer(s) had gradients at two steps of "
             f"{type(optimizer).__name__}, but no optimiser holds them, and their dense weights are "
             "frozen: the model does not train. Give model.parameters() to an optimiser, exclude or "
-            "freeze what shall not train, or build poetx_compile.POETXAdamW(model)"
+            "freeze what is not to train, or build poetx_compile.POETXAdamW(model)"
         )
 
 

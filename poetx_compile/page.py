@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from importlib import resources
 from string import Template
@@ -115,19 +115,25 @@ def _row(row: ExplainRow) -> str:
     return f'<tr data-name="{escape(name)}" data-status="{escape(status)}">{"".join(cells)}</tr>'
 
 
-def _passes(graphs: Sequence[ExplainedGraph]) -> str:
-    names = ("share_permutations", "cancel_permutations", "batch_cayley")
-    events = [e for g in graphs for e in g.record.events if e.pass_name in names]
+def across_layers(graphs: Iterable[ExplainedGraph]) -> Iterator[tuple[str, bool, str, str]]:
+    """(pass, whether applied, what, layers) for the passes over several layers, equal ones once."""
     alike: dict[tuple[str, bool, str], list[tuple[str, ...]]] = {}
-    for event in events:
-        key = (event.pass_name, event.applied, event.detail)
-        alike.setdefault(key, []).append(tuple(layer.name for layer in event.layers))
-    items = []
+    events = [event for graph in graphs for event in graph.record.events]
+    for name in ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds"):
+        for event in (e for e in events if e.pass_name == name):
+            key = (name, event.applied, event.detail)
+            alike.setdefault(key, []).append(tuple(layer.name for layer in event.layers))
     for (name, applied, detail), found in alike.items():
-        verb = "" if applied else '<span class="status refused">refused</span> '
         times = f" ({len(found)} times)" if len(found) > 1 else ""
-        layers = ", ".join(compact(layer for layers in found for layer in layers))
-        what = f"<b>{name}</b>: {verb}{escape(detail)}{times}"
+        layers = compact(layer for layers in found for layer in layers)
+        yield name, applied, detail + times, ", ".join(layers)
+
+
+def _passes(graphs: Sequence[ExplainedGraph]) -> str:
+    items = []
+    for name, applied, detail, layers in across_layers(graphs):
+        verb = "" if applied else '<span class="status refused">refused</span> '
+        what = f"<b>{name}</b>: {verb}{escape(detail)}"
         items.append(f"<li>{what}<br><code>{escape(layers)}</code></li>")
     if not items:
         return ""

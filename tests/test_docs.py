@@ -1,4 +1,4 @@
-"""The documentation runs: code, printed output, commands, links, the API page, every error.
+"""The documentation runs: code, printed output, commands, links, the API page, every message.
 
 In README.md and docs/**/*.md:
 
@@ -13,6 +13,7 @@ In README.md and docs/**/*.md:
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib.util
@@ -183,6 +184,83 @@ def test_every_error_has_a_remedy() -> None:
             assert f"`{error}`" in text, f"docs/troubleshooting.md says nothing of {error}"
 
 
+SOURCES = sorted([*ROOT.glob("poetx_compile/**/*.py"), *ROOT.glob("passes/*.py")])
+
+
+def _template(node: ast.expr, constants: dict[str, ast.expr]) -> str:
+    """A message with … for whatever is filled in."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return re.sub(r"%[.\d]*[sdg]|{\w+}", "…", text)
+        case ast.JoinedStr(values=values):
+            return "".join(_template(value, constants) for value in values)
+        case ast.FormattedValue(value=ast.Name(id=name)) | ast.Name(id=name) if name in constants:
+            return _template(constants[name], constants)
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            return _template(left, constants) + _template(right, constants)
+        case ast.Call(func=ast.Attribute(value=ast.Name() as text, attr="format")):
+            return _template(text, constants)
+    return "…"
+
+
+def _messages(kind: str) -> Iterator[tuple[str, str]]:
+    """(where, template) of every message given to a call whose name ends in `kind`."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    constants = {
+        target.id: statement.value
+        for tree in trees.values()
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name) and target.id.strip("_").isupper()
+    }
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).endswith(kind):
+                text = " ".join(_template(node.args[0], constants).split())
+                if re.search(r"\w+ \w+", text):  # not one that is handed on
+                    yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+def _entries(page: str) -> list[re.Pattern[str]]:
+    """What stands in code in the first column of a page's tables, … for anything."""
+    rows = re.findall(r"^\| ([^|]+) \|", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    spans = [span for row in rows for span in re.findall(r"`([^`]+)`", row)]
+    literal = [span for span in spans if len(span.replace("…", "").strip()) >= 6]
+    return [re.compile(".*".join(map(re.escape, span.split("…")))) for span in literal]
+
+
+@pytest.mark.parametrize("kind", ["Error", "log.warning", "problems.append"])
+def test_every_message_is_in_troubleshooting(kind: str) -> None:
+    messages, entries = list(_messages(kind)), _entries("docs/troubleshooting.md")
+    assert messages
+    missing = [f"{at}: {text}" for at, text in messages if not any(e.search(text) for e in entries)]
+    assert not missing, "docs/troubleshooting.md has no row for\n" + "\n".join(missing)
+
+
+def _reasons() -> Iterator[tuple[str, str]]:
+    """(where, template) of every reason for which `prepare` leaves a linear alone."""
+    path = ROOT / "poetx_compile" / "eligibility.py"
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(function, ast.FunctionDef) and "refusal" in function.name:
+            for node in ast.walk(function):
+                if isinstance(node, ast.Return) and isinstance(
+                    node.value, ast.Constant | ast.JoinedStr
+                ):
+                    text = _template(node.value, {})
+                    if text != "…":  # None: no reason
+                        yield f"{path.name}:{node.lineno}", text
+
+
+@pytest.mark.parametrize("where", ["passes", "prepare"])
+def test_every_refusal_is_explained(where: str) -> None:
+    known = list(_messages("Refusal") if where == "passes" else _reasons())
+    entries = _entries("docs/how-to/debug-a-refusal.md")
+    assert known
+    missing = [f"{at}: {text}" for at, text in known if not any(e.search(text) for e in entries)]
+    assert not missing, "docs/how-to/debug-a-refusal.md has no row for\n" + "\n".join(missing)
+
+
 def test_every_pass_has_a_page() -> None:
     from poetx_compile.passes import NAMES
 
@@ -190,6 +268,7 @@ def test_every_pass_has_a_page() -> None:
 
 
 def test_the_api_page_is_that_of_the_docstrings() -> None:
+    pytest.importorskip("transformers")  # for_trainer is on the page
     made = runpy.run_path(str(ROOT / "docs" / "build_api.py"))["page"]()
     page = ROOT / "docs" / "api.md"
     if os.environ.get("EXPECTTEST_ACCEPT"):

@@ -17,7 +17,7 @@ import poetx_compile as poetx
 from poetx_compile.explain import Explanation
 from poetx_compile.page import page
 from poetx_compile.report import compact
-from tests.models import TinyLM
+from tests.models import MLP, TinyLM
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
@@ -129,6 +129,20 @@ def test_refusals_their_reasons_and_the_cost_model_are_shown() -> None:
     assert "µs" in found
     assert '<td class="num">10</td>' in found
     assert "2 · max(2·T·b·d / flops, 2·T·d·e / bytes) + 2 · launch" in found
+
+
+def test_what_passes_did_across_layers_is_told_once_and_alike_in_text_and_on_the_page() -> None:
+    model = nn.Sequential(*(MLP() for _ in range(3)))
+    poetx.prepare(model, poetx.POETXConfig(block_size=4, formulation="folded"))
+    options = {"keep_folded": "step"}
+    explanation = poetx.explain(model, torch.randn(3, 12), options=options)
+    drawn, text = page(explanation), str(explanation)
+    for name, times in (("cancel_permutations", 1), ("batch_cayley", 2), ("hoist_folds", 1)):
+        assert drawn.count(f"<b>{name}</b>: ") == text.count(f"\n{name}: ") == times, text
+    layers = "0.up, 0.down, 1.up, 1.down, 2.up, 2.down"
+    assert f"makes them one (5 times) ({layers})" in text
+    assert f"hoist_folds: 6 folded weight(s) kept between calls ({layers})" in text
+    assert f"6 folded weight(s) kept between calls<br><code>{layers}</code>" in drawn
 
 
 def test_hostile_names_stay_text() -> None:

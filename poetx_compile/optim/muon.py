@@ -33,15 +33,15 @@ class POETXMuon(torch.optim.Optimizer):
     """Orthogonalised momentum on the skew blocks, and AdamW for the rest; merges in `step()`.
 
     For each skew block: ``m ← m + (1 − μ)(g − m)``, ``n = g + μ(m − g)`` (Nesterov), n unpacked to
-    a skew matrix N, ``Q ← Q − lr · msign(N)``. Every plane of a block turns by about the same
-    angle, ``2 · lr`` ± 30 %, and one moment is stored instead of two. All blocks of a size are
-    orthogonalised in one batch, in bf16 on CUDA and in fp32 elsewhere. Sharded skew parameters hold
-    whole blocks in each process, which turns its own; nothing is communicated.
+    a skew matrix N, ``Q ← Q − poetx_lr · msign(N)``. Every plane of a block turns by about the same
+    angle, ``2 · poetx_lr`` ± 30 %, and one moment is stored instead of two. All blocks of a size
+    are orthogonalised in one batch, in bf16 on CUDA and in fp32 elsewhere. Sharded skew parameters
+    hold whole blocks in each process, which turns its own; nothing is communicated.
 
     Args:
         model: prepared here, with `config`, if nobody has; compiled or not.
         lr: learning rate of the dense parameters.
-        poetx_lr: of the skew parameters: radians a step; default ``2 · lr``.
+        poetx_lr: of the skew parameters: the growth of θ in a step; default ``2 · lr``.
         config: ``None``, or the configuration of the model.
         momentum: μ in [0, 1).
         betas, eps, weight_decay: of AdamW; `weight_decay` for dense parameters with two dimensions

@@ -63,6 +63,7 @@ def attach(
             another configuration; or layers outside of it share permutations with it.
         UnownedRotationsError: skew parameters that no group of the optimiser holds.
         ParallelismError: the model is sharded in a way in which rotations cannot train.
+        IncompatibleStateError: processes prepared the model differently.
     """
     model = unwrap_compiled(model)
     config = prepared_config(model, config)
