@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         args.run(args)
-    except POETXError as error:
+    except (POETXError, OSError) as error:  # of an OSError: a file that is not to be written
         print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

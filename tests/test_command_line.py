@@ -67,6 +67,8 @@ def test_estimate_prints_a_table_and_writes_json(
         (["explain", *FACTORY, "--input", "3x16", "--option", "stage"], "write it as NAME=JSON"),
         (["explain", *FACTORY, "--input", "3x16", "--option", "stage=7"], "option stage = 7"),
         (["explain", *FACTORY, "--input", "3x16", "--block-size", "1"], "block_size = 1"),
+        (["explain", *FACTORY, "--input", "3x16", "--html", "no/such/page"], "'no/such/page'"),
+        (["estimate", *FACTORY, "--input", "3x16", "--json", "no/such/file"], "'no/such/file'"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(
