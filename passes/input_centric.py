@@ -10,6 +10,8 @@ from torch import fx
 from poetx_compile.passes import graphs, sides
 from poetx_compile.passes.contract import GraphPass, Refusal
 
+LEAVES = "weight-centric: the weight leaves the graph, not read by F.linear there"
+
 
 class InputCentric(GraphPass[fx.Node]):
     """Linear over an orthogonal-equivalence weight → rotate, linear with the frozen weight, rotate.
@@ -45,7 +47,10 @@ class InputCentric(GraphPass[fx.Node]):
         return sides.describe(site)
 
     def decide(self, site: fx.Node) -> str:
-        if other := sides.reader_other_than_linear(site):
+        other = sides.reader_other_than_linear(site)
+        if other == "output":
+            raise Refusal(LEAVES)
+        if other:
             raise Refusal(f"weight-centric: the weight is read by {other}, not by F.linear")
         if any(graphs.in_transform(u) for u in site.users):
             raise Refusal("weight-centric: inside a torch.func transform")

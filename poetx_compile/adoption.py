@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from poetx_compile.census import Census, hidden
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import (
+    HOOKED,
     check_targets,
     linears,
     name_refusal,
@@ -194,6 +195,11 @@ class Adopter:
             return self._refuse_split(layer)
         self.judge = self.judge or Judge(self.config)
         reason = self.judge(weight).reason
+        if reason == HOOKED:  # prepare reports it; here nobody would hear of it
+            raise AdoptionError(
+                f"the weight of {user_name(layer)} {HOOKED}: step an optimiser after the backward, "
+                "name the layer in exclude_modules, or remove the hook"
+            )
         if reason is not None:
             self.left.append((index, layer))
         return reason
@@ -265,8 +271,10 @@ class Adopter:
             nonlocal calls
             extra: list[Tensor] = []
             permutations: dict[int, Permutation] = {}
+            inputs = list(args)
             for slot in slots:
                 weight = args[slot.index]
+                inputs[slot.index] = weight.detach()  # its hooks would be called with None
                 state = states.get(weight)
                 if (
                     state is None
@@ -278,7 +286,7 @@ class Adopter:
                     state = self._state(slot, weight, permutations)
                 tensors = _tensors(state)
                 extra += [tensors[name] for name in slot.tensors]
-            out = compiled(*args, *extra)
+            out = compiled(*inputs, *extra)
             if settle is not None:
                 ripe = {args[slot.index]: Ripe(slot.layer, True, config) for slot in slots}
                 ripe |= {args[index]: Ripe(layer, False, config) for index, layer in left}

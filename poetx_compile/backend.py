@@ -19,7 +19,7 @@ from poetx_compile.errors import ConfigError
 from poetx_compile.kept import Compiler, FoldKeeper
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
 from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_with_id
-from poetx_compile.passes import graphs
+from poetx_compile.passes import graphs, input_centric
 from poetx_compile.settling import settle
 from poetx_compile.wrappers import check_reduced
 
@@ -152,6 +152,8 @@ def rewrite(
         hoist=keeper and keeper.graph_pass,
     )
     passes.run(rest, graph, record, verify=options.verify_passes)
+    if live:
+        _warn_of_weights_that_leave(record)
     log.debug("rewritten graph:\n%s", graph.graph)
     parts: list[Adopter | FoldKeeper] = []  # in the order of their inputs
     if adopter is not None and adopter.graph_pass.slots:
@@ -166,6 +168,17 @@ def rewrite(
         return compiled
 
     return graph, [t for part in parts for t in part.extra_inputs()], bind, record
+
+
+def _warn_of_weights_that_leave(record: passes.Record) -> None:
+    left = [e for e in record.refused("input_centric") if e.detail == input_centric.LEAVES]
+    if left:
+        log.warning(
+            "an effective weight of shape %s leaves the compiled graph, built as a dense matrix: "
+            "right, and slow. module.compile() does that for torch's own classes, such as "
+            "nn.Sequential: use torch.compile(module). Otherwise look for a graph break",
+            list(left[0].shape or ()),
+        )
 
 
 def _check_may_keep(config: POETXConfig) -> None:

@@ -94,12 +94,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileNotFoundError, CheckpointError: as `load_checkpoint`.
     """
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # zip files and pickles break in many ways
-        raise CheckpointError(f"{os.fspath(path)} is broken, or no checkpoint: {error}") from error
+    with open(path, "rb") as file:
+        try:
+            value = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # zip files and pickles break in many ways
+            message = f"{os.fspath(path)} is broken, or no checkpoint: {error}"
+            raise CheckpointError(message) from error
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise CheckpointError(
             f"{os.fspath(path)} was not written by poetx_compile.save_checkpoint: torch.load reads "

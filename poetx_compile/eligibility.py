@@ -13,15 +13,26 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from poetx_compile.config import POETXConfig
-from poetx_compile.errors import NothingToTrainError
+from poetx_compile.errors import ConfigError, NothingToTrainError
 from poetx_compile.parametrization import equivalence_of
 from poetx_compile.shards import is_sharded
 
 _ROUTER_NAMES = ("gate", "gating", "router", "shared_expert_gate")
 
+HOOKED = (
+    "has a post-accumulate-grad hook (an optimiser step in the backward?), which never runs for a "
+    "frozen weight"
+)
+
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """The user's own module behind `torch.compile(model)`."""
+    """The user's own module behind `torch.compile(model)`.
+
+    Raises:
+        ConfigError: `model` is something else: its parameters, an optimiser, a function.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a {type(model).__name__} is no model: give the nn.Module itself")
     return getattr(model, "_orig_mod", model)
 
 
@@ -136,6 +147,8 @@ def weight_refusal(weight: nn.Parameter) -> str | None:
         return f"dtype {weight.dtype} cannot be rotated"
     if not weight.requires_grad:
         return "frozen by the user (requires_grad is False)"
+    if weight._post_accumulate_grad_hooks:
+        return HOOKED
     if weight.dim() != 2 or min(weight.shape) == 0 or max(weight.shape) < 2:
         return f"shape {list(weight.shape)} has nothing to rotate"
     return None

@@ -35,6 +35,10 @@ class InterruptedMergeError(POETXError, RuntimeError):
     """A merge or a load was cut off by an exception: some layers have it behind them, some not."""
 
 
+class DivergedError(POETXError, ArithmeticError):
+    """Rotations are NaN or infinite: there is nothing to merge."""
+
+
 class EffectiveWeightError(POETXError, RuntimeError):
     """An effective weight was written too late, or is an argument of compiled code."""
 

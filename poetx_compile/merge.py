@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from poetx_compile.eligibility import unwrap_compiled
-from poetx_compile.errors import InterruptedMergeError
+from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.ops import rotations
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
@@ -37,7 +37,7 @@ from poetx_compile.parametrization import (
     stored_weight,
 )
 from poetx_compile.permutation import Permutation
-from poetx_compile.shards import local, whole, write
+from poetx_compile.shards import groups_of, local, reduce_over, whole, write
 from poetx_compile.wrappers import reshard
 
 POLAR_STEPS = 4
@@ -66,6 +66,7 @@ def merge(model: nn.Module) -> None:
 
     Raises:
         ConfigError: layers outside of `model` share permutations with it.
+        DivergedError: a rotation is NaN or infinite; nothing has been changed.
         IncompatibleStateError: something else has written into the model's tensors, or processes
             prepared it with different seeds.
         InterruptedMergeError: an earlier merge was cut off. If this one is (any exception, an
@@ -78,6 +79,7 @@ def merge(model: nn.Module) -> None:
     check_whole(e for _, e in layers)
     check_alone(e for _, e in layers)
     check_layouts([e for _, e in layers])
+    _check_finite([skew for _, e in layers for skew in (e.skew_in, e.skew_out)])
     for _, equivalence in layers:
         equivalence.interrupted = True
     try:
@@ -97,6 +99,21 @@ def check_whole(equivalences: Iterable[OrthogonalEquivalence]) -> None:
     """Raise `InterruptedMergeError` where a layer belongs to a merge that was cut off."""
     if any(e.interrupted for e in equivalences):
         raise InterruptedMergeError(INTERRUPTED)
+
+
+def _check_finite(skews: Sequence[Tensor]) -> None:
+    """Raise `DivergedError`, in every process alike, where a skew parameter is NaN or infinite."""
+    flags = [(~torch.isfinite(local(skew).sum())).int() for skew in skews]
+    groups = groups_of(skews)
+    for device in dict.fromkeys(flag.device for flag in flags):
+        flag = torch.stack([f for f in flags if f.device == device]).amax()
+        if reduce_over(groups, flag, "max").item():
+            raise DivergedError(
+                "the rotations are NaN or infinite, and are not merged: a loss or a gradient was "
+                "so since the last merge. Load the last checkpoint; a lower learning rate, "
+                "poetx_compile.clip_grad_norm_ and, for float16, a GradScaler keep it from "
+                "happening again"
+            )
 
 
 def _redraw(equivalences: Iterable[OrthogonalEquivalence]) -> dict[Permutation, Tensor]:

@@ -45,6 +45,12 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
     _version += 1
     skews = equivalence.skew_in, equivalence.skew_out
     _linears.add(module)
+    if stored_weight(module)._backward_hooks:
+        log.warning(
+            "a gradient hook of a weight of shape %s is not called any more: the weight is frozen, "
+            "and rotations are trained in its place. Register hooks after poetx_compile.prepare",
+            list(stored_weight(module).shape),
+        )
     if equivalence.adopted:
         _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
     _watch()

@@ -98,6 +98,10 @@ def prepare(
         ParallelismError: the model is wrapped by DDP or FSDP already.
     """
     model = unwrap_compiled(model)
+    if config is not None and not isinstance(config, POETXConfig):
+        raise ConfigError(
+            f"config = {config!r} is no POETXConfig: POETXConfig.from_dict makes one of a dict"
+        )
     earlier = config_of(model)
     if earlier is not None and config is not None and config != earlier:
         changed = ", ".join(k for k, v in config.to_dict().items() if earlier.to_dict()[k] != v)

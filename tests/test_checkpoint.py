@@ -148,6 +148,16 @@ def test_missing_cut_and_foreign_files_are_told_apart(tmp_path: Path) -> None:
         poetx.load_checkpoint(path, model)
 
 
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.9, 0.999])
+def test_a_file_cut_off_anywhere_is_a_broken_checkpoint(tmp_path: Path, part: float) -> None:
+    path = tmp_path / "checkpoint.pt"
+    poetx.save_checkpoint(path, nn.Linear(64, 64))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(CheckpointError, match="is broken, or no checkpoint"):
+        poetx.load_checkpoint(path)
+
+
 def test_a_checkpoint_of_another_block_size_is_refused_and_nothing_is_loaded(
     tmp_path: Path,
 ) -> None:

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import poetx_compile as poetx
 from poetx_compile import merge as merge_module
 from poetx_compile.diagnostics import spectrum, spectrum_drift
-from poetx_compile.errors import InterruptedMergeError
+from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.merge import merge, merged_rotation, polar_factor
 from poetx_compile.ops.packing import unpack
 from poetx_compile.parametrization import equivalence_of, prepared_linears, stored_weight
@@ -322,3 +322,23 @@ def test_angles_no_expansion_holds_still_merge_to_orthogonal_matrices(angle: flo
     reference = spectrum(linear.parametrizations["weight"].original)
     merge(linear)
     assert spectrum_drift(linear.weight, reference) < 1e-5
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_angle": None}, {"cayley": "exact"}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_run_that_became_nan_is_told_so_and_its_last_checkpoint_loads(
+    fields: dict, value: float
+) -> None:
+    torch.manual_seed(0)
+    model, x = Siblings(), torch.randn(4, 48)
+    optimizer = poetx.POETXAdamW(model, lr=1e-3, config=config(merge_interval=3, **fields))
+    before, state = model(x), copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        (model(x).square().mean() * value).backward()
+        optimizer.step()
+    with pytest.raises(DivergedError, match="NaN or infinite"):
+        optimizer.step()
+    with torch.no_grad():
+        assert not torch.isfinite(model(x)).all()  # as it was: no merge was begun
+    model.load_state_dict(state)
+    assert torch.equal(model(x), before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from poetx_compile import ops
 from tests import references
@@ -154,3 +155,39 @@ def test_argument_errors(position: int, value, message: str) -> None:
     arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
         ops.orthogonal_equivalence(*arguments, 3)
+
+
+@pytest.mark.parametrize("order", [3, None])
+def test_forward_mode_and_transforms_of_torch_func_are_those_of_reverse_mode(order) -> None:
+    weight, *skews, p, q, b_in, b_out = _arguments(8, 12, 4, 3)
+    tangents = tuple(torch.randn_like(s) for s in skews)
+    wanted = torch.randn(8, 12, dtype=torch.float64)
+
+    def loss(s_in, s_out):
+        actual = ops.orthogonal_equivalence(weight, s_in, s_out, p, q, b_in, b_out, order)
+        return (actual * wanted).sum()
+
+    leaves = [s.clone().requires_grad_() for s in skews]
+    gradients = torch.autograd.grad(loss(*leaves), leaves)
+    slope = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+    assert abs(slope) > 1e-3
+    assert_close(torch.func.jvp(loss, tuple(skews), tangents)[1], slope)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(s, t) for s, t in zip(skews, tangents, strict=True)]
+        assert_close(forward_ad.unpack_dual(loss(*duals)).tangent, slope)
+    for actual, gradient in zip(torch.func.grad(loss, (0, 1))(*skews), gradients, strict=True):
+        assert_close(actual, gradient)
+    stacked = [torch.stack([s, 2 * s]) for s in skews]
+    each = torch.func.vmap(torch.func.grad(loss, (0, 1)))(*stacked)
+    for actual, gradient in zip(each, gradients, strict=True):
+        assert_close(actual[0], gradient)
+
+
+@pytest.mark.parametrize("order", [1, 3, None])
+def test_a_gradient_of_the_rotations_has_gradients(order) -> None:
+    weight, *skews, p, q, b_in, b_out = _arguments(5, 7, 3, 3)
+
+    def effective(s_in, s_out):
+        return ops.orthogonal_equivalence(weight, s_in, s_out, p, q, b_in, b_out, order)
+
+    assert torch.autograd.gradgradcheck(effective, [s.requires_grad_() for s in skews])

@@ -13,6 +13,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import poetx_compile as poetx
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, NothingToTrainError
 from poetx_compile.parametrization import equivalence_of, prepared_linears, stored_weight
@@ -706,3 +707,26 @@ attention.out_proj        12x12  3x4 | 3x4      prepared
 lm_head                   24x8   -              skipped   excluded by name: lm_head
 8 of 9 nn.Linear prepared; 1 other weight; 876 trainable parameters, 74.0 % of the plain model's 1,183""",  # noqa: E501
     )
+
+
+@pytest.mark.parametrize("call", [prepare, poetx.POETXAdamW, poetx.POETXMuon, merge_and_unload])
+@pytest.mark.parametrize("wrong", [[nn.ReLU()], iter([torch.zeros(2)]), torch.relu, None])
+def test_what_is_no_model_is_named(call: Callable, wrong: object) -> None:
+    with pytest.raises(ConfigError, match=f"a {type(wrong).__name__} is no model"):
+        call(wrong)
+
+
+@pytest.mark.parametrize("call", [prepare, poetx.POETXMuon])
+def test_a_configuration_is_a_poetxconfig(call: Callable) -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ConfigError, match="is no POETXConfig"):
+        call(model, config={"block_size": 4})
+    assert type(model) is nn.Linear
+
+
+def test_a_weight_with_an_optimiser_step_in_its_backward_is_skipped_with_the_reason() -> None:
+    model = MLP()
+    model.up.weight.register_post_accumulate_grad_hook(lambda p: None)
+    report = prepare(model, POETXConfig(block_size=4))
+    assert [row.name for row in report if "post-accumulate" in row.reason] == ["up"]
+    assert type(model.up) is nn.Linear

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
@@ -647,3 +648,32 @@ def test_on_a_gpu_with_every_kernel_of_the_optimiser(kernel: dict[str, bool]):
     assert schedule_of(optimizer).merges >= 2
     assert all(kernel.items() <= group.items() for group in optimizer.param_groups)
     assert all(skew.is_cuda for skew in skews(model))
+
+
+# --- hooks of gradients -------------------------------------------------------------------------
+
+
+def test_gradient_hooks_of_frozen_weights_are_not_called_and_that_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Not even with ``None``, which no hook expects."""
+    model = mlp()
+    called = []
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda g, name=name: called.append(name) or g * 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = train(compiled(model), model, optimizer, 3)
+    assert losses[-1] < losses[0]
+    assert called
+    assert all(name.endswith("bias") for name in called)
+    assert caplog.text.count("a gradient hook of a weight of shape") == len(skews(model)) // 2
+
+
+def test_an_optimiser_step_in_the_backward_is_refused() -> None:
+    """Frozen weights would never run it, and the rotations would stand still."""
+    model = mlp()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    with pytest.raises(BackendCompilerFailed, match="post-accumulate-grad hook"):
+        loss_of(compiled(model))

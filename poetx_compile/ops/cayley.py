@@ -21,6 +21,14 @@ def rotations(skew: Tensor, block_size: int, order: int | None, narrow: bool = F
     return torch.ops.poetx.cayley_neumann(skew, block_size, order, narrow)
 
 
+@ieee_fp32()
+def rotations_reference(skew: Tensor, block_size: int, order: int | None) -> Tensor:
+    """`rotations` in plain torch ops, which every transform of torch knows."""
+    if order is None:
+        return cayley_exact_reference(skew, block_size)
+    return cayley_neumann_reference(skew, block_size, order)
+
+
 def check_skew(skew: Tensor, block_size: int, order: int = 1) -> None:
     """Check the arguments that the ops of packed skew blocks share."""
     torch._check(block_size >= 1, lambda: f"poetx: block_size must be ≥ 1, got {block_size}")
@@ -62,6 +70,23 @@ def cayley_neumann_backward_reference(
 ) -> Tensor:
     """The definition of the gradient of `cayley_neumann` in plain torch ops."""
     return pack(polynomial_backward(grad, unpack(skew, block_size), order))
+
+
+def cayley_exact_reference(skew: Tensor, block_size: int) -> Tensor:
+    """The definition of `cayley_exact` in plain torch ops."""
+    q = unpack(skew, block_size)
+    eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
+    # The factors commute, so the solve may stand on the left.
+    return torch.linalg.solve(eye - q, eye + q).contiguous()
+
+
+def cayley_exact_backward_reference(grad: Tensor, skew: Tensor, block_size: int) -> Tensor:
+    """The definition of the gradient of `cayley_exact` in plain torch ops."""
+    q = unpack(skew, block_size)
+    eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
+    inverse = torch.linalg.inv(eye + q)  # Mᵀ, because Qᵀ = −Q
+    full = 2 * (inverse @ grad @ inverse)
+    return pack(full - full.mT)
 
 
 @torch.library.custom_op("poetx::cayley_neumann", mutates_args=())
@@ -110,10 +135,7 @@ def cayley_exact(skew: Tensor, block_size: int) -> Tensor:
     Shapes and dtypes as for `cayley_neumann`.
     """
     check_skew(skew, block_size)
-    q = unpack(skew, block_size)
-    eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
-    # The factors commute, so the solve may stand on the left.
-    return torch.linalg.solve(eye - q, eye + q).contiguous()
+    return cayley_exact_reference(skew, block_size)
 
 
 @torch.library.custom_op("poetx::cayley_exact_backward", mutates_args=())
@@ -123,11 +145,7 @@ def cayley_exact_backward(grad: Tensor, skew: Tensor, block_size: int) -> Tensor
     """Gradient of `cayley_exact`: ``dQ = 2 Mᵀ dG Mᵀ`` with ``M = (I−Q)⁻¹``, packed."""
     check_skew(skew, block_size)
     check_grad(grad, skew, block_size)
-    q = unpack(skew, block_size)
-    eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
-    inverse = torch.linalg.inv(eye + q)  # Mᵀ, because Qᵀ = −Q
-    full = 2 * (inverse @ grad @ inverse)
-    return pack(full - full.mT)
+    return cayley_exact_backward_reference(grad, skew, block_size)
 
 
 def _matrix_like(skew: Tensor, block_size: int, order: int = 1, narrow: bool = False) -> Tensor:
@@ -166,3 +184,30 @@ def _exact_grad(ctx, grad):
 
 cayley_neumann.register_autograd(_neumann_grad, setup_context=_save)
 cayley_exact.register_autograd(_exact_grad, setup_context=_save)
+
+
+def _save_backward(ctx, inputs, output) -> None:
+    grad, skew, *ctx.arguments = inputs
+    ctx.save_for_backward(grad, skew)
+
+
+def _gradients_of(reference):
+    """The gradients of a backward op, by autograd through its reference: nobody needs them fast."""
+
+    @without_autocast
+    @ieee_fp32()
+    def backward(ctx, grad_packed):
+        with torch.enable_grad():
+            inputs = [saved.detach().requires_grad_() for saved in ctx.saved_tensors]
+            packed = reference(*inputs, *ctx.arguments)
+        return *torch.autograd.grad(packed, inputs, grad_packed), *(None for _ in ctx.arguments)
+
+    return backward
+
+
+cayley_neumann_backward.register_autograd(
+    _gradients_of(cayley_neumann_backward_reference), setup_context=_save_backward
+)
+cayley_exact_backward.register_autograd(
+    _gradients_of(cayley_exact_backward_reference), setup_context=_save_backward
+)

@@ -6,12 +6,16 @@ into the other ops under autograd and AOTAutograd.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from poetx_compile.ops.cayley import rotations
+from poetx_compile.ops.cayley import rotations, rotations_reference
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
+from poetx_compile.ops.rotate import rotate_blocks_reference
 
 _library = torch.library.Library("poetx", "FRAGMENT")
 _library.define(
@@ -60,13 +64,24 @@ def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 
     )
     check_pair(perm_in, weight.shape[1], "perm_in")
     check_pair(perm_out, weight.shape[0], "perm_out")
-    rotate = torch.ops.poetx.rotate_blocks
+    build: Any = rotations_reference if (plain := _transformed()) else rotations
+    rotate: Any = rotate_blocks_reference if plain else torch.ops.poetx.rotate_blocks
     wide = weight.to(torch.promote_types(weight.dtype, skew_in.dtype))
     # The input side comes last: the weight is contiguous, as that of a plain linear, and BLAS gives
     # the same bits for it.
-    rows = rotate(wide.mT, rotations(skew_out, block_out, order), None, perm_out, False)
-    columns = rotate(rows.mT, rotations(skew_in, block_in, order), None, perm_in, True)
+    rows = rotate(wide.mT, build(skew_out, block_out, order), None, perm_out, False)
+    columns = rotate(rows.mT, build(skew_in, block_in, order), None, perm_in, True)
     return columns.to(weight.dtype)
+
+
+def _transformed() -> bool:
+    """Whether forward-mode AD or a transform of `torch.func` is at work.
+
+    Custom ops cannot take part in these: torch raises for `grad`, and `jvp` takes their results
+    for constants, without a word. The references in plain torch ops can.
+    """
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside or forward_ad._current_level >= 0
 
 
 _library.impl("orthogonal_equivalence", _compose, "CompositeImplicitAutograd")
