@@ -30,6 +30,9 @@ from poetx_compile.report import compact, format_table
 _FORMULATIONS = ("folded", "input_centric")
 """The passes that rewrite a layer, in the order they see it."""
 
+_ACROSS_LAYERS = ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds")
+"""The passes whose decisions are about several layers at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ExplainRow:
@@ -98,6 +101,12 @@ class Explanation:
         return target
 
     @property
+    def across_layers(self) -> list[Event]:
+        """What was done, or refused, for several layers at once: by pass, in graph order."""
+        events = [e for g in self.graphs for e in g.record.events]
+        return [e for name in _ACROSS_LAYERS for e in events if e.pass_name == name]
+
+    @property
     def before(self) -> str:
         """All graphs before the passes."""
         return "\n\n".join(g.before for g in self.graphs)
@@ -127,11 +136,10 @@ class Explanation:
             f"nodes: {sum(g.nodes_before for g in self.graphs)} before, "
             f"{sum(g.nodes_after for g in self.graphs)} after",
         ]
-        for name in ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds"):
-            for event in (e for g in self.graphs for e in g.record.events if e.pass_name == name):
-                verb = "" if event.applied else "refused: "
-                layers = ", ".join(compact(layer.name for layer in event.layers))
-                lines.append(f"{name}: {verb}{event.detail} ({layers})")
+        for event in self.across_layers:
+            verb = "" if event.applied else "refused: "
+            layers = ", ".join(compact(layer.name for layer in event.layers))
+            lines.append(f"{event.pass_name}: {verb}{event.detail} ({layers})")
         if self.kernels is None:
             lines.append("kernels: not counted (explain(..., kernels=True) compiles to count them)")
         else:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from poetx_compile import __version__
+from poetx_compile.passes import Event
 from poetx_compile.passes.cost import TOKENS, Choice
 from poetx_compile.passes.drawing import Drawn
 from poetx_compile.report import compact
@@ -60,18 +62,12 @@ def page(explanation: Explanation) -> str:
         ),
         rows="\n".join(map(_row, explanation.rows)),
         legend="".join(f'<li><i class="{kind}"></i>{text}</li>' for kind, text in LEGEND),
-        passes=_passes(explanation.graphs),
+        passes=_passes(explanation.across_layers),
         costs=_costs(explanation),
         texts="\n".join(_texts(explanation.graphs)),
-        footer=escape(f"poetx-compile {_version()}, torch {torch.__version__}"),
+        footer=escape(f"poetx-compile {__version__}, torch {torch.__version__}"),
         data=_data(explanation),
     )
-
-
-def _version() -> str:
-    import poetx_compile
-
-    return poetx_compile.__version__
 
 
 def _numbers(explanation: Explanation) -> str:
@@ -115,9 +111,7 @@ def _row(row: ExplainRow) -> str:
     return f'<tr data-name="{escape(name)}" data-status="{escape(status)}">{"".join(cells)}</tr>'
 
 
-def _passes(graphs: Sequence[ExplainedGraph]) -> str:
-    names = ("share_permutations", "cancel_permutations", "batch_cayley")
-    events = [e for g in graphs for e in g.record.events if e.pass_name in names]
+def _passes(events: Iterable[Event]) -> str:
     alike: dict[tuple[str, bool, str], list[tuple[str, ...]]] = {}
     for event in events:
         key = (event.pass_name, event.applied, event.detail)

@@ -17,7 +17,7 @@ import poetx_compile as poetx
 from poetx_compile.explain import Explanation
 from poetx_compile.page import page
 from poetx_compile.report import compact
-from tests.models import TinyLM
+from tests.models import SwiGLU, TinyLM
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
@@ -129,6 +129,18 @@ def test_refusals_their_reasons_and_the_cost_model_are_shown() -> None:
     assert "µs" in found
     assert '<td class="num">10</td>' in found
     assert "2 · max(2·T·b·d / flops, 2·T·d·e / bytes) + 2 · launch" in found
+
+
+def test_decisions_about_several_layers_are_on_the_page_and_in_the_text() -> None:
+    model = SwiGLU()
+    poetx.prepare(model, poetx.POETXConfig(block_size=8))
+    options = {"formulation": "folded", "keep_folded": "step"}
+    explanation = poetx.explain(model, torch.randn(3, 16), options=options)
+    names = {event.pass_name for event in explanation.across_layers}
+    assert {"batch_cayley", "hoist_folds"} <= names
+    for name in names:
+        assert f"<b>{name}</b>: " in page(explanation)
+        assert f"\n{name}: " in str(explanation)
 
 
 def test_hostile_names_stay_text() -> None:
