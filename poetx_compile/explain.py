@@ -285,7 +285,11 @@ def _count_kernels(
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> int:
-    """Compile afresh and read Inductor's own counter; gradients are computed but not stored."""
+    """Generate all code afresh and read Inductor's own counter; gradients are not stored.
+
+    What C++ it has compiled before is taken from its cache: that is no part of the count.
+    """
+    from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
     from torch._inductor import metrics
 
@@ -296,7 +300,10 @@ def _count_kernels(
         return compile_graph(gm, example_inputs, fresh, states)
 
     before = metrics.generated_kernel_count
-    with inductor_config.patch(force_disable_caches=True):
+    with (
+        inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+    ):
         out = torch.compile(model, backend=backend)(*inputs, **kwargs)
         leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
         loss = [t.float().sum() for t in leaves if t.requires_grad]
