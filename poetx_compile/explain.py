@@ -207,13 +207,13 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta
     ]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for module in in_place:
         module._compiled_call_impl = None
     try:
         yield
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         for module, call in in_place.items():
             module._compiled_call_impl = call
         with torch.no_grad():

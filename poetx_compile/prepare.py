@@ -335,7 +335,7 @@ def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:
         if isinstance(weight, nn.Parameter):
             decline(weight, reasons[name])
     if dropped:
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 @torch.no_grad()
