@@ -79,7 +79,9 @@ def _described(value: Any) -> str:
     text = f"### {value.__name__}\n\n{_signature(value)}\n{_markdown(doc)}"
     if inspect.isclass(value):
         for name, member in vars(value).items():
-            if inspect.isfunction(member) and not name.startswith("_") and member.__doc__:
+            # An optimiser's class gets torch's `step` put into it when the first one is built.
+            own = getattr(member, "__qualname__", None) == f"{value.__qualname__}.{name}"
+            if own and inspect.isfunction(member) and not name.startswith("_") and member.__doc__:
                 signature = _signature(member).replace("(self, ", "(").replace("(self)", "()")
                 body = _markdown(inspect.cleandoc(member.__doc__))
                 text += f"#### {value.__name__}.{name}\n\n{signature}\n{body}"
