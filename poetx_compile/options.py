@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from poetx_compile.config import POETXConfig
+from poetx_compile.config import POETXConfig, differences
 from poetx_compile.errors import ConfigError
 from poetx_compile.passes import NAMES, Machine
 from poetx_compile.passes.batch_cayley import DEFAULT_BYTES
@@ -24,10 +24,7 @@ _CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)}
 
 def differing(before: POETXConfig, asked: POETXConfig) -> list[str]:
     """The fields in which two configurations differ, other than the compile-time choices."""
-    if before == asked:
-        return []
-    was, now = before.to_dict(), asked.to_dict()
-    return [k for k in was if k not in COMPILE_TIME and was[k] != now[k]]
+    return [name for name in differences(before, asked) if name not in COMPILE_TIME]
 
 
 def without_adoption(options: dict[str, Any]) -> dict[str, Any]:

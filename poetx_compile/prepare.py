@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from poetx_compile.adoption import adopted_state, decline, release
-from poetx_compile.config import POETXConfig
+from poetx_compile.config import POETXConfig, differences
 from poetx_compile.eligibility import (
     OtherWeight,
     check_targets,
@@ -100,7 +100,7 @@ def prepare(
     model = unwrap_compiled(model)
     earlier = config_of(model)
     if earlier is not None and config is not None and config != earlier:
-        changed = ", ".join(k for k, v in config.to_dict().items() if earlier.to_dict()[k] != v)
+        changed = ", ".join(differences(config, earlier))
         if all(e.adopted for _, _, e in prepared_linears(model)):
             raise ConfigError(
                 f"the compiler adopted this model with another configuration (differs in {changed})"
