@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.backend import compile_graph, rewrite
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import linears, refusals, unwrap_compiled
+from poetx_compile.eligibility import PREPARED, linears, refusals, unwrap_compiled
 from poetx_compile.options import BackendOptions
 from poetx_compile.page import page
 from poetx_compile.parametrization import equivalence_of
@@ -267,7 +267,7 @@ def _row(name: str, shape: tuple[int, int], event: Event | None, reason: str | N
             how = event.detail
             return ExplainRow(name, shape, event.blocks, how, "rewritten", "", event.costs)
         return ExplainRow(name, shape, event.blocks, "weight_centric", "refused", event.detail)
-    if reason is not None and reason != "already prepared":
+    if reason not in (None, PREPARED):
         return ExplainRow(name, shape, "-", "plain", "skipped", reason)
     if event is not None:
         return ExplainRow(name, shape, "-", "plain", "skipped", event.detail)
