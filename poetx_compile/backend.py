@@ -147,7 +147,7 @@ def rewrite(
         machine=options.machine,
         max_bytes=options.cayley_batch_bytes,
         disabled=options.disable_passes,
-        hoist=keeper and keeper.graph_pass,
+        hoist=None if keeper is None else keeper.graph_pass,
     )
     passes.run(rest, graph, record, verify=options.verify_passes)
     log.debug("rewritten graph:\n%s", graph.graph)

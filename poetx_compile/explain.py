@@ -239,9 +239,8 @@ def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> 
     for name, module in linears(model).items():
         shape = (module.out_features, module.in_features)
         ids = id(module), id(equivalence_of(module))
-        event = next((by_module[i] for i in ids if i in by_module), None)
-        event = event or by_name.get(name or "(root)")
-        rows.append(_row(name, shape, event, reasons[name]))
+        found = next((by_module[i] for i in ids if i in by_module), None)
+        rows.append(_row(name, shape, found or by_name.get(name or "(root)"), reasons[name]))
     return rows
 
 
