@@ -21,7 +21,7 @@ from benchmarks import options, peer
 from benchmarks.options import list_of, positive
 from benchmarks.rows import Row, line, result_path, table, write
 from benchmarks.step_worker import DENSE, OPTIMIZERS, PEER, POETX, StepCase
-from poetx_compile.options import KEEP_FOLDED
+from poetx_compile.options import CHOICES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     args = parser.parse_args(arguments)
     if args.cuda_graphs and args.stage != "inductor":
         parser.error("--cuda-graphs needs --stage inductor")
-    for option, known in (("optimizers", OPTIMIZERS), ("keep_folded", KEEP_FOLDED)):
+    for option, known in (("optimizers", OPTIMIZERS), ("keep_folded", CHOICES["keep_folded"])):
         if unknown := sorted(set(getattr(args, option)) - set(known)):
             name = option.replace("_", "-")
             parser.error(f"--{name} {','.join(unknown)}: use some of {','.join(known)}")

@@ -105,7 +105,9 @@ def _described(value: Any) -> str:
     if inspect.isclass(value):
         for name, kind in vars(value).items():
             member = kind.fget if isinstance(kind, property) else getattr(value, name)
-            if inspect.isroutine(member) and name not in INTERNAL and not name.startswith("_"):
+            # An optimiser's class gets torch's `step` put into it when the first one is built.
+            own = getattr(member, "__qualname__", None) == f"{value.__qualname__}.{name}"
+            if own and name not in INTERNAL and not name.startswith("_"):
                 signature = "" if isinstance(kind, property) else f"{_signature(member)}\n"
                 body = _markdown(inspect.cleandoc(member.__doc__ or ""))
                 text += f"\n#### {value.__name__}.{name}\n\n{signature}{body}"

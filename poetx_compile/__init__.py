@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+__version__ = "0.1.0"
+
 from poetx_compile import ops
 from poetx_compile.backend import poetx_backend
 from poetx_compile.checkpoint import load_checkpoint, save_checkpoint
@@ -25,8 +27,6 @@ from poetx_compile.optim import (
     param_groups,
 )
 from poetx_compile.prepare import merge_and_unload, prepare
-
-__version__ = "0.1.0"
 
 __all__ = [
     "POETXAdamW",

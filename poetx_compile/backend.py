@@ -119,8 +119,7 @@ def rewrite(
         The rewritten graph, its additional inputs, the function that binds a compiled graph to
         them, and the record of what the passes did.
     """
-    for equivalence in _prepared(gm):
-        check_reduced(equivalence.skew_in, equivalence.skew_out)
+    check_reduced(*(skew for e in _prepared(gm) for skew in (e.skew_in, e.skew_out)))
     graph = graphs.clone(gm)
     record = passes.Record()
     adopter = None
@@ -149,7 +148,7 @@ def rewrite(
         machine=options.machine,
         max_bytes=options.cayley_batch_bytes,
         disabled=options.disable_passes,
-        hoist=keeper and keeper.graph_pass,
+        hoist=None if keeper is None else keeper.graph_pass,
     )
     passes.run(rest, graph, record, verify=options.verify_passes)
     if live:

@@ -169,6 +169,13 @@ class POETXConfig:
         return cls(**values)
 
 
+def differences(one: POETXConfig, other: POETXConfig) -> list[str]:
+    """The names of the fields in which two configurations differ."""
+    return [
+        f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)
+    ]
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -17,6 +17,9 @@ from poetx_compile.errors import ConfigError, NothingToTrainError
 from poetx_compile.parametrization import equivalence_of
 from poetx_compile.shards import is_sharded
 
+PREPARED = "already prepared"
+"""The one reason that is no refusal: the layer is trained through rotations."""
+
 _ROUTER_NAMES = ("gate", "gating", "router", "shared_expert_gate")
 
 HOOKED = (
@@ -105,7 +108,7 @@ def _refusal(
     heads: set[int],
 ) -> str | None:
     if equivalence_of(module) is not None:
-        return "already prepared"
+        return PREPARED
     if (reason := name_refusal(names, config)) is not None:
         return reason
     if id(module) in heads:
@@ -152,6 +155,14 @@ def weight_refusal(weight: nn.Parameter) -> str | None:
     if weight.dim() != 2 or min(weight.shape) == 0 or max(weight.shape) < 2:
         return f"shape {list(weight.shape)} has nothing to rotate"
     return None
+
+
+def trained_by(found: dict[str, nn.Linear], reasons: dict[str, str | None]) -> set[int]:
+    """Identity of the linears that are, or are going to be, trained through rotations.
+
+    A shared module has a reason under its later names: it is trained all the same.
+    """
+    return {id(found[name]) for name, reason in reasons.items() if reason in (None, PREPARED)}
 
 
 class OtherWeight(NamedTuple):

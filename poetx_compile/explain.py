@@ -15,9 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.backend import compile_graph, rewrite
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import linears, refusals, unwrap_compiled
+from poetx_compile.eligibility import PREPARED, linears, refusals, unwrap_compiled
 from poetx_compile.options import BackendOptions
-from poetx_compile.page import across_layers, page
+from poetx_compile.page import grouped, page
 from poetx_compile.parametrization import equivalence_of
 from poetx_compile.passes import Event, Machine, Record, graphs
 from poetx_compile.passes.cost import Choice
@@ -29,6 +29,9 @@ from poetx_compile.report import format_table
 
 _FORMULATIONS = ("folded", "input_centric")
 """The passes that rewrite a layer, in the order they see it."""
+
+_ACROSS_LAYERS = ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds")
+"""The passes whose decisions are about several layers at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +101,12 @@ class Explanation:
         return target
 
     @property
+    def across_layers(self) -> list[Event]:
+        """What was done, or refused, for several layers at once: by pass, in graph order."""
+        events = [e for g in self.graphs for e in g.record.events]
+        return [e for name in _ACROSS_LAYERS for e in events if e.pass_name == name]
+
+    @property
     def before(self) -> str:
         """All graphs before the passes."""
         return "\n\n".join(g.before for g in self.graphs)
@@ -127,7 +136,7 @@ class Explanation:
             f"nodes: {sum(g.nodes_before for g in self.graphs)} before, "
             f"{sum(g.nodes_after for g in self.graphs)} after",
         ]
-        for name, applied, detail, layers in across_layers(self.graphs):
+        for name, applied, detail, layers in grouped(self.across_layers):
             lines.append(f"{name}: {'' if applied else 'refused: '}{detail} ({layers})")
         if self.kernels is None:
             lines.append("kernels: not counted (explain(..., kernels=True) compiles to count them)")
@@ -196,13 +205,13 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta
     ]
-    torch._dynamo.reset()
+    torch.compiler.reset()
     for module in in_place:
         module._compiled_call_impl = None
     try:
         yield
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         for module, call in in_place.items():
             module._compiled_call_impl = call
         with torch.no_grad():
@@ -228,9 +237,8 @@ def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> 
     for name, module in linears(model).items():
         shape = (module.out_features, module.in_features)
         ids = id(module), id(equivalence_of(module))
-        event = next((by_module[i] for i in ids if i in by_module), None)
-        event = event or by_name.get(name or "(root)")
-        rows.append(_row(name, shape, event, reasons[name]))
+        found = next((by_module[i] for i in ids if i in by_module), None)
+        rows.append(_row(name, shape, found or by_name.get(name or "(root)"), reasons[name]))
     return rows
 
 
@@ -256,7 +264,7 @@ def _row(name: str, shape: tuple[int, int], event: Event | None, reason: str | N
             how = event.detail
             return ExplainRow(name, shape, event.blocks, how, "rewritten", "", event.costs)
         return ExplainRow(name, shape, event.blocks, "weight_centric", "refused", event.detail)
-    if reason is not None and reason != "already prepared":
+    if reason not in (None, PREPARED):
         return ExplainRow(name, shape, "-", "plain", "skipped", reason)
     if event is not None:
         return ExplainRow(name, shape, "-", "plain", "skipped", event.detail)
@@ -274,7 +282,11 @@ def _count_kernels(
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> int:
-    """Compile afresh and read Inductor's own counter; gradients are computed but not stored."""
+    """Generate all code afresh and read Inductor's own counter; gradients are not stored.
+
+    What C++ it has compiled before is taken from its cache: that is no part of the count.
+    """
+    from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
     from torch._inductor import metrics
 
@@ -285,7 +297,10 @@ def _count_kernels(
         return compile_graph(gm, example_inputs, fresh, states)
 
     before = metrics.generated_kernel_count
-    with inductor_config.patch(force_disable_caches=True):
+    with (
+        inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+    ):
         out = torch.compile(model, backend=backend)(*inputs, **kwargs)
         leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
         loss = [t.float().sum() for t in leaves if t.requires_grad]

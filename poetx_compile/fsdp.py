@@ -99,12 +99,12 @@ def _move_hooks(
             closes.append((e, e._forward_hooks.pop(key)))
             e._forward_hooks_always_called.pop(key, None)
 
-    @torch._dynamo.disable  # as FSDP2 does with its own
+    @torch.compiler.disable  # as FSDP2 does with its own
     def gather(_: nn.Module, args: Any, kwargs: Any) -> Any:
         first, hook = opens[0]
         return hook(first, args, kwargs)
 
-    @torch._dynamo.disable
+    @torch.compiler.disable
     def close(_: nn.Module, args: Any, output: Any) -> Any:
         for e, hook in closes:
             result = hook(e, args, output)

@@ -6,35 +6,27 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from poetx_compile.config import POETXConfig
+from poetx_compile.config import POETXConfig, differences
 from poetx_compile.errors import ConfigError
 from poetx_compile.passes import NAMES, Machine
 from poetx_compile.passes.batch_cayley import DEFAULT_BYTES
 
-STAGES = ("inductor", "aot_eager", "eager")
-UNPREPARED = ("adopt", "refuse")
-KEEP_FOLDED = ("call", "step")
+CHOICES = {
+    "stage": ("inductor", "aot_eager", "eager"),
+    "unprepared": ("adopt", "refuse"),
+    "keep_folded": ("call", "step"),
+}
+"""What options of ours that are names may be."""
+
 COMPILE_TIME = ("variant", "formulation", "memory_budget")
 """Fields of `POETXConfig` that a compiled graph may choose apart from what `prepare` was given."""
 
 _CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)}
-_OWN = (
-    "stage",
-    "unprepared",
-    "keep_folded",
-    "disable_passes",
-    "verify_passes",
-    "cayley_batch_bytes",
-    "machine",
-)
 
 
 def differing(before: POETXConfig, asked: POETXConfig) -> list[str]:
     """The fields in which two configurations differ, other than the compile-time choices."""
-    if before == asked:
-        return []
-    was, now = before.to_dict(), asked.to_dict()
-    return [k for k in was if k not in COMPILE_TIME and was[k] != now[k]]
+    return [name for name in differences(before, asked) if name not in COMPILE_TIME]
 
 
 def without_adoption(options: dict[str, Any]) -> dict[str, Any]:
@@ -84,35 +76,24 @@ class BackendOptions:
         given = dict(options or {})
         config = {k: given.pop(k) for k in list(given) if k in _CONFIG_FIELDS}
         POETXConfig.from_dict(config)  # raises where a value is out of range
-        own = {k: given.pop(k) for k in list(given) if k in _OWN}
-        stage = own.setdefault("stage", "inductor")
-        if stage not in STAGES:
-            raise ConfigError(f"option stage = {stage!r} is not allowed: use one of {STAGES}")
-        unprepared = own.get("unprepared", "adopt")
-        if unprepared not in UNPREPARED:
-            raise ConfigError(
-                f"option unprepared = {unprepared!r} is not allowed: use one of {UNPREPARED}"
-            )
-        keep = own.get("keep_folded", "call")
-        if keep not in KEEP_FOLDED:
-            raise ConfigError(
-                f"option keep_folded = {keep!r} is not allowed: use one of {KEEP_FOLDED}"
-            )
+        own = {k: given.pop(k) for k in list(given) if k in _own_names()}
         own["disable_passes"] = _pass_names(own.get("disable_passes", ()))
-        budget = own.get("cayley_batch_bytes", DEFAULT_BYTES)
+        own["machine"] = _machine(own.get("machine", {}))
+        parsed = cls(config=config, inductor=_inductor_settings(mode, given), **own)
+        for name, allowed in CHOICES.items():
+            if (value := getattr(parsed, name)) not in allowed:
+                raise ConfigError(f"option {name} = {value!r} is not allowed: use one of {allowed}")
+        budget, verify = parsed.cayley_batch_bytes, parsed.verify_passes
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
             raise ConfigError(f"option cayley_batch_bytes = {budget!r} is not allowed: bytes ≥ 1")
-        verify = own.get("verify_passes", False)
         if not isinstance(verify, bool):
             raise ConfigError(f"option verify_passes = {verify!r} is not allowed: use a bool")
-        own["machine"] = _machine(own.get("machine", {}))
-        inductor = _inductor_settings(mode, given)
-        if inductor and stage != "inductor":
+        if parsed.inductor and parsed.stage != "inductor":
             raise ConfigError(
-                f"mode and Inductor's options ({', '.join(sorted(inductor))}) have no effect at "
-                f"stage {stage!r}: leave them out, or use stage 'inductor'"
+                f"mode and Inductor's options ({', '.join(sorted(parsed.inductor))}) have no "
+                f"effect at stage {parsed.stage!r}: leave them out, or use stage 'inductor'"
             )
-        return cls(config=config, inductor=inductor, **own)
+        return parsed
 
     @property
     def cuda_graphs(self) -> bool:
@@ -127,6 +108,12 @@ class BackendOptions:
         values = dataclasses.asdict(self)
         values.pop("inductor")  # Inductor's caches hash its settings themselves
         return values
+
+
+def _own_names() -> list[str]:
+    """The options of `poetx_backend` beside the fields of `POETXConfig` and those of Inductor."""
+    names = (f.name for f in dataclasses.fields(BackendOptions))
+    return [name for name in names if name not in ("config", "inductor")]
 
 
 def _pass_names(names: str | Iterable[str]) -> tuple[str, ...]:
@@ -166,7 +153,7 @@ def _inductor_settings(mode: str | None, options: dict[str, Any]) -> dict[str, A
     if unknown:
         raise ConfigError(
             f"unknown option(s) {', '.join(unknown)}: neither an option of poetx_backend "
-            f"({', '.join((*_OWN, *sorted(_CONFIG_FIELDS)))}) nor one of "
+            f"({', '.join((*_own_names(), *sorted(_CONFIG_FIELDS)))}) nor one of "
             "torch._inductor.list_options()"
         )
     return settings | names

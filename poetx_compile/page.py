@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from poetx_compile import __version__
+from poetx_compile.passes import Event
 from poetx_compile.passes.cost import TOKENS, Choice
 from poetx_compile.passes.drawing import Drawn
 from poetx_compile.report import compact
@@ -60,18 +62,12 @@ def page(explanation: Explanation) -> str:
         ),
         rows="\n".join(map(_row, explanation.rows)),
         legend="".join(f'<li><i class="{kind}"></i>{text}</li>' for kind, text in LEGEND),
-        passes=_passes(explanation.graphs),
+        passes=_passes(explanation.across_layers),
         costs=_costs(explanation),
         texts="\n".join(_texts(explanation.graphs)),
-        footer=escape(f"poetx-compile {_version()}, torch {torch.__version__}"),
+        footer=escape(f"poetx-compile {__version__}, torch {torch.__version__}"),
         data=_data(explanation),
     )
-
-
-def _version() -> str:
-    import poetx_compile
-
-    return poetx_compile.__version__
 
 
 def _numbers(explanation: Explanation) -> str:
@@ -115,23 +111,21 @@ def _row(row: ExplainRow) -> str:
     return f'<tr data-name="{escape(name)}" data-status="{escape(status)}">{"".join(cells)}</tr>'
 
 
-def across_layers(graphs: Iterable[ExplainedGraph]) -> Iterator[tuple[str, bool, str, str]]:
-    """(pass, whether applied, what, layers) for the passes over several layers, equal ones once."""
+def grouped(events: Iterable[Event]) -> Iterator[tuple[str, bool, str, str]]:
+    """(pass, whether applied, what, layers) of events, equal ones told once."""
     alike: dict[tuple[str, bool, str], list[tuple[str, ...]]] = {}
-    events = [event for graph in graphs for event in graph.record.events]
-    for name in ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds"):
-        for event in (e for e in events if e.pass_name == name):
-            key = (name, event.applied, event.detail)
-            alike.setdefault(key, []).append(tuple(layer.name for layer in event.layers))
+    for event in events:
+        key = (event.pass_name, event.applied, event.detail)
+        alike.setdefault(key, []).append(tuple(layer.name for layer in event.layers))
     for (name, applied, detail), found in alike.items():
         times = f" ({len(found)} times)" if len(found) > 1 else ""
         layers = compact(layer for layers in found for layer in layers)
         yield name, applied, detail + times, ", ".join(layers)
 
 
-def _passes(graphs: Sequence[ExplainedGraph]) -> str:
+def _passes(events: Iterable[Event]) -> str:
     items = []
-    for name, applied, detail, layers in across_layers(graphs):
+    for name, applied, detail, layers in grouped(events):
         verb = "" if applied else '<span class="status refused">refused</span> '
         what = f"<b>{name}</b>: {verb}{escape(detail)}"
         items.append(f"<li>{what}<br><code>{escape(layers)}</code></li>")

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from poetx_compile.adoption import adopted_state, decline, release
-from poetx_compile.config import POETXConfig
+from poetx_compile.config import POETXConfig, differences
 from poetx_compile.eligibility import (
+    PREPARED,
     OtherWeight,
     check_targets,
     linears,
     other_weights,
     refusals,
+    trained_by,
     unwrap_compiled,
 )
 from poetx_compile.errors import ConfigError, NothingToTrainError, ParallelismError
@@ -104,7 +106,7 @@ def prepare(
         )
     earlier = config_of(model)
     if earlier is not None and config is not None and config != earlier:
-        changed = ", ".join(k for k, v in config.to_dict().items() if earlier.to_dict()[k] != v)
+        changed = ", ".join(differences(config, earlier))
         if all(e.adopted for _, _, e in prepared_linears(model)):
             raise ConfigError(
                 f"the compiler adopted this model with another configuration (differs in {changed})"
@@ -127,12 +129,10 @@ def prepare(
             "normalize_rows needs the values of the weights, and there are weights on the meta "
             "device: materialise and initialise them first, then call prepare"
         )
-    if all(reason is not None and reason != "already prepared" for reason in reasons.values()):
+    if not (trained := trained_by(found, reasons)):
         raise NothingToTrainError(_nothing(model, reasons))
     # Adopted states hold gradients under identity permutations (draw 0): what joins them has to.
     groups = Groups(model, config, 0 if adopted else 1, shared, found, reasons)
-    trained = {id(found[n]) for n, r in reasons.items() if r in (None, "already prepared")}
-    # A shared module has a reason under its later names: it is trained all the same.
     left = {n: r for n, r in reasons.items() if r and id(found[n]) not in trained}
     leave({name: found[name] for name in left}, left)
     for name, reason in reasons.items():
@@ -156,7 +156,7 @@ def prepare(
 def _check_order(model: nn.Module, reasons: dict[str, str | None]) -> None:
     """Raise where a wrapper came before `prepare` and there is something left to prepare."""
     wrapper = wrapper_of(model)
-    prepared = "already prepared" in reasons.values()
+    prepared = PREPARED in reasons.values()
     if wrapper is not None and (not prepared or None in reasons.values()):
         raise ParallelismError(
             f"this model was given to {wrapper} before it was prepared, which would leave its "
@@ -339,7 +339,7 @@ def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:
         if isinstance(weight, nn.Parameter):
             decline(weight, reasons[name])
     if dropped:
-        torch._dynamo.reset()
+        torch.compiler.reset()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import user_name
+from poetx_compile.eligibility import trained_by, user_name
 from poetx_compile.errors import ConfigError
 from poetx_compile.parametrization import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.permutation import Permutation
@@ -149,7 +149,7 @@ def _resolve(
     reasons: dict[str, str | None],
 ) -> Iterator[SharedGroup]:
     """The groups that the declarations make of the model's linears, in order."""
-    trained = {id(found[n]) for n, r in reasons.items() if r in (None, "already prepared")}
+    trained = trained_by(found, reasons)
     for number, patterns in enumerate(shared):
         where = f"shared[{number}]"
         groups: dict[tuple[str, ...], SharedGroup] = {}

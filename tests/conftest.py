@@ -33,8 +33,13 @@ def _threads() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The session's own cache folder: nothing stale is hit, nothing is left behind."""
-    folder = str(tmp_path_factory.mktemp("inductor"))
+    """The session's own cache folder: nothing stale is hit, nothing is left behind.
+
+    All processes of a session have one: it takes Inductor ten seconds to try which vector
+    instructions the machine has and to precompile its headers.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = str((base.parent if _PARALLEL else base) / "inductor")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
         patch.setenv("TRITON_CACHE_DIR", os.path.join(folder, "triton"))

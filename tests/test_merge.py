@@ -180,6 +180,26 @@ def test_plain_merges_shrink_the_spectrum_and_polar_ones_do_not() -> None:
     assert means["plain"] < 0.9
 
 
+def test_an_output_projection_that_its_owner_reads_raw_survives_merges() -> None:
+    """`nn.MultiheadAttention` gives ``out_proj.weight`` to a function of its own."""
+    model = nn.MultiheadAttention(16, 4, batch_first=True).double()
+    poetx.prepare(model, config(block_size=8))
+
+    def attend(x: Tensor) -> Tensor:
+        return model(x, x, x)[0]
+
+    compiled = torch.compile(attend, backend=poetx.poetx_backend, options={"stage": "aot_eager"})
+    x = torch.randn(2, 5, 16).double()
+    for seed in range(2):
+        turn(model, 0.05, seed)
+        before = attend(x)
+        assert_close(compiled(x), before)
+        merge(model)
+        # Polar factors: the output moves by about 2θ⁴.
+        assert relative_error(attend(x), before) < 1e-4
+        assert_close(compiled(x), attend(x))
+
+
 @pytest.mark.parametrize("permutation", ["random", "chunked"])
 def test_in_place_without_recompilation(permutation: str) -> None:
     model = Siblings()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,41 @@ TOKENS = torch.arange(12).reshape(2, 6)
 
 def small(optimizer_class: Any = POETXAdamW, **fields: Any) -> tuple[nn.Module, Any]:
     return build(optimizer_class, TinyLM(layers=1), **fields)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled", "kept", "adopted", "unloaded"])
+def test_a_model_that_is_deleted_is_freed(how: str) -> None:
+    """No registry of the process keeps a model, a parameter of it or its optimiser."""
+
+    def trained() -> list[weakref.ref]:
+        model = TinyLM(layers=1)
+        options = {"stage": "aot_eager"}
+        if how == "kept":
+            options |= {"keep_folded": "step", "formulation": "folded"}
+        if how == "adopted":
+            options |= {"block_size": 8, "merge_interval": 2}
+            optimizer = torch.optim.AdamW(model.parameters())
+        else:
+            poetx.prepare(model, poetx.POETXConfig(block_size=8, merge_interval=2))
+            optimizer = POETXMuon(model)
+        run: Any = model
+        if how != "eager":
+            run = torch.compile(model, backend=poetx.poetx_backend, options=options)
+        for _ in range(3):
+            run(TOKENS).square().sum().backward()
+            optimizer.step()
+        with torch.no_grad():
+            run(TOKENS)
+            model.eval()(TOKENS)
+        assert len(list(prepared_linears(model))) == 7
+        if how == "unloaded":
+            poetx.merge_and_unload(model)
+        return [weakref.ref(part) for part in (*model.modules(), *model.parameters(), optimizer)]
+
+    parts = trained()
+    torch._dynamo.reset()  # its compiled code is not ours to free
+    gc.collect()
+    assert [type(part()).__name__ for part in parts if part() is not None] == []
 
 
 # Casts and moves, the optimiser built before

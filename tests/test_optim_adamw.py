@@ -10,6 +10,7 @@ import poetx_compile as poetx
 from poetx_compile.optim import POETXAdamW, POETXMuon, param_groups
 from tests.models import TinyLM
 from tests.test_optim_schedule import build, train_step
+from tests.tolerances import assert_close
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"foreach": True}, {"fused": True}, {"amsgrad": True}])
@@ -30,6 +31,24 @@ def test_steps_between_merges_are_those_of_torch(kwargs: dict) -> None:
         models.append(model.state_dict())
     for name, value in models[0].items():
         assert torch.equal(value, models[1][name]), name
+
+
+def test_second_moments_of_a_bf16_model_decay() -> None:
+    """At β2 = 0.999 a step takes off less than bf16 can show: in bf16 they would stay for ever."""
+    model = nn.Linear(16, 16, bias=False).bfloat16()
+    config = poetx.POETXConfig(block_size=8, max_angle=None)
+    optimizer = POETXAdamW(model, lr=1e-9, betas=(0.9, 0.999), config=config)
+    rotations = [p for p in model.parameters() if p.requires_grad]
+    for parameter in rotations:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    first = [optimizer.state[p]["exp_avg_sq"].clone() for p in rotations]
+    for parameter in rotations:
+        parameter.grad.zero_()
+    for _ in range(100):
+        optimizer.step()
+    for parameter, moment in zip(rotations, first, strict=True):
+        assert_close(optimizer.state[parameter]["exp_avg_sq"], 0.999**100 * moment)
 
 
 @pytest.mark.parametrize("optimizer_class", [POETXAdamW, POETXMuon])

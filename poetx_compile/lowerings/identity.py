@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
+from poetx_compile import passes
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def _roots() -> list[Path]:
     """The folders whose sources decide what is compiled: the package, and the graph passes."""
-    import poetx_compile.passes  # in an editable install it lives outside the package's folder
-
-    return [_PACKAGE, *(Path(p).resolve() for p in poetx_compile.passes.__path__)]
+    # In an editable install the passes live outside of the package's folder.
+    return [_PACKAGE, *(Path(p).resolve() for p in passes.__path__)]
 
 
 def source_digest(roots: Iterable[Path]) -> str:

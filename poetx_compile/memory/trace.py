@@ -65,7 +65,7 @@ def trace(
             _partition(graph, fakes, options, found)
         return gm.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         with torch._dynamo.config.patch(suppress_errors=False), torch.enable_grad():
             torch.compile(step, backend=backend, dynamic=False)(*inputs, **kwargs)
@@ -78,7 +78,7 @@ def trace(
             f"{type(cause).__name__}: {message[:400]}"
         ) from error
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     if not all(traced):
         raise EstimateError("no part of the step that takes gradients could be traced")
     return traced

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poetx_compile.adoption import adopted_state
-from poetx_compile.config import POETXConfig
+from poetx_compile.config import POETXConfig, differences
 from poetx_compile.eligibility import linears, unwrap_compiled
 from poetx_compile.errors import ConfigError
 from poetx_compile.parametrization import (
@@ -156,8 +156,7 @@ def prepared_config(model: nn.Module, config: POETXConfig | None = None) -> POET
         )
     (earlier,) = found
     if config is not None and config != earlier:
-        given, had = config.to_dict(), earlier.to_dict()
-        changed = ", ".join(key for key in given if given[key] != had[key])
+        changed = ", ".join(differences(config, earlier))
         raise ConfigError(
             f"this model was prepared with another configuration (differs in {changed}): "
             "merge_and_unload(model) first, or leave config out"

@@ -112,23 +112,20 @@ class POETXMuon(torch.optim.Optimizer):
             state = self.state[skew]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(skew)
-        momenta = [local(self.state[p]["momentum_buffer"]) for p in skews]
-        gradients = [local(p.grad) for p in skews]
-        skews = [local(p) for p in skews]
-        mu = group["momentum"]
-        torch._foreach_lerp_(momenta, gradients, 1 - mu)
-        directions = torch._foreach_lerp(gradients, momenta, mu)
-        if group["weight_decay"]:
-            torch._foreach_mul_(skews, 1 - group["lr"] * group["weight_decay"])
-        b = group[BLOCK]
-        directions_of = by_kind([(direction, b) for direction in directions])
-        for kind, turned in by_kind([(skew, b) for skew in skews]).items():
+        mu, b = group["momentum"], group[BLOCK]
+        for kind, alike in by_kind([(skew, b) for skew in skews]).items():
+            momenta = [local(self.state[p]["momentum_buffer"]) for p in alike]
+            gradients = [local(p.grad) for p in alike if p.grad is not None]
+            turned = [local(p) for p in alike]
+            torch._foreach_lerp_(momenta, gradients, 1 - mu)
+            directions = torch._foreach_lerp(gradients, momenta, mu)
+            if group["weight_decay"]:
+                torch._foreach_mul_(turned, 1 - group["lr"] * group["weight_decay"])
             for batch in chunks(turned, b):
-                update = orthogonalize(unpack(gather(directions_of[kind], batch), b))
+                update = orthogonalize(unpack(gather(directions, batch), b))
                 update = pack(update).to(kind.dtype).mul_(group["lr"])
                 counts = [rows.stop - rows.start for _, rows in batch]
-                for (index, rows), part in zip(batch, update.split(counts), strict=True):
-                    turned[index][rows].sub_(part)
+                torch._foreach_sub_([turned[i][rows] for i, rows in batch], update.split(counts))
 
 
 @without_autocast

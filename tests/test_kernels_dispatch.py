@@ -1,0 +1,81 @@
+"""Where a kernel runs, and how often it is tuned: no Triton and no GPU is needed to tell."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from poetx_compile import ops
+from poetx_compile.ops import kernels
+from poetx_compile.ops.kernels import common
+
+
+def _arguments(op: str, device: str) -> tuple[Any, ...]:
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    bf16 = torch.bfloat16
+    x, skew, blocks = new(6, 64, dtype=bf16), new(2, 496), new(2, 32, 32)
+    pair = torch.arange(64, device=device).repeat(2, 1)
+    return {
+        "cayley_neumann": (skew, 32, 3, False),
+        "cayley_neumann_backward": (blocks, skew, 32, 3, False),
+        "rotation_delta": (skew, 32, 3, bf16, 0),
+        "rotation_tangent_backward": (blocks, skew, 32, 3, True, 0),
+        "fold_weight": (x, blocks.to(bf16), None, None, None, bf16),
+        "rotate_blocks": (x, blocks, None, None, False),
+        "block_product": (x, x, 2, 32, None, None),
+        "stacked_block_products": (x, x, x, x, 2, 2, 32, None, None),
+        "permute_columns": (x, pair, False),
+    }[op]
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_the_device_of_the_tensors_decides_and_not_what_is_installed(op, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
+    with FakeTensorMode():
+        assert kernels.applies(op, *_arguments(op, "cuda:0"))
+
+    def refused(*_: Any) -> Any:
+        raise AssertionError("a kernel was loaded for tensors on the CPU")
+
+    monkeypatch.setattr(kernels, "implementation", refused)
+    assert not kernels.applies(op, *_arguments(op, "cpu"))
+    given = _arguments(op, "cpu")
+    if op.endswith("_backward"):
+        # Through autograd, as it is called.
+        _, skew, b, order, narrow, *_ = given
+        forward = getattr(ops, op.removesuffix("_backward"))
+        forward(skew.requires_grad_(), b, order, narrow).sum().backward()
+        assert skew.grad is not None
+    else:
+        assert getattr(torch.ops.poetx, op)(*given).device.type == "cpu"
+
+
+def test_no_kernel_is_autotuned(monkeypatch) -> None:
+    """The first step compiles each kernel with one set of launch parameters."""
+    callers = []
+    for path in Path(common.__file__).parents[2].rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "attr", getattr(node, "id", None))
+            if name in ("autotune", "heuristics", "autotune_select_algorithm"):
+                callers.append((path.name, name))
+    assert callers == [("common.py", "autotune")]
+
+    def autotune(configs: list[Any], key: list[str]) -> Any:
+        assert len(configs) == 1
+        return lambda kernel: (kernel, configs[0])
+
+    triton = SimpleNamespace(autotune=autotune, Config=lambda meta, **parameters: parameters)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    kernel = object()
+    made = common._configured.__wrapped__(kernel, num_warps=4, num_stages=2)
+    assert made == (kernel, {"num_warps": 4, "num_stages": 2})
