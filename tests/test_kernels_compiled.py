@@ -494,7 +494,7 @@ def both_sides(width: int, b_in: int, b_out: int) -> tuple[Any, ...]:
 def test_fold_of_both_sides_is_one_launch_that_fits(b, compiled_launches):
     from poetx_compile.ops.kernels.fold_both import FoldTiling
 
-    kernels.implementation("fold_weight")(*both_sides(512, 256, b))
+    kernels.implementation("fold_weight")(*both_sides(512, b, 256))
     (fold,) = compiled_launches
     assert fold.metadata.name == "fold_both_kernel"
     assert fold.metadata.shared <= FoldTiling().shared_bytes(b)
