@@ -371,12 +371,30 @@ def test_stacked_products_share_one_loop(compiled_launches):
 def test_a_device_with_less_shared_memory_gets_narrower_tiles(compiled_launches, monkeypatch):
     from poetx_compile.ops.kernels import block_product
 
-    x = meta(512, 512, dtype=BF16)
+    x = meta(8192, 4096, dtype=BF16)
     for capacity, tile in ((SHARED_MEMORY, 256), (163 * 1024, 256), (99 * 1024, 128)):
         monkeypatch.setattr(block_product, "shared_memory", lambda capacity=capacity: capacity)
-        assert block_product.plan(512, 512, 2, 256, True).tile_n == tile
-        kernels.implementation("block_product")(x, x, 2, 256, None, None)
+        assert block_product.plan(8192, 4096, 16, 256, True).tile_n == tile
+        kernels.implementation("block_product")(x, x, 16, 256, None, None)
         assert compiled_launches[-1].metadata.shared <= capacity
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks", "tile", "splits"),
+    [
+        (2048, 16, (64, 128), 1),
+        (2048, 32, (128, 128), 1),
+        (2048, 56, (128, 256), 1),
+        (8192, 16, (128, 256), 4),
+        (8192, 32, (128, 256), 2),
+        (8192, 56, (128, 256), 1),
+    ],
+)
+def test_products_of_few_tokens_fill_the_device_without_splits(tokens, blocks, tile, splits):
+    from poetx_compile.ops.kernels.block_product import plan
+
+    division = plan(tokens, 4096, blocks, 256, True)
+    assert (division[:2], division.splits) == (tile, splits)
 
 
 def test_precision_of_fp32_products_is_three_tf32_products(compiled_launches):
@@ -494,7 +512,7 @@ def both_sides(width: int, b_in: int, b_out: int) -> tuple[Any, ...]:
 def test_fold_of_both_sides_is_one_launch_that_fits(b, compiled_launches):
     from poetx_compile.ops.kernels.fold_both import FoldTiling
 
-    kernels.implementation("fold_weight")(*both_sides(512, 256, b))
+    kernels.implementation("fold_weight")(*both_sides(512, b, 256))
     (fold,) = compiled_launches
     assert fold.metadata.name == "fold_both_kernel"
     assert fold.metadata.shared <= FoldTiling().shared_bytes(b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -167,6 +168,38 @@ def test_expanded_graph_equals_the_op_and_keeps_its_metadata(name, mode):
     assert result.meta["stack_trace"] == "here"
     assert_close(gm(*tensors), op(*args))
     assert gm(*tensors).data_ptr() not in {t.data_ptr() for t in tensors}
+
+
+def test_slices_put_together_again_are_the_tensor_they_are_slices_of():
+    def graph_of(function: Callable[[Tensor], Tensor]) -> fx.Graph:
+        gm = make_fx(function, tracing_mode="fake")(torch.randn(5, 2))
+        ExpandOps()(gm.graph)
+        gm.graph.lint()
+        gm.recompile()
+        x = torch.randn(5, 2)
+        assert torch.equal(gm(x), function(x))
+        return gm.graph
+
+    def cats(function: Callable[[Tensor], Tensor]) -> int:
+        nodes = graph_of(function).nodes
+        assert all(node.users for node in nodes if "slice" in str(node.target))
+        return sum(node.target == torch.ops.aten.cat.default for node in nodes)
+
+    assert cats(lambda x: torch.cat([(x + 1)[:2], (x + 1)[2:]]) * 2) == 1  # of two tensors
+
+    def cut(*ends: int) -> Callable[[Tensor], Tensor]:
+        def rejoined(x: Tensor) -> Tensor:
+            y = x + 1
+            return torch.cat([y[a:b] for a, b in itertools.pairwise((0, *ends))]) * 2
+
+        return rejoined
+
+    assert cats(cut(2, 5)) == cats(cut(1, 3, 5)) == 0
+    assert cats(cut(2, 4)) == 1  # a part is missing
+    assert cats(lambda x: torch.cat([x[:2], x[1:]]) * 2) == 1  # a row twice
+    assert cats(lambda x: torch.cat([x[2:], x[:2]]) * 2) == 1
+    assert cats(lambda x: torch.cat([x.mT[:, :2], x.mT[:, 2:]], 1) * 2) == 1  # not contiguous
+    assert cats(lambda x: torch.cat([x[:2], x[2:]])) == 1  # an output of its own
 
 
 def test_exact_transform_stays_a_call():

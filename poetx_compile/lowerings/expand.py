@@ -33,6 +33,7 @@ from torch.fx.node import map_arg
 
 from poetx_compile import ops  # noqa: F401  (defines the ops)
 from poetx_compile.lowerings.identity import cache_identity
+from poetx_compile.lowerings.rejoin import rejoin_slices
 from poetx_compile.lowerings.trace import arguments, signature, trace_reference
 from poetx_compile.ops import kernels
 from poetx_compile.ops.block_product import block_product_reference
@@ -93,6 +94,7 @@ class ExpandOps(CustomGraphPass):
         return cache_identity("ExpandOps", identity=self.identity, precision=precision)
 
     def __call__(self, graph: fx.Graph) -> None:
+        rejoin_slices(graph)
         # A model repeats a few shapes hundreds of times: each is traced once a graph.
         traces: dict[Hashable, fx.GraphModule | None] = {}
         for node in list(graph.nodes):

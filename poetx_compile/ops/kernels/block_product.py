@@ -1,14 +1,15 @@
 """Triton kernel of `block_product` and `stacked_block_products`: blocks of ``Xᵀ Y``.
 
-There are only d·b values to compute, each a sum over all tokens, so the tokens are split until the
-grid fills the device; the partial sums are added by one reduction in a fixed order. No atomics: two
-runs give the same bits. The blocks of a second product fill the same grid: fewer splits, and one
-launch and one reduction where there would be two.
+There are only d·b values to compute, each a sum over all tokens, so that tiles of a block alone may
+not fill the device. Then the tokens are split, and the partial sums are added by one reduction in a
+fixed order. No atomics: two runs give the same bits. The blocks of a second product fill the same
+grid: fewer splits, and one launch where there would be two.
 
 x and y are read from memory once, but from the L2 cache once for every tile of a block: by half as
 many, twice as wide tiles (128×256 in 8 warps, half the registers of a multiprocessor) three
-quarters of the bytes. Columns are gathered as in `rotate`: inside the product where they come in
-runs, by `permute.permute_columns` beforehand where they do not.
+quarters of the bytes. With few tokens what counts is the reduction: smaller tiles fill the device
+without splits. Columns are gathered as in `rotate`: inside the product where they come in runs, by
+`permute.permute_columns` beforehand where they do not.
 """
 
 from __future__ import annotations
@@ -38,11 +39,15 @@ from poetx_compile.ops.kernels.common import (
 from poetx_compile.ops.kernels.permute import permute_columns, source_columns
 
 _MAX_SPLITS = 32
+_TILE_T = 64
+"""Tokens of a step of 2-byte operands."""
 _ALONE = 0.8
 """How long a multiprocessor takes for its bytes where others idle, as a part of its usual time."""
-_REDUCTION = 96 * 1024
-"""What adding the partial sums costs beside reading them, one more launch: the bytes that a
-multiprocessor reads in 2 µs."""
+_REDUCTION = 192 * 1024
+"""What adding the partial sums costs beside reading them, one more launch that writes the result
+again: the bytes that a multiprocessor reads in 4 µs."""
+_TILES = ((128, 256), (128, 128), (64, 128))
+"""Of 2-byte operands, the widest first: each reads more bytes for a product than the one before."""
 
 
 @triton.jit
@@ -157,27 +162,32 @@ def plan(tokens: int, width: int, blocks: int, b: int, half: bool) -> Plan:
     """
     if not half:
         tile = power_of_two(b, 16, 64)
-        return Plan(tile, tile, 32, 4, 3, _splits(tokens, blocks, b, tile, tile, 4))
+        return Plan(tile, tile, 32, 4, 3, _splits(tokens, blocks, b, tile, tile, 4)[1])
     # Loads of unaligned rows need registers for their addresses, which a larger tile would spill.
     aligned = b % 8 == 0 and width % 16 == 0
-    tile_m = power_of_two(b, 16, 128 if aligned else 64)
-    tile_n = power_of_two(b, 16, 256 if aligned else 64)
-    tile_t = 64
     capacity = shared_memory()
-    if 3 * _stage_bytes(tile_m, tile_n, tile_t) > capacity:
-        tile_n = tile_m
-    stages = 4 if 4 * _stage_bytes(tile_m, tile_n, tile_t) < capacity else 3
-    splits = _splits(tokens, blocks, b, tile_m, tile_n, 2)
-    return Plan(tile_m, tile_n, tile_t, 8 if tile_n == 256 else 4, stages, splits)
+
+    def divided(tile_m: int, tile_n: int) -> tuple[float, Plan]:
+        tile_m, tile_n = power_of_two(b, 16, tile_m), power_of_two(b, 16, tile_n)
+        stages = 4 if 4 * _stage_bytes(tile_m, tile_n) < capacity else 3
+        cost, splits = _splits(tokens, blocks, b, tile_m, tile_n, 2)
+        warps = 8 if tile_n == 256 else 4
+        return cost, Plan(tile_m, tile_n, _TILE_T, warps, stages, splits)
+
+    shapes = _TILES if aligned else ((64, 64),)
+    fitting = [divided(*shape) for shape in shapes if 3 * _stage_bytes(*shape) <= capacity]
+    return min(fitting, key=lambda candidate: candidate[0])[1]
 
 
-def _stage_bytes(tile_m: int, tile_n: int, tile_t: int) -> int:
+def _stage_bytes(tile_m: int, tile_n: int) -> int:
     """Shared memory of one step of 2-byte operands."""
-    return 2 * tile_t * (tile_m + tile_n)
+    return 2 * _TILE_T * (tile_m + tile_n)
 
 
-def _splits(tokens: int, blocks: int, b: int, tile_m: int, tile_n: int, size: int) -> int:
-    """Into how many parts the tokens are split: the fewest bytes in the way of the result.
+def _splits(
+    tokens: int, blocks: int, b: int, tile_m: int, tile_n: int, size: int
+) -> tuple[float, int]:
+    """(cost, splits of the tokens): the fewest bytes in the way of the result.
 
     More splits fill the last wave of programs better, but each writes its partial sums, which one
     more launch reads again. What counts is the traffic of the busiest multiprocessor or, since all
@@ -196,7 +206,8 @@ def _splits(tokens: int, blocks: int, b: int, tile_m: int, tile_n: int, size: in
         added = splits * blocks * b * b * 4 / MULTIPROCESSORS + _REDUCTION if splits > 1 else 0
         return traffic + added
 
-    return min(range(1, min(_MAX_SPLITS, max(1, tokens // 64)) + 1), key=cost)
+    choices = range(1, min(_MAX_SPLITS, max(1, tokens // 64)) + 1)
+    return min((cost(splits), splits) for splits in choices)
 
 
 class Operands(NamedTuple):

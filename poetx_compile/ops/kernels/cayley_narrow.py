@@ -160,21 +160,22 @@ def packed_gradient_kernel(
     grad += block * (B * B)
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
-    # First (left^T right)^T, so that one accumulator takes the difference.
-    total = tl.zeros((TILE, TILE), tl.float32)
+    # What the end needs is on its way during the products.
+    direct = masked_tile(grad, rows, columns, B)
+    flipped = masked_tile(grad, columns, rows, B)
+    product = tl.zeros((TILE, TILE), tl.float32)
+    transpose = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, N, TILE_K):
         ks = start + tl.arange(0, TILE_K)
-        transposed = tl.trans(tile_of(right, ks, rows, N))
-        total = tl.dot(transposed, tile_of(left, ks, columns, N), total)
-    total = -total
-    for start in range(0, N, TILE_K):
-        ks = start + tl.arange(0, TILE_K)
-        transposed = tl.trans(tile_of(left, ks, rows, N))
-        total = tl.dot(transposed, tile_of(right, ks, columns, N), total)
+        left_rows = tl.trans(tile_of(left, ks, rows, N))
+        product = tl.dot(left_rows, tile_of(right, ks, columns, N), product)
+        right_rows = tl.trans(tile_of(right, ks, rows, N))
+        transpose = tl.dot(right_rows, tile_of(left, ks, columns, N), transpose)
+    total = product - transpose
     if HAS_ADDEND:
         total += tile_of(addend, rows, columns, N).to(tl.float32)
         total -= tl.trans(tile_of(addend, columns, rows, N)).to(tl.float32)
-    leading = masked_tile(grad, rows, columns, B) - tl.trans(masked_tile(grad, columns, rows, B))
+    leading = direct - tl.trans(flipped)
     out += block * (B * (B - 1) // 2)
     stored = above_diagonal(rows, columns, B)
     result = sign_of(block, kept) * (2 * leading + total)

@@ -1,12 +1,13 @@
 """Triton kernel of `fold_weight` with rotations on both sides: one pass over the weight.
 
-A program keeps one block of ``G_out − I`` in shared memory and goes through tiles of
-the columns of its rows::
+A program keeps one block of ``G_in − I`` in shared memory and goes through panels of the rows of
+its columns::
 
-    T      = S + S (G_in − I)ᵀ      the columns: S and G_in − I stream by
-    result = T + (G_out − I) T      the rows: T rounded as an operand alone
+    U      = S + (G_out − I) S     the rows: G_out − I and S stream by
+    result = U + U (G_in − I)ᵀ     the columns: U rounded as an operand alone
 
-T never leaves the program, so that the weight is read from memory once, written once and rounded
+U never leaves the program, nor its registers: what the first product leaves in a thread is what the
+second wants of its left operand. So the weight is read from memory once, written once and rounded
 once. Rows are written where they belong, columns too where they come in runs (`common.is_fused`).
 """
 
@@ -44,66 +45,64 @@ def fold_both_kernel(
     width,
     blocks_left,
     blocks_right,
-    row_programs,  # the blocks of rows, with those behind the last one that is rotated
-    tiles,  # of the columns
-    tiles_a_split,
+    column_programs,  # the blocks of columns, with those behind the last one that is rotated
+    panels,  # of the rows
+    panels_a_split,
     B_LEFT: tl.constexpr,
     B_RIGHT: tl.constexpr,
     ROW_CHUNK: tl.constexpr,
     SCATTER: tl.constexpr,
     RUN: tl.constexpr,
-    PADDED: tl.constexpr,  # a power of two >= B_LEFT
-    TILE_N: tl.constexpr,
+    PADDED: tl.constexpr,  # a power of two >= B_RIGHT
+    PANEL: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
     """out[row_index][:, scatter] = (I + left_delta) weight (I + right_delta)^T by blocks.
 
     Behind the last block of a side its delta is zero.
     """
-    tiles_a_block: tl.constexpr = (B_RIGHT + TILE_N - 1) // TILE_N
+    panels_a_block: tl.constexpr = (B_LEFT + PANEL - 1) // PANEL
     program = tl.program_id(0)
-    row_block = program % row_programs
-    first = (program // row_programs) * tiles_a_split
-    last = tl.minimum(first + tiles_a_split, tiles)
-
-    ks = tl.arange(0, PADDED)
-    row = row_block * B_LEFT + ks
-    row_there = (ks < B_LEFT) & (row < rows)
-    target = row
-    if ROW_CHUNK > 0:
-        target = tl.load(row_index + row // ROW_CHUNK, mask=row_there, other=0) * ROW_CHUNK
-        target += row % ROW_CHUNK
-    out_rows = out + (target.to(tl.int64) * width)[:, None]
-    row_there = row_there[:, None]
-    weight += row_block.to(tl.int64) * B_LEFT * width
-    in_rows = (ks * width)[:, None]
-
-    left_delta += row_block.to(tl.int64) * (B_LEFT * B_LEFT)
-    stored = (ks < B_LEFT)[:, None] & (ks < B_LEFT)[None, :] & (row_block < blocks_left)
-    left = tl.load(left_delta + ks[:, None] * B_LEFT + ks[None, :], mask=stored, other=0.0)
-
-    for tile in range(first, last):
-        block = tile // tiles_a_block
-        ns = tile % tiles_a_block * TILE_N + tl.arange(0, TILE_N)
-        columns = block * B_RIGHT + ns
-        there = (ns < B_RIGHT) & (columns < width)
-        inside = row_there & there[None, :]
-        total = tl.load(weight + in_rows + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        block_delta = right_delta + block.to(tl.int64) * (B_RIGHT * B_RIGHT)
-        turned = (ns < B_RIGHT)[:, None] & (block < blocks_right)
-        for start in range(0, B_RIGHT, TILE_K):
+    block = program % column_programs
+    first = (program // column_programs) * panels_a_split
+    last = tl.minimum(first + panels_a_split, panels)
+    ns = tl.arange(0, PADDED)
+    columns = block * B_RIGHT + ns
+    there = (ns < B_RIGHT) & (columns < width)
+    target = columns
+    if SCATTER > 0:
+        chunk = tl.load(scatter + columns // SCATTER, mask=there, other=0)
+        target = chunk_columns(chunk, columns, SCATTER, RUN)
+    block_delta = right_delta + block.to(tl.int64) * (B_RIGHT * B_RIGHT)
+    stored = (ns < B_RIGHT)[:, None] & (ns < B_RIGHT)[None, :] & (block < blocks_right)
+    at = ns[:, None] * B_RIGHT + ns[None, :]
+    right = tl.trans(tl.load(block_delta + at, mask=stored, other=0.0))
+    for panel in range(first, last):
+        row_block = panel // panels_a_block
+        ms = panel % panels_a_block * PANEL + tl.arange(0, PANEL)
+        row = row_block * B_LEFT + ms
+        row_there = (ms < B_LEFT) & (row < rows)
+        inside = row_there[:, None] & there[None, :]
+        block_rows = weight + row_block.to(tl.int64) * B_LEFT * width
+        own = tl.load(block_rows + (ms * width)[:, None] + columns[None, :], inside, other=0.0)
+        total = own.to(tl.float32)
+        left_rows = left_delta + row_block.to(tl.int64) * (B_LEFT * B_LEFT)
+        left_rows += (ms * B_LEFT)[:, None]
+        for start in range(0, tl.where(row_block < blocks_left, B_LEFT, 0), TILE_K):
             js = start + tl.arange(0, TILE_K)
-            source = block * B_RIGHT + js
-            read = row_there & ((js < B_RIGHT) & (source < width))[None, :]
-            panel = tl.load(weight + in_rows + source[None, :], mask=read, other=0.0)
-            at = ns[:, None] * B_RIGHT + js[None, :]
-            right = tl.load(block_delta + at, mask=turned & (js < B_RIGHT)[None, :], other=0.0)
-            total = tl.dot(panel, tl.trans(right), total)
-        result = tl.dot(left, total.to(left.dtype), total)
-        if SCATTER > 0:
-            chunk = tl.load(scatter + columns // SCATTER, mask=there, other=0)
-            columns = chunk_columns(chunk, columns, SCATTER, RUN)
-        tl.store(out_rows + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
+            turned = (ms < B_LEFT)[:, None] & (js < B_LEFT)[None, :]
+            left = tl.load(left_rows + js[None, :], mask=turned, other=0.0)
+            source = block_rows + (js * width)[:, None] + columns[None, :]
+            read = (js < B_LEFT)[:, None] & there[None, :]
+            stream = tl.load(source, mask=read, other=0.0)
+            total = tl.dot(left, stream, total)
+        result = tl.dot(total.to(weight.dtype.element_ty), right, total)
+        to_row = row
+        if ROW_CHUNK > 0:
+            to_row = tl.load(row_index + row // ROW_CHUNK, mask=row_there, other=0) * ROW_CHUNK
+            to_row += row % ROW_CHUNK
+        out_rows = out + (to_row.to(tl.int64) * width)[:, None]
+        tl.store(out_rows + target[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -111,20 +110,20 @@ class FoldTiling:
     """Sizes of `fold_both_kernel`.
 
     Args:
-        tile_n: columns of a tile of the result.
-        tile_k: columns of a step of the first product.
+        panel: rows of a tile of the result.
+        tile_k: rows of the weight in a step of the first product.
         stages: of the steps in flight.
     """
 
-    tile_n: int = 128
+    panel: int = 128
     tile_k: int = 32
     stages: int = 4
 
     def shared_bytes(self, block_size: int) -> int:
-        """Shared memory of a program whose rows are a block of `block_size`."""
-        rows = _padded(block_size)
-        streaming = self.stages * (rows + self.tile_n) * self.tile_k
-        return 2 * (rows * rows + max(streaming, rows * self.tile_n))  # T follows the stream
+        """Shared memory of a program whose columns are a block of `block_size`."""
+        columns = _padded(block_size)
+        streaming = self.stages * (self.panel + columns) * self.tile_k
+        return 2 * (columns * columns + max(streaming, self.panel * columns))
 
 
 def fits(weight: Tensor, delta_in: Tensor, delta_out: Tensor) -> bool:
@@ -132,7 +131,7 @@ def fits(weight: Tensor, delta_in: Tensor, delta_out: Tensor) -> bool:
     sizes = delta_in.shape[1], delta_out.shape[1]
     aligned = weight.shape[1] % 16 == 0 and all(b % 8 == 0 for b in sizes)
     middle = all(64 < b <= 256 for b in sizes)
-    return aligned and middle and FoldTiling().shared_bytes(sizes[1]) <= shared_memory()
+    return aligned and middle and FoldTiling().shared_bytes(sizes[0]) <= shared_memory()
 
 
 def fold_both(
@@ -160,15 +159,15 @@ def fold_both(
     afterwards = None
     if perm_in is not None and not is_fused(perm_in, width, b_right):
         perm_in, afterwards = None, perm_in
-    padded = _padded(b_left)
-    row_programs = -(-rows // b_left)
-    # Tiles of whole blocks: of the last one, which may be cut short, as many as of the others.
-    tiles = -(-width // b_right) * -(-b_right // tiling.tile_n)
-    splits = _splits(row_programs, tiles, MULTIPROCESSORS * (256 // padded))
+    padded = _padded(b_right)
+    column_programs = -(-width // b_right)
+    # Panels of whole blocks: of the last one, which may be cut short, as many as of the others.
+    panels = -(-rows // b_left) * -(-b_left // tiling.panel)
+    splits = _splits(column_programs, panels, MULTIPROCESSORS * (256 // padded))
     out = torch.empty_like(weight)
     launch(
         fold_both_kernel,
-        splits * row_programs,
+        splits * column_programs,
         weight,
         delta_out.contiguous(),
         delta_in.contiguous(),
@@ -179,16 +178,16 @@ def fold_both(
         width,
         blocks_left,
         blocks_right,
-        row_programs,
-        tiles,
-        -(-tiles // splits),
+        column_programs,
+        panels,
+        -(-panels // splits),
         B_LEFT=b_left,
         B_RIGHT=b_right,
         ROW_CHUNK=chunk_length(perm_out, rows),
         SCATTER=chunk_length(perm_in, width),
         RUN=run_length(width, b_right, perm_in),
         PADDED=padded,
-        TILE_N=tiling.tile_n,
+        PANEL=tiling.panel,
         TILE_K=tiling.tile_k,
         num_warps=8,
         num_stages=tiling.stages,
@@ -200,14 +199,14 @@ def _padded(block_size: int) -> int:
     return power_of_two(block_size, 128, 256)
 
 
-def _splits(row_programs: int, tiles: int, resident: int) -> int:
-    """Into how many programs the tiles of a block of rows are divided.
+def _splits(column_programs: int, panels: int, resident: int) -> int:
+    """Into how many programs the panels of a block of columns are divided.
 
     The fewest that take the least time where `resident` programs run at once: a wave takes its
-    tiles and about half as long as one to fetch the rows' delta.
+    panels and about a third as long as one to fetch the columns' delta.
     """
 
     def time(splits: int) -> float:
-        return -(-splits * row_programs // resident) * (-(-tiles // splits) + 0.5)
+        return -(-splits * column_programs // resident) * (-(-panels // splits) + 0.35)
 
-    return min(range(1, tiles + 1), key=time)
+    return min(range(1, panels + 1), key=time)

@@ -19,7 +19,8 @@ class NarrowTiling:
         block_size: b, 2 ≤ b ≤ 256.
         panel: rows that go through a chain of products together.
         panel_warps: warps of a chain.
-        tile: side of the tiles of a single product.
+        tile: side of the tiles of a single product. Small ones in short steps let several programs
+            share a multiprocessor, and 16 blocks occupy all of them.
         tile_k: columns of an operand in flight.
         stages: of the loads in flight.
     """
@@ -27,18 +28,9 @@ class NarrowTiling:
     block_size: int
     panel: int = 64
     panel_warps: int = 8
-    tile: int = 128
-    tile_k: int = 64
+    tile: int = 64
+    tile_k: int = 32
     stages: int = 3
-
-    @classmethod
-    def of_tangent(cls, block_size: int) -> NarrowTiling:
-        """Sizes for the gradient of a tangent; the default ones are for the Cayley kernels.
-
-        A step of its product has five operands. In tiles of half the side and short steps three
-        programs share a multiprocessor (60 KiB each), and 16 blocks occupy all of them.
-        """
-        return cls(block_size, tile=64, tile_k=32)
 
     @property
     def padded(self) -> int:
@@ -53,11 +45,20 @@ class NarrowTiling:
     def side(self) -> int:
         return min(self.tile, self.padded)
 
+    @property
+    def high(self) -> int:
+        """How many tiles the programs with the most operands have on top of each other.
+
+        They read fewer bytes for each of their products, and have registers left.
+        """
+        return min(2, self.padded // self.side)
+
     def panels(self, blocks: Any) -> Any:
         return blocks * (self.padded // self.panel_rows)
 
-    def tiles(self, blocks: Any) -> Any:
-        return blocks * (self.padded // self.side) ** 2
+    def tiles(self, blocks: Any, high: int = 1) -> Any:
+        """Programs of single products whose tiles are `high` times as high as wide."""
+        return blocks * ((self.padded // self.side) ** 2 // high)
 
     def unpacking(self) -> dict[str, Any]:
         """Constants of the kernels of `unpack`, tiles of at most 64×64."""
@@ -99,8 +100,9 @@ class NarrowTiling:
     def shared_bytes(self) -> int:
         """Shared memory of the largest program, at most."""
         chain = self.padded * (self.padded + self.panel_rows)
-        # Four operands of the backward's second product, and half a stage more on its way.
-        product = 4 * self.side * min(self.tile_k, self.padded) * (2 * self._in_flight + 1) // 2
+        # The five operands of a tangent's product, three of them high, and half a stage more.
+        step = (3 * self.high + 2) * self.side * min(self.tile_k, self.padded)
+        product = step * (2 * self._in_flight + 1) // 2
         return 2 * max(chain, product)
 
 

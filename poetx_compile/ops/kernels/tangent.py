@@ -55,10 +55,11 @@ def series_kernel(
     base = block * (N * N)
     q += base
     columns = tl.arange(0, N)
-    resident = tile_of(q, columns, columns, N)
-    product = tl.dot(tile_of(s + base, rows, columns, N), resident)
-    store_tile(t_out + base, rows, columns, product, N)
+    # The panels before the matrix, so that none of them is waited for alone.
+    symmetric = tile_of(s + base, rows, columns, N)
     panel = tile_of(q, rows, columns, N).to(tl.float32)
+    resident = tile_of(q, columns, columns, N)
+    store_tile(t_out + base, rows, columns, tl.dot(symmetric, resident), N)
     total = tl.zeros((PANEL, N), tl.float32)
     for _ in range(3):  # not unrolled: see `cayley_narrow.rotation_kernel`
         total = tl.dot((panel + total).to(q.dtype.element_ty), resident)
@@ -76,6 +77,7 @@ def conjugate_right_kernel(
     d_out,  # [blocks, N, N]
     v_out,  # [blocks, N, N]
     N: tl.constexpr,
+    HIGH: tl.constexpr,
     TILE: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
@@ -84,17 +86,18 @@ def conjugate_right_kernel(
     J is not formed: its two products read T from shared memory, as it lies there and transposed,
     which costs a product more and spares the threads a pass over T between loads and products.
     """
-    block, row_tile, column_tile = position(N, TILE)
+    block, row_tile, column_tile = position(N, TILE, HIGH)
     base = block * (N * N)
     a += base
     t += base
     f += base
     h += base
-    rows = row_tile * TILE + tl.arange(0, TILE)
+    rows = row_tile * (HIGH * TILE) + tl.arange(0, HIGH * TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
-    a_f = tl.zeros((TILE, TILE), tl.float32)
-    tt_h = tl.zeros((TILE, TILE), tl.float32)
-    t_h = tl.zeros((TILE, TILE), tl.float32)
+    leading = tile_of(a, rows, columns, N)
+    a_f = tl.zeros((HIGH * TILE, TILE), tl.float32)
+    tt_h = tl.zeros((HIGH * TILE, TILE), tl.float32)
+    t_h = tl.zeros((HIGH * TILE, TILE), tl.float32)
     for start in range(0, N, TILE_K):
         ks = start + tl.arange(0, TILE_K)
         a_f = tl.dot(tile_of(a, rows, ks, N), tile_of(f, ks, columns, N), a_f)
@@ -103,8 +106,7 @@ def conjugate_right_kernel(
         t_h = tl.dot(tile_of(t, rows, ks, N), right, t_h)
     j_h = tt_h - t_h
     store_tile(d_out + base, rows, columns, a_f - j_h, N)
-    leading = tile_of(a, rows, columns, N).to(tl.float32)
-    store_tile(v_out + base, rows, columns, leading + a_f - 2 * j_h, N)
+    store_tile(v_out + base, rows, columns, leading.to(tl.float32) + a_f - 2 * j_h, N)
 
 
 def rotation_tangent_backward(
@@ -122,17 +124,18 @@ def rotation_tangent_backward(
 
     Args:
         grad, skew, block_size, order, narrow, flipped: those of the op.
-        tiling: default `NarrowTiling.of_tangent`.
+        tiling: default that of the block size.
         operands: what products take. bf16 keeps the range of fp32.
     """
     assert order == 3, order
     assert narrow
     grad, skew = grad.contiguous(), skew.contiguous()
-    tiling = tiling or NarrowTiling.of_tangent(block_size)
+    tiling = tiling or NarrowTiling(block_size)
     blocks = skew.shape[0]
     kept = blocks - flipped
     q, s, a = split(grad, skew, kept, tiling, operands)
     f, h, t, d, v = (torch.empty_like(q) for _ in range(5))
     launch(series_kernel, tiling.panels(blocks), q, s, f, h, t, **tiling.chain())
-    launch(conjugate_right_kernel, tiling.tiles(blocks), a, t, f, h, d, v, **tiling.product())
+    programs, constants = tiling.tiles(blocks, tiling.high), tiling.product()
+    launch(conjugate_right_kernel, programs, a, t, f, h, d, v, HIGH=tiling.high, **constants)
     return packed_gradient(f, v, d, grad, kept, tiling)

@@ -52,12 +52,16 @@ def sign_of(block, kept):
 
 
 @triton.jit
-def position(N: tl.constexpr, TILE: tl.constexpr):
-    """(block, row tile, column tile) of this program; the tiles of a block run side by side."""
+def position(N: tl.constexpr, TILE: tl.constexpr, HIGH: tl.constexpr = 1):
+    """(block, row tile, column tile) of this program; the tiles of a block run side by side.
+
+    Tiles are TILE columns wide and HIGH times as many rows high.
+    """
     tiles: tl.constexpr = N // TILE
+    of_block: tl.constexpr = tiles * (tiles // HIGH)
     program = tl.program_id(0)
-    tile = program % (tiles * tiles)
-    return (program // (tiles * tiles)).to(tl.int64), tile // tiles, tile % tiles
+    tile = program % of_block
+    return (program // of_block).to(tl.int64), tile // tiles, tile % tiles
 
 
 @triton.jit
