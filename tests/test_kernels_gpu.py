@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._dynamo.utils import counters
 
 from poetx_compile import ops
-from poetx_compile.lowerings import ExpandOps
+from poetx_compile.lowerings import ExpandOps, compile_inner, register
 from poetx_compile.ops import kernels
 from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
@@ -411,8 +411,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
+        register()
         patches = {"post_grad_custom_pre_pass": ExpandOps("gpu")}
-        return compile_fx(gm, inputs, config_patches=patches)
+        return compile_fx(gm, inputs, compile_inner, config_patches=patches)
 
     return torch.compile(function, backend=backend, fullgraph=True)
 
