@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -113,12 +114,13 @@ class AdoptLinear(GraphPass[WeightSite]):
         root = graph.owning_module
         assert root is not None
         placeholders = graph.find_nodes(op="placeholder")
+        readers = _readers(root)
         found = []
         for index, placeholder in enumerate(placeholders):
             site = WeightSite(placeholder, index, [], [], [])
             _follow(root, placeholder, (), site)
             if site.others and not site.linears:
-                site.hidden = _hidden_linears(root, placeholder)
+                site.hidden = readers.get(id(placeholder.meta.get(graphs.VALUE)), [])
             if site.linears or site.hidden:
                 found.append(site)
         return found
@@ -221,18 +223,17 @@ def _follow_operand(
             _follow(body, placeholders[position], (*path, (call, body)), site)
 
 
-def _hidden_linears(root: fx.GraphModule, weight: fx.Node) -> list[fx.Node]:
-    """The linears of nested bodies that read `weight`, told by its fake value: Dynamo hands that on
-    to the body of any higher-order op."""
-    value = weight.meta.get(graphs.VALUE)
-    linears = (n for module in graphs.nested(root) for n in module.graph.nodes)
-    return [
-        n
-        for n in linears
-        if graphs.is_linear(n)
-        and isinstance(read := graphs.linear_arguments(n)[1], fx.Node)
-        and read.meta.get(graphs.VALUE) is value
-    ]
+def _readers(root: fx.GraphModule) -> dict[int, list[fx.Node]]:
+    """The linears of all bodies by the weight they read, told by the id of its fake value: Dynamo
+    hands that on to the body of any higher-order op."""
+    found = defaultdict(list)
+    for module in graphs.nested(root):
+        for node in module.graph.nodes:
+            if graphs.is_linear(node):
+                read = graphs.linear_arguments(node)[1]
+                if isinstance(read, fx.Node):
+                    found[id(read.meta.get(graphs.VALUE))].append(node)
+    return found
 
 
 def _add_input(graph: fx.Graph, name: str, value: Any) -> fx.Node:

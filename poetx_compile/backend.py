@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from poetx_compile import passes
+from poetx_compile import collector, passes
 from poetx_compile.adoption import Adopter
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
@@ -59,7 +59,8 @@ def poetx_backend(
     """
     parsed = BackendOptions.parse(mode, options)
     _warn_at_the_limit()
-    return compile_graph(gm, example_inputs, parsed)
+    with collector.paused():
+        return compile_graph(gm, example_inputs, parsed)
 
 
 def _warn_at_the_limit() -> None:

@@ -19,6 +19,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from poetx_compile import collector
+
 _WRITES, _ACCESSES = "identify_mutated_tensors", "identify_accessed_tensors"
 _FUNCTIONS = (_WRITES, _ACCESSES)
 """The analysis in torch 2.11 and its successor; the module has one of the two."""
@@ -69,8 +71,11 @@ def _kind(value: Any) -> Hashable:
 
 
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """Inductor's compilation of one graph (forward, backward or inference), analysis kept."""
+    """Inductor's compilation of one graph, analysis kept and the garbage collector paused.
+
+    That of a backward does not run inside the backend, but inside the first backward.
+    """
     from torch._inductor.compile_fx import compile_fx_inner
 
-    with analysis_kept():
+    with analysis_kept(), collector.paused():
         return compile_fx_inner(gm, example_inputs, **kwargs)
