@@ -3,7 +3,8 @@
 A prepared layer is enrolled here, and its rotations are owned once an optimiser is attached to
 them. Before each step of any torch optimiser that holds parameters of enrolled layers: rotations
 that the compiler made are taken over; a weight that `prepare` froze, in an optimiser without its
-rotations, raises; rotations that nobody merges are told once.
+rotations, raises; rotations that nobody merges are told once. After each step: rotations that get
+gradients and that no optimiser holds.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ log = logging.getLogger("poetx_compile")
 
 _linears: weakref.WeakSet[nn.Linear] = weakref.WeakSet()  # enrolled, and still prepared or not
 _owners: Any = WeakTensorKeyDictionary()  # skew parameter → its optimiser, weakly
-_orphans: Any = WeakTensorKeyDictionary()  # adopted skew parameter without an owner → its linear
+_orphans: Any = WeakTensorKeyDictionary()  # skew parameter that no optimiser holds → its linear
 _looked: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
 _version = 0
 _watching = False
@@ -51,8 +52,7 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
             "and rotations are trained in its place. Register hooks after poetx_compile.prepare",
             list(stored_weight(module).shape),
         )
-    if equivalence.adopted:
-        _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
+    _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
     _watch()
 
 
@@ -108,6 +108,8 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "poetx_compile.adopt(optimizer, model)"
         )
     if by_hand:
+        for skew in (s for _, e in by_hand for s in (e.skew_in, e.skew_out)):
+            _orphans.pop(skew, None)
         log.warning(
             "%s trains the rotations of %d layer(s) and never merges them: call "
             "poetx_compile.attach(optimizer, model)",
@@ -126,19 +128,34 @@ _gradients: Any = WeakTensorKeyDictionary()  # skew parameter → its last gradi
 
 
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise when adopted rotations got gradients before two optimiser steps and nobody owns them.
+    """Tell of rotations that got gradients before two steps while no optimiser holds them.
 
-    A gradient counts once: one that is left over from an earlier backward (of another model, or
-    because two optimisers step after each backward) says nothing new.
+    Adopted ones raise: the script knows nothing of them. Those of `prepare` may be left out on
+    purpose, and are told once. A gradient counts once: one that is left over from an earlier
+    backward (of another model, or because two optimisers step after each backward) says nothing
+    new.
     """
     idle = _count_gradients()
-    if idle:
-        gc.collect()  # those of a model that is gone say nothing
-        idle = [layer for layer in idle if layer() is not None]
-    if idle:
+    if not idle:
+        return
+    gc.collect()  # those of a model that is gone say nothing
+    layers = dict.fromkeys(m for layer in idle if (m := layer()) is not None)
+    states = [e for m in layers if (e := equivalence_of(m)) is not None]
+    by_hand = [e for e in states if not e.adopted]
+    for skew in (s for e in by_hand for s in (e.skew_in, e.skew_out)):
+        _orphans.pop(skew, None)
+    if by_hand:
+        log.warning(
+            "the rotations of %d prepared layer(s) had gradients at two steps of %s, but no "
+            "optimiser holds them, and they do not train: build it from "
+            "poetx_compile.param_groups(model, lr=...), or freeze them",
+            len(by_hand),
+            type(optimizer).__name__,
+        )
+    if adopted := len(states) - len(by_hand):
         _gradients.clear()
         raise UnownedRotationsError(
-            f"the rotations of {len(set(idle))} adopted layer(s) had gradients at two steps of "
+            f"the rotations of {adopted} adopted layer(s) had gradients at two steps of "
             f"{type(optimizer).__name__}, but no optimiser holds them, and their dense weights are "
             "frozen: the model does not train. Give model.parameters() to an optimiser, exclude or "
             "freeze what is not to train, or build poetx_compile.POETXAdamW(model)"
@@ -146,7 +163,7 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _count_gradients() -> list[weakref.ref[nn.Linear]]:
-    """The adopted layers without an owner that have had gradients at two steps."""
+    """The layers that no optimiser holds and that have had gradients at two steps."""
     idle = []
     for parameter, reference in list(_orphans.items()):
         if parameter.grad is None:

@@ -93,6 +93,8 @@ def test_the_round_trip_covers_every_field_with_another_value() -> None:
 def test_an_unknown_field_is_named() -> None:
     with pytest.raises(ConfigError, match=r"unknown POETXConfig field\(s\) blocksize; known: base"):
         POETXConfig.from_dict({"blocksize": 4})
+    with pytest.raises(ConfigError, match="None is no dict of the fields"):
+        POETXConfig.from_dict(None)  # type: ignore[arg-type]
 
 
 def test_block_size_of_each_side() -> None:

@@ -505,6 +505,21 @@ def test_rotations_that_nobody_merges_are_told_once(caplog: pytest.LogCaptureFix
     assert "never merges them: call poetx_compile.attach" in record.getMessage()
 
 
+def test_prepared_rotations_that_no_optimiser_holds_are_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = MLP()
+    poetx.prepare(model, CONFIG)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.dim() == 1], lr=1e-2)
+    for told in (0, 1, 1):
+        give_gradients(model)
+        optimizer.step()
+        assert len(caplog.records) == told
+    message = caplog.records[0].getMessage()
+    assert "of 2 prepared layer(s) had gradients at two steps of SGD" in message
+    assert "build it from poetx_compile.param_groups" in message
+
+
 def test_an_optimiser_with_groups_of_its_own_is_not_changed() -> None:
     model = nn.ModuleList([MLP(), MLP()])
     poetx.prepare(model, CONFIG)
