@@ -6,7 +6,8 @@ import gc
 from typing import Any
 
 import torch
-from torch import nn
+from functorch.compile import make_boxed_func
+from torch import fx, nn
 from torch._inductor import compile_fx
 
 import poetx_compile as poetx
@@ -33,11 +34,10 @@ def test_it_stays_off_where_it_was_off() -> None:
 
 def test_forward_and_backward_are_compiled_without_it(monkeypatch) -> None:
     found = []
-    real = compile_fx.compile_fx_inner
 
-    def inner(*args: Any, **kwargs: Any) -> Any:
+    def inner(gm: fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
         found.append((bool(kwargs.get("is_backward")), gc.isenabled()))
-        return real(*args, **kwargs)
+        return make_boxed_func(gm.forward)
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", inner)
     model = nn.Linear(8, 12)
