@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 import torch._dynamo.backends.distributed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
 from poetx_compile import backend
-from poetx_compile.diagnostics import diagnostics
 from poetx_compile.errors import AdoptionError, IncompatibleStateError, ParallelismError
 from poetx_compile.merge import merge
 from poetx_compile.parametrization import prepared_linears, stored_weight
@@ -26,6 +25,7 @@ from tests.distributed.training import (
     adopted,
     alone,
     assert_alike,
+    assert_early_merges_as_alone,
     attached,
     batch,
     build,
@@ -190,30 +190,7 @@ def check_accumulation_with_no_sync() -> None:
 
 
 def check_early_merges_come_at_the_same_step() -> None:
-    fields: dict[str, Any] = {"merge_interval": 100, "max_angle": 0.05}
-    runs = []
-    for single in (False, True):
-        model = build(**fields)
-        forward = model if single else DistributedDataParallel(model)
-        optimizer = muon(forward)
-        steps = []
-        for step in range(8):
-            train(forward, optimizer, range(step, step + 1), alone=single)
-            steps.append((prepared_draw(model), optimizer.schedule.angle, diagnostics(forward)))
-        assert optimizer.schedule.early_merges >= 2
-        runs.append(steps)
-    assert same_everywhere(runs[0])
-    for (draw, angle, figures), (draw_alone, angle_alone, figures_alone) in zip(*runs, strict=True):
-        assert draw == draw_alone
-        assert abs(angle - angle_alone) < 1e-4
-        for key, value in figures.items():
-            assert abs(value - figures_alone[key]) < 1e-4, key
-    assert max(figures["angle_mean"] for _, _, figures in runs[0]) > 0.01
-
-
-def prepared_draw(model: nn.Module) -> int:
-    (draw,) = {e.draw for _, _, e in prepared_linears(model)}
-    return draw
+    assert_early_merges_as_alone(DistributedDataParallel)
 
 
 def check_the_wrong_order_is_refused() -> None:

@@ -20,7 +20,7 @@ from poetx_compile.diagnostics import diagnostics, effective_weight
 from poetx_compile.errors import AdoptionError, IncompatibleStateError, ParallelismError
 from poetx_compile.merge import merge
 from poetx_compile.parametrization import prepared_linears, stored_weight
-from tests.distributed.ddp import choices, prepared_draw
+from tests.distributed.ddp import choices
 from tests.distributed.training import (
     COMPILED,
     Collectives,
@@ -28,12 +28,14 @@ from tests.distributed.training import (
     adopted,
     alone,
     assert_alike,
+    assert_early_merges_as_alone,
     attached,
     batch,
     build,
     digest,
     loss_of,
     muon,
+    prepared_draw,
     raises,
     rank,
     same_everywhere,
@@ -187,25 +189,7 @@ def check_accumulation_without_synchronising() -> None:
 
 
 def check_early_merges_come_at_the_same_step() -> None:
-    fields: dict[str, Any] = {"merge_interval": 100, "max_angle": 0.05}
-    runs = []
-    for single in (False, True):
-        model = build(**fields)
-        forward = model if single else shard(model)
-        optimizer = muon(forward)
-        steps = []
-        for step in range(8):
-            train(forward, optimizer, range(step, step + 1), alone=single)
-            steps.append((prepared_draw(model), optimizer.schedule.angle, diagnostics(forward)))
-        assert optimizer.schedule.early_merges >= 2
-        runs.append(steps)
-    assert same_everywhere(runs[0])
-    for (draw, angle, figures), (draw_alone, angle_alone, figures_alone) in zip(*runs, strict=True):
-        assert draw == draw_alone
-        assert abs(angle - angle_alone) < 1e-4
-        for key, value in figures.items():
-            assert abs(value - figures_alone[key]) < 1e-4, key
-    assert max(figures["angle_mean"] for _, _, figures in runs[0]) > 0.01
+    assert_early_merges_as_alone(shard)
 
 
 def check_uneven_blocks_and_sides_of_size_one() -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import poetx_compile as poetx
 from poetx_compile import shards
+from poetx_compile.diagnostics import diagnostics
 from poetx_compile.parametrization import prepared_linears
 from tests.models import SwiGLU, TinyLM
 from tests.tolerances import assert_close
@@ -165,3 +166,31 @@ def raises(error: type[BaseException], words: str) -> Iterator[None]:
         found = found.__cause__ or found.__context__
     assert found is not None, f"no {error.__name__}, but {caught.value!r}"
     assert words in str(found), str(found)
+
+
+def assert_early_merges_as_alone(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """The angle guard merges at the same steps as in one process, in all processes alike."""
+    fields: dict[str, Any] = {"merge_interval": 100, "max_angle": 0.05}
+    runs = []
+    for single in (False, True):
+        model = build(**fields)
+        forward = model if single else wrap(model)
+        optimizer = muon(forward)
+        steps = []
+        for step in range(8):
+            train(forward, optimizer, range(step, step + 1), alone=single)
+            steps.append((prepared_draw(model), optimizer.schedule.angle, diagnostics(forward)))
+        assert optimizer.schedule.early_merges >= 2
+        runs.append(steps)
+    assert same_everywhere(runs[0])
+    for (draw, angle, figures), (draw_alone, angle_alone, figures_alone) in zip(*runs, strict=True):
+        assert draw == draw_alone
+        assert abs(angle - angle_alone) < 1e-4
+        for key, value in figures.items():
+            assert abs(value - figures_alone[key]) < 1e-4, key
+    assert max(figures["angle_mean"] for _, _, figures in runs[0]) > 0.01
+
+
+def prepared_draw(model: nn.Module) -> int:
+    (draw,) = {e.draw for _, _, e in prepared_linears(model)}
+    return draw
