@@ -218,7 +218,7 @@ def cayley_neumann(skew: Tensor, block_size: int, order: int, narrow: bool = Fal
     width = block_size if only_square else padded
     q, p = (skew.new_empty(blocks, padded, padded) for _ in range(2))
     h = skew.new_empty(blocks, width, width)
-    launch(unpack_kernel, programs, skew, q, blocks, **tiling.unpacking())
+    launch(unpack_kernel, programs, skew, q, q, blocks, HAS_REST=False, **tiling.unpacking())
     # For k = 1 this is the result; for other odd k it is the innermost c_k Q + P.
     weights = {"OUT_I": c[0] if only_square else 0.0, "OUT_Q": c[order], "WIDTH": width}
     launch(square_kernel, programs, q, p, h, **weights, **constants)

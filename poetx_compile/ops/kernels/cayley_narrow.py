@@ -1,15 +1,15 @@
 """Triton kernels of the Cayley-Neumann expansion of order 3 with 2-byte operands.
 
 For results that are rounded to bf16 or fp16 where they are used. Operands of products are rounded
-to bf16, sums are fp32, and the term of first order stays fp32: ``2Q`` of the rotation,
-``2(∂L/∂G − ∂L/∂Gᵀ)`` of the gradient. Rounding Q instead would turn every plane by a slightly other
-angle, an error as large as the rounding of the result; in the products, which are of second order,
-it is smaller by the angle.
+to bf16, sums are fp32, and the term of first order keeps more: ``2Q`` of the rotation the 16 bits
+of two bf16 numbers, ``2(∂L/∂G − ∂L/∂Gᵀ)`` of the gradient all of fp32. Rounding Q there as well
+would turn every plane by a slightly other angle, an error as large as the rounding of the result;
+in the products, which are of second order, it is smaller by the angle.
 
 Forward, two launches. Q (128 KiB of bf16 at b = 256) stays in the shared memory of a program while
 a panel of rows goes through the three products of Horner's rule::
 
-    1:  Q                                   unpacked, rounded
+    1:  Q                                   unpacked; rounded, and what that took off
     2:  G = I + 2Q + ((Q Q + 2Q) Q + 2Q) Q  by row panels, read from and written to memory once
 
 `rotation_delta` is the same without the I, written in 2 bytes.
@@ -59,23 +59,10 @@ def panel_position(N: tl.constexpr, PANEL: tl.constexpr):
 
 
 @triton.jit
-def _unpacked(packed, rows, columns, B: tl.constexpr):
-    """Q[rows, columns] in fp32, both triangles read in the order in which they are stored."""
-    r = rows[:, None]
-    c = columns[None, :]
-    above = above_diagonal(rows, columns, B)
-    below = (c < r) & (r < B)
-    upper = tl.load(packed + packed_index(rows, columns, B), mask=above, other=0.0)
-    at = c * (2 * B - c - 1) // 2 + (r - c - 1)
-    return upper - tl.load(packed + at, mask=below, other=0.0)
-
-
-@triton.jit
 def rotation_kernel(
     q,  # [blocks, N, N], 2-byte elements
-    packed,  # f32[blocks, B(B-1)/2]
+    rest,  # [blocks, N, N], 2-byte elements: what is missing in q
     out,  # f32[blocks, B, B]; 2-byte elements where DELTA
-    kept,  # blocks from this number on are those of -Q
     B: tl.constexpr,
     N: tl.constexpr,
     PANEL: tl.constexpr,
@@ -83,7 +70,8 @@ def rotation_kernel(
 ):
     """out = I + 2Q + 2Q^2 + 2Q^3 + Q^4 on a panel of rows, without the I where DELTA."""
     block, rows = panel_position(N, PANEL)
-    q += block * (N * N)
+    base = block * (N * N)
+    q += base
     columns = tl.arange(0, N)
     resident = tile_of(q, columns, columns, N)
     panel = tile_of(q, rows, columns, N).to(tl.float32)
@@ -92,9 +80,8 @@ def rotation_kernel(
     # leaves some of them idle where a panel is low; of one product it splits the columns too.
     for _ in range(3):
         total = tl.dot((total + 2 * panel).to(q.dtype.element_ty), resident)
-    packed += block * (B * (B - 1) // 2)
-    leading = 2 * sign_of(block, kept)
-    result = total + leading * _unpacked(packed, rows, columns, B)
+    missing = tile_of(rest + base, rows, columns, N).to(tl.float32)
+    result = total + 2 * (panel + missing)
     if not DELTA:
         result += identity(rows, columns)
     store_tile(out + block * (B * B), rows, columns, result, B)
@@ -235,11 +222,11 @@ def _rotations(
 ) -> None:
     """Write the rotations of packed skew, or what they are without the identity, into `out`."""
     blocks, padded = skew.shape[0], tiling.padded
-    q = skew.new_empty(blocks, padded, padded, dtype=operands)
+    q, rest = (skew.new_empty(blocks, padded, padded, dtype=operands) for _ in range(2))
     programs, b = tiling.unpacking_programs(blocks), tiling.block_size
-    launch(unpack_kernel, programs, skew, q, kept, **tiling.unpacking())
+    launch(unpack_kernel, programs, skew, q, rest, kept, HAS_REST=True, **tiling.unpacking())
     constants = {"B": b, "DELTA": delta, **tiling.chain()}
-    launch(rotation_kernel, tiling.panels(blocks), q, skew, out, kept, **constants)
+    launch(rotation_kernel, tiling.panels(blocks), q, rest, out, **constants)
 
 
 def cayley_neumann_backward(

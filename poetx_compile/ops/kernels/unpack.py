@@ -20,19 +20,15 @@ from poetx_compile.ops.kernels.tiles import (
 
 
 @triton.jit
-def _unpack_tile(
-    packed,
-    out,
-    rows,
-    columns,
-    on_diagonal,
-    sign,
-    B: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Write Q, times `sign`, on a tile on or above the diagonal, and its mirror image."""
+def _packed_tile(packed, rows, columns, sign, B: tl.constexpr):
+    """Q, times `sign`, on a tile, zero below the diagonal."""
     stored = above_diagonal(rows, columns, B)
-    value = sign * tl.load(packed + packed_index(rows, columns, B), mask=stored, other=0.0)
+    return sign * tl.load(packed + packed_index(rows, columns, B), mask=stored, other=0.0)
+
+
+@triton.jit
+def _store_skew(out, rows, columns, on_diagonal, value, N: tl.constexpr):
+    """Write a tile on or above the diagonal of a skew matrix, and its mirror image."""
     mirrored = -tl.trans(value)
     if on_diagonal:
         store_tile(out, rows, columns, value + mirrored, N)
@@ -45,20 +41,27 @@ def _unpack_tile(
 def unpack_kernel(
     packed,  # f32[blocks, B(B-1)/2]
     out,  # [blocks, N, N]
+    rest_out,  # [blocks, N, N], like out; HAS_REST = False: not written
     kept,  # blocks from this number on are negated
     B: tl.constexpr,
     N: tl.constexpr,
+    HAS_REST: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """out = Q."""
+    """out = Q, rest_out = Q - out: what rounding took off."""
     block, row_tile, column_tile = position(N, TILE)
     if row_tile > column_tile:
         return
     rows = row_tile * TILE + tl.arange(0, TILE)
     columns = column_tile * TILE + tl.arange(0, TILE)
     packed += block * (B * (B - 1) // 2)
-    out += block * (N * N)
-    _unpack_tile(packed, out, rows, columns, row_tile == column_tile, sign_of(block, kept), B, N)
+    base = block * (N * N)
+    on_diagonal = row_tile == column_tile
+    value = _packed_tile(packed, rows, columns, sign_of(block, kept), B)
+    _store_skew(out + base, rows, columns, on_diagonal, value, N)
+    if HAS_REST:
+        rest = value - value.to(out.dtype.element_ty).to(tl.float32)
+        _store_skew(rest_out + base, rows, columns, on_diagonal, rest, N)
 
 
 @triton.jit
@@ -84,7 +87,8 @@ def unpack_and_split_kernel(
     q_out += block * (N * N)
     s_out += block * (N * N)
     a_out += block * (N * N)
-    _unpack_tile(packed, q_out, rows, columns, row_tile == column_tile, sign_of(block, kept), B, N)
+    value = _packed_tile(packed, rows, columns, sign_of(block, kept), B)
+    _store_skew(q_out, rows, columns, row_tile == column_tile, value, N)
     direct = masked_tile(grad, rows, columns, B)
     flipped = tl.trans(masked_tile(grad, columns, rows, B))
     s = direct + flipped
