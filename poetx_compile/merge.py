@@ -35,6 +35,7 @@ from poetx_compile.parametrization import (
     check_layouts,
     prepared_linears,
     stored_weight,
+    write_layouts,
 )
 from poetx_compile.permutation import Permutation
 from poetx_compile.shards import groups_of, local, reduce_over, whole, write
@@ -88,6 +89,7 @@ def merge(model: nn.Module) -> None:
             rotations_of = _merged_rotations([e for _, e in batch])
             for (module, equivalence), turns in zip(batch, rotations_of, strict=True):
                 _merge_layer(stored_weight(module), equivalence, turns, old_pairs)
+        write_layouts([e for _, e in layers])
     except BaseException as error:
         error.add_note(f"poetx: {INTERRUPTED}")
         raise
@@ -103,10 +105,14 @@ def check_whole(equivalences: Iterable[OrthogonalEquivalence]) -> None:
 
 def _check_finite(skews: Sequence[Tensor]) -> None:
     """Raise `DivergedError`, in every process alike, where a skew parameter is NaN or infinite."""
-    flags = [(~torch.isfinite(local(skew).sum())).int() for skew in skews]
+    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for skew in skews:
+        by_device[skew.device].append(local(skew))
     groups = groups_of(skews)
-    for device in dict.fromkeys(flag.device for flag in flags):
-        flag = torch.stack([f for f in flags if f.device == device]).amax()
+    for parts in by_device.values():
+        held = [part for part in parts if part.numel()]  # a shard may be empty
+        largest = torch._foreach_norm(held, float("inf")) if held else ()
+        flag = (~torch.isfinite(torch.stack([parts[0].new_zeros(()), *largest]))).any().int()
         if reduce_over(groups, flag, "max").item():
             raise DivergedError(
                 "the rotations are NaN or infinite, and are not merged: a loss or a gradient was "
@@ -181,7 +187,6 @@ def _merge_layer(
     write(stored, rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
     local(e.skew_in).zero_()
     local(e.skew_out).zero_()
-    e.write_layout()
 
 
 def _composed(old: Tensor, permutation: Permutation) -> Tensor:

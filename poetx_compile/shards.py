@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether `tensor` is a DTensor."""
-    if not is_traceable_wrapper_subclass(tensor):  # importing DTensor takes long
-        return False
-    from torch.distributed.tensor import DTensor
+_PLAIN = (Tensor, torch.nn.Parameter)
+"""Told by their type alone, which saves Dynamo tracing the question for every layer."""
 
-    return isinstance(tensor, DTensor)
+
+def is_sharded(*tensors: Tensor) -> bool:
+    """Whether any of `tensors` is a DTensor."""
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+            from torch.distributed.tensor import DTensor  # importing it takes long
+
+            if isinstance(tensor, DTensor):
+                return True
+    return False
 
 
 def local(tensor: Tensor) -> Tensor:
