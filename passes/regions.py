@@ -48,8 +48,9 @@ class Region:
 
     def is_activation(self, value: fx.Node) -> bool:
         """Whether a value has rows of columns, unlike a bias or the weight of a norm."""
-        most = max(n.meta[graphs.VALUE].dim() for n in self.values)
-        return most == 1 or value.meta[graphs.VALUE].dim() > 1
+        if value.meta[graphs.VALUE].dim() > 1:
+            return True
+        return all(n.meta[graphs.VALUE].dim() == 1 for n in self.values)
 
 
 def regions(graph: fx.Graph) -> Iterator[Region]:

@@ -44,16 +44,24 @@ class _SharedClass(type):
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """The effective weight; within `parametrize.cached` it is built once."""
+    """The effective weight; within `parametrize.cached` it is built once.
+
+    Read by name, ``chain`` and its members are what Dynamo looks up itself; `nn.ModuleDict` and
+    `nn.ModuleList` it would trace, four methods for each layer, and guard what they read.
+    """
     chains: Any = module.parametrizations
-    if "weight" not in chains:  # it is being taken off
-        raise AttributeError("weight")
+    chain = chains.weight  # no such attribute while it is being taken off
     if not parametrize._cache_enabled:
-        return chains["weight"]()
+        return _built(chain)
     key = id(module), "weight"
     if (weight := parametrize._cache.get(key)) is None:
-        weight = parametrize._cache[key] = chains["weight"]()
+        weight = parametrize._cache[key] = _built(chain)
     return weight
+
+
+def _built(chain: Any) -> Tensor:
+    """``chain()``; a single member is called without torch's loop over all of them."""
+    return chain() if hasattr(chain, "1") else chain._modules["0"](chain.original)
 
 
 def _set_weight(module: nn.Module, weight: Tensor) -> None:

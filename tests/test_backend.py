@@ -74,17 +74,28 @@ def test_mode_and_options_reach_inductor():
     assert parsed.inductor["max_autotune"] is True
     assert parsed.inductor["epilogue_fusion"] is False
     assert parsed.config == {"variant": "mem"}
+
+
+def test_settings_of_inductor(monkeypatch):
+    """The user's, our pass, and partitions of a graph only where CUDA graphs need them."""
     seen = {}
 
     def compile_fx(gm, inputs, inner_compile, config_patches):
         seen.update(config_patches)
         return gm
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-        run(prepared(SwiGLU()), torch.randn(3, 16), max_fusion_size=7)
-    assert seen["max_fusion_size"] == 7
-    assert seen["post_grad_custom_pre_pass"] is not None
+    def settings(**options):
+        seen.clear()
+        run(prepared(SwiGLU()), torch.randn(3, 16), **options)
+        return dict(seen)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    ours = settings(max_fusion_size=7)
+    assert ours["max_fusion_size"] == 7
+    assert ours["post_grad_custom_pre_pass"] is not None
+    assert ours["graph_partition"] is False
+    assert settings(graph_partition=True)["graph_partition"] is True
+    assert "graph_partition" not in settings(**{"triton.cudagraphs": True})
 
 
 def test_options_that_contradict_prepare_raise():

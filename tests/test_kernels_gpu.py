@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -436,6 +437,19 @@ def test_inductor_launches_the_kernels_itself(dtype, width, b, kind):
         assert len(re.findall(rf"{kernel}_kernel_\d+\.run\(", forward)) == 1
     assert len(re.findall(r"unpack_and_split_kernel_\d+\.run\(", backward)) == 1
     assert len(re.findall(r"backward_product_kernel_\d+\.run\(", backward)) == 3
+
+
+def test_kernels_are_on_their_way_when_the_module_asks_for_them(inductor_cache):
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.warm_pool()
+    deadline = time.monotonic() + 120
+    while not AsyncCompile.use_process_pool() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    counters.clear()
+    with_gradients(compiled(layer), *inputs_of(torch.bfloat16, 72, 256, 64))
+    asked = counters["inductor"]["async_compile_cache_miss"]  # it counts all of them
+    assert counters["inductor"]["async_compile_cache_hit"] == asked / 2 > 0
 
 
 def test_dynamic_number_of_tokens_compiles_once():

@@ -202,6 +202,24 @@ def test_slices_put_together_again_are_the_tensor_they_are_slices_of():
     assert cats(lambda x: torch.cat([x[:2], x[2:]])) == 1  # an output of its own
 
 
+def test_parameters_are_put_side_by_side_by_one_call(inductor_cache):
+    """And nothing else: what is computed, or read by other code, is Inductor's to fuse."""
+
+    def rotations(*skews: Tensor) -> Tensor:
+        return torch.ops.poetx.cayley_exact(torch.cat(skews), BLOCK)
+
+    def calls(function: Callable[..., Tensor]) -> tuple[int, int]:
+        """Concatenations that stay calls, and generated kernels."""
+        skews = [packed(blocks).detach() for blocks in (1, 2, 3)]
+        actual, (code,) = run_and_get_code(compiled(function, ExpandOps("cat")), *skews)
+        assert_close(actual, function(*skews))
+        return code.count("aten.cat.default("), counts(code)["kernels"]
+
+    assert calls(rotations) == (1, 0)
+    assert calls(lambda a, b, c: rotations(a, b, 2 * c)) == (0, 1)
+    assert calls(lambda a, b, c: torch.cat([a, b, c]) + 1) == (0, 1)
+
+
 def test_exact_transform_stays_a_call():
     gm = make_fx(lambda s: torch.ops.poetx.cayley_exact(s, BLOCK), tracing_mode="fake")(
         packed().detach()

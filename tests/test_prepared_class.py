@@ -59,6 +59,16 @@ def test_cached_weights_are_those_of_their_own_layer():
     assert model[0].weight is not model[0].weight
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_a_further_parametrization_of_the_weight_is_applied(backend):
+    model = prepared(MLP())
+    x = torch.randn(3, 12)
+    up = nn.functional.linear(x, 2 * model.up.weight.detach(), model.up.bias)
+    parametrize.register_parametrization(model.up, "weight", Scaled())
+    call = torch.compile(model.up, backend=backend, fullgraph=True) if backend else model.up
+    assert_close(call(x), up)
+
+
 @pytest.mark.parametrize("first", ["bias", "weight"])
 def test_a_bias_may_be_parametrized_as_well(first):
     model, plain = (nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)) for _ in range(2))

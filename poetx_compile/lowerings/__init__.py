@@ -9,10 +9,10 @@ launches.
 
 from __future__ import annotations
 
-from poetx_compile.lowerings.analysis import compile_inner
 from poetx_compile.lowerings.chain import chain_passes
 from poetx_compile.lowerings.expand import ExpandOps
 from poetx_compile.lowerings.identity import source_digest
+from poetx_compile.lowerings.inner import compile_inner
 from poetx_compile.lowerings.launches import register
 
 __all__ = ["ExpandOps", "chain_passes", "compile_inner", "register", "source_digest"]

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 from unittest import mock
 
 import sympy
 import torch
-from torch import Tensor, fx
-
-from poetx_compile import collector
+from torch import Tensor
 
 _WRITES, _ACCESSES = "identify_mutated_tensors", "identify_accessed_tensors"
 _FUNCTIONS = (_WRITES, _ACCESSES)
@@ -68,14 +66,3 @@ def _kind(value: Any) -> Hashable:
     if isinstance(value, torch.SymInt | sympy.Expr) and not isinstance(value, sympy.Integer):
         return "symbolic"
     return value
-
-
-def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-    """Inductor's compilation of one graph, analysis kept and the garbage collector paused.
-
-    That of a backward does not run inside the backend, but inside the first backward.
-    """
-    from torch._inductor.compile_fx import compile_fx_inner
-
-    with analysis_kept(), collector.paused():
-        return compile_fx_inner(gm, example_inputs, **kwargs)

@@ -33,6 +33,7 @@ from torch.fx.node import map_arg
 
 from poetx_compile import ops  # noqa: F401  (defines the ops)
 from poetx_compile.lowerings.identity import cache_identity
+from poetx_compile.lowerings.parameters import concatenate_parameters
 from poetx_compile.lowerings.rejoin import rejoin_slices
 from poetx_compile.lowerings.trace import arguments, signature, trace_reference
 from poetx_compile.ops import kernels
@@ -108,6 +109,7 @@ class ExpandOps(CustomGraphPass):
             expansion = traces[key]
             if expansion is not None:
                 _inline(graph, node, expansion)
+        concatenate_parameters(graph)
 
 
 def _expansion(name: str, args: tuple[Any, ...]) -> fx.GraphModule | None:
