@@ -62,7 +62,7 @@ def fully_shard_rotations(
             f"fully_shard_rotations: {type(module).__name__} {what}. Call it once on each module "
             "that fully_shard is called on, after prepare(model)"
         )
-    if any(is_sharded(p) for e in rotations for p in (e.skew_in, e.skew_out)):
+    if any(is_sharded(e.skew_in, e.skew_out) for e in rotations):
         raise ParallelismError(
             "fully_shard_rotations: the rotations are in the group of another module: call it "
             "before fully_shard"

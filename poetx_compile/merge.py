@@ -35,7 +35,6 @@ from poetx_compile.parametrization import (
     check_layouts,
     prepared_linears,
     stored_weight,
-    write_layouts,
 )
 from poetx_compile.permutation import Permutation
 from poetx_compile.shards import groups_of, local, reduce_over, whole, write
@@ -89,7 +88,6 @@ def merge(model: nn.Module) -> None:
             rotations_of = _merged_rotations([e for _, e in batch])
             for (module, equivalence), turns in zip(batch, rotations_of, strict=True):
                 _merge_layer(stored_weight(module), equivalence, turns, old_pairs)
-        write_layouts([e for _, e in layers])
     except BaseException as error:
         error.add_note(f"poetx: {INTERRUPTED}")
         raise
@@ -187,6 +185,7 @@ def _merge_layer(
     write(stored, rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
     local(e.skew_in).zero_()
     local(e.skew_out).zero_()
+    e.write_layout()
 
 
 def _composed(old: Tensor, permutation: Permutation) -> Tensor:

@@ -238,10 +238,6 @@ class OrthogonalEquivalence(nn.Module):
     def write_layout(self) -> None:
         """Bring the saved buffer up to date with the permutations."""
         self.layout.copy_(self.here.tensor())
-        self.layout_written()
-
-    def layout_written(self) -> None:
-        """The saved buffer is up to date: it need not be read until something else writes it."""
         self._layout_version = None if self.layout.is_inference() else self.layout._version
 
     def check_layout(self) -> None:
@@ -333,34 +329,17 @@ def check_layouts(equivalences: Sequence[OrthogonalEquivalence]) -> None:
     with another seed, or merged when the others did not, finds out without any communication. So
     does a model whose tensors something else has written.
     """
-    for group in _by_device(equivalences):
+    by_device: dict[torch.device, list[OrthogonalEquivalence]] = defaultdict(list)
+    for equivalence in equivalences:
+        if not equivalence.layout.is_meta:
+            by_device[equivalence.layout.device].append(equivalence)
+    for group in by_device.values():
         saved = torch.stack([e.layout for e in group]).tolist()
         for e, values in zip(group, saved, strict=True):
             if values != e.layout_values():
                 raise IncompatibleStateError(
                     OVERWRITTEN.format(saved=values, here=e.layout_values())
                 )
-
-
-def write_layouts(equivalences: Sequence[OrthogonalEquivalence]) -> None:
-    """`write_layout` of many, in one transfer to each device: each waits for the device."""
-    for group in _by_device(equivalences):
-        values = [e.layout_values() for e in group]
-        rows = torch.tensor(values, dtype=torch.int64, device="cpu").to(group[0].layout.device)
-        torch._foreach_copy_([e.layout for e in group], list(rows.unbind()))
-        for e in group:
-            e.layout_written()
-
-
-def _by_device(
-    equivalences: Sequence[OrthogonalEquivalence],
-) -> Iterable[list[OrthogonalEquivalence]]:
-    """Those whose layout has values, by the device it is on."""
-    groups: dict[torch.device, list[OrthogonalEquivalence]] = defaultdict(list)
-    for equivalence in equivalences:
-        if not equivalence.layout.is_meta:
-            groups[equivalence.layout.device].append(equivalence)
-    return groups.values()
 
 
 def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, OrthogonalEquivalence]]:

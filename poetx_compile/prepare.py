@@ -230,7 +230,7 @@ def merge_and_unload(model: M) -> M:
     """
     plain = unwrap_compiled(model)
     layers = list(prepared_linears(plain))
-    if any(is_sharded(p) for _, m, e in layers for p in (stored_weight(m), e.skew_in, e.skew_out)):
+    if any(is_sharded(stored_weight(m), e.skew_in, e.skew_out) for _, m, e in layers):
         raise ParallelismError(SHARDED_EXPORT)
     for _, module, equivalence in layers:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

@@ -46,8 +46,8 @@ class _SharedClass(type):
 def _weight(module: nn.Module) -> Tensor:
     """The effective weight; within `parametrize.cached` it is built once.
 
-    Read by name, ``chain`` and its members are what Dynamo looks up itself; `nn.ModuleDict` and
-    `nn.ModuleList` it would trace, four methods for each layer, and guard what they read.
+    Attributes and `_modules` are what Dynamo looks up itself; the methods of `nn.ModuleDict` and
+    `nn.ModuleList` it would trace, seven calls for each layer, and guard what they read.
     """
     chains: Any = module.parametrizations
     chain = chains.weight  # no such attribute while it is being taken off
@@ -60,7 +60,10 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def _built(chain: Any) -> Tensor:
-    """``chain()``; a single member is called without torch's loop over all of them."""
+    """``chain()``; a single member is called without torch's loop over all of them.
+
+    By `_modules`: of ``getattr(chain, "0")`` Dynamo notes these words as the path of the module.
+    """
     return chain() if hasattr(chain, "1") else chain._modules["0"](chain.original)
 
 
