@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--accumulation", type=positive, default=1, help="batches in a step of the optimiser")
     add("--keep-folded", type=list_of(str), default=("call",), help="of POET-X: call,step")
     add("--lr", type=float, default=1e-4)
-    add("--cuda-graphs", action="store_true", help='compile with mode="reduce-overhead"')
+    add("--cuda-graphs", action="store_true", help="of forward and backward")
     add("--warmup", type=int, default=5, help="steps after the first that are not timed")
     add("--steps", type=positive, default=10, help="steps timed in each round")
     add("--rounds", type=positive, default=3)

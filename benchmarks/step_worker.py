@@ -47,7 +47,8 @@ class StepCase:
         preset: shapes of `examples/llama.py`.
         accumulation: batches whose gradients are added before a step of the optimiser.
         keep_folded: the backend's option, of POET-X.
-        cuda_graphs: compile with ``mode="reduce-overhead"``.
+        memory_budget: the field of `POETXConfig`.
+        cuda_graphs: replay forward and backward as CUDA graphs.
         steps, rounds, warmup: `rounds` times `steps` steps are timed, after `warmup` steps.
         peer: folder of the peer.
     """
@@ -64,6 +65,7 @@ class StepCase:
     length: int = 1024
     accumulation: int = 1
     keep_folded: str = "call"
+    memory_budget: float | None = None
     lr: float = 1e-4
     device: str = "cuda"
     dtype: str = "bfloat16"
@@ -117,7 +119,7 @@ def run(case: StepCase) -> Row:
     first_loss, first_s = _seconds(step, device)
     for _ in range(case.warmup):
         step()
-    if device.type == "cuda":
+    if device.type == "cuda" and not case.cuda_graphs:  # a replay allocates nothing
         torch.cuda.reset_peak_memory_stats(device)
 
     def window() -> Tensor:
@@ -162,7 +164,8 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         torch.cuda.empty_cache()
     compile_kwargs: dict[str, Any] = {"dynamic": False}
     if case.cuda_graphs:
-        compile_kwargs["mode"] = "reduce-overhead"
+        # As mode="reduce-overhead" does, which torch.compile refuses beside options.
+        compile_kwargs["options"] = {"triton.cudagraphs": True}
     if case.method == DENSE:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             model.parameters(), lr=case.lr, betas=(0.9, 0.95), fused=True
@@ -179,11 +182,12 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         variant=case.variant,
         formulation=case.formulation,
         permutation=case.permutation,
+        memory_budget=case.memory_budget,
         merge_interval=10**9,  # merges are timed by themselves
     )
     poetx.prepare(model, config)
     ours = OPTIMIZERS[case.optimizer](model, lr=case.lr)
-    compile_kwargs["options"] = {"stage": case.stage, "keep_folded": case.keep_folded}
+    compile_kwargs.setdefault("options", {}).update(stage=case.stage, keep_folded=case.keep_folded)
     forward = torch.compile(model, backend=poetx.poetx_backend, **compile_kwargs)
     return Trained(model, forward, ours, lambda: merge(model), lambda: ours.schedule.merges)
 
@@ -222,7 +226,7 @@ def _memory(
     """MiB by part; what needs the allocator's counters is ``None`` on a CPU.
 
     ``activations_mib`` is what is held between forward and backward; ``peak_mib`` is that of the
-    timed steps, everything included.
+    timed steps, everything included; of CUDA graphs that of their capture.
     """
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
     loss = trained.forward(*batch)

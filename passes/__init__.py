@@ -48,6 +48,7 @@ NAMES = tuple(
 def pipeline(
     *,
     variant: str,
+    budget: bool = False,
     formulation: str = "auto",
     within_guard: bool = True,
     machine: Machine | None = None,
@@ -55,8 +56,11 @@ def pipeline(
     disabled: tuple[str, ...] = (),
     hoist: HoistFolds | None = None,
 ) -> list[GraphPass[Any]]:
-    """The passes after adoption, configured, less the disabled ones; `hoist` where asked for."""
-    folds = 1 if variant == "fast" else 2
+    """The passes after adoption, configured, less the disabled ones; `hoist` where asked for.
+
+    `budget`: whether there is a memory budget, under which folded weights may be given up.
+    """
+    folds = 1 if variant == "fast" and not budget else 2
     passes: list[GraphPass[Any]] = [
         Folded(formulation, folds, machine, within_guard),
         InputCentric(),
@@ -64,7 +68,7 @@ def pipeline(
         CancelPermutations(),
         BatchCayley(max_bytes),
         *([] if hoist is None else [hoist]),
-        Recompute(variant),
+        Recompute(variant, budget),
     ]
     if formulation == "input_centric":
         disabled = (*disabled, Folded.name)

@@ -15,7 +15,7 @@ from poetx_compile.passes.contract import GraphPass
 
 _REGION = 2**31
 """One checkpoint region for all tags: the partitioner saves what passes from a region to a later
-one, and nothing tagged here is to be saved."""
+one, and nothing tagged here is to be saved. Regions beyond it are ranks, until they are settled."""
 
 
 class Recompute(GraphPass[fx.Node]):
@@ -37,6 +37,11 @@ class Recompute(GraphPass[fx.Node]):
     norm in front of a layer, and what elementwise nodes make of kept outputs (the product of a gate
     and its partner, rotary positions), cost no product and are built again as well.
 
+    With a budget, what ``mem`` builds again is *ranked*: by the floating point operations of one
+    element, and in graph order among equals. Norms, activations and gathers take none; then come
+    rotated inputs, folded weights, and products, those over few features first. The partitioner
+    gives up as many of them as it takes (`poetx_compile.budget`).
+
     The earlier passes say which node is what (``meta["poetx_role"]``). The tag is
     `CheckpointPolicy.MUST_RECOMPUTE`, as selective activation checkpointing sets it; AOTAutograd
     carries it into the joint graph and its partitioner obeys. Bodies of activation checkpoints are
@@ -46,29 +51,52 @@ class Recompute(GraphPass[fx.Node]):
     name = "recompute"
     into_checkpoints = False
 
-    def __init__(self, variant: str):
-        self.variant = variant
+    def __init__(self, variant: str, budget: bool = False):
+        self.variant, self.budget = variant, budget
+        self._ranks: dict[fx.Node, int] = {}
 
     def sites(self, graph: fx.Graph) -> Iterable[fx.Node]:
         roles = [(node, node.meta.get(graphs.ROLE)) for node in graph.nodes]
-        if self.variant == "fast":
-            return [node for node, role in roles if role in _NEVER_KEPT]
+        always = {node for node, role in roles if role in _NEVER_KEPT}
+        if self.variant == "fast" and not self.budget:
+            return [node for node in graph.nodes if node in always]
         again = {node for node, role in roles if role in _BUILT_AGAIN}
         again |= {node for node, role in roles if role == graphs.OUTPUT and _only_added(node)}
         layers = [n for n in graph.nodes if graphs.is_op(n, *_LAYERS)]
         kept = [n for n, role in roles if role == graphs.OUTPUT and n not in again]
         again |= {*cheap.inputs(graph, layers), *cheap.derived(graph, kept)}
+        if self.budget:
+            ranked = sorted(
+                (node for node in graph.nodes if node in again - always), key=_flops_an_element
+            )
+            self._ranks = {node: rank for rank, node in enumerate(ranked, 1)}
         return [node for node in graph.nodes if node in again]
 
     def describe(self, site: fx.Node) -> dict[str, Any]:
         return {"layers": graphs.layers_of([site])}
 
     def decide(self, site: fx.Node) -> str:
-        return f"{site.name} is built again in the backward"
+        how = "may be" if site in self._ranks else "is"
+        return f"{site.name} {how} built again in the backward"
 
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
-        site.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        site.meta["ac_graph_id"] = _REGION
+        rank = self._ranks.pop(site, 0)
+        policies = CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE
+        site.meta["recompute"] = policies[rank > 0]
+        site.meta["ac_graph_id"] = _REGION + rank
+
+
+def rank_of(node: fx.Node) -> int:
+    """The rank that `Recompute` gave under a budget, from 1; 0 where it gave none."""
+    return max(0, node.meta.get("ac_graph_id", 0) - _REGION)
+
+
+def settle(node: fx.Node, *, given_up: bool) -> None:
+    """Decide a ranked node: it is built again, or left to the partitioner."""
+    if given_up:
+        node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": _REGION}
+    else:
+        del node.meta["recompute"], node.meta["ac_graph_id"]
 
 
 _NEVER_KEPT = (graphs.ROTATION, graphs.TANGENT)
@@ -79,6 +107,22 @@ _LAYERS = (
     torch.ops.poetx.folded_linear,
 )
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
+
+
+def _flops_an_element(node: fx.Node) -> int:
+    """Floating point operations that one element of a value takes, from what is kept anyway."""
+    if graphs.is_op(node, torch.ops.poetx.rotate_blocks):
+        return 2 * _width(node.args[1])
+    if graphs.is_op(node, torch.ops.poetx.fold_weight):
+        return sum(2 * _width(rotation) for rotation in node.args[1:3] if rotation is not None)
+    if graphs.is_linear(node) or graphs.is_op(node, torch.ops.poetx.folded_linear):
+        return 2 * _width(node.args[1])
+    return 0
+
+
+def _width(operand: Any) -> int:
+    shape = graphs.shape_of(operand)
+    return 0 if shape is None else int(shape[-1])
 
 
 def _only_added(output: fx.Node) -> bool:

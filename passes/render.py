@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from poetx_compile.passes import graphs
 
@@ -64,12 +65,18 @@ def _lines(module: fx.GraphModule, sizes: dict[str, str], depth: int) -> Iterato
             arguments = [_argument(a, names, sizes) for a in node.args]
             arguments += [f"{k}={_argument(v, names, sizes)}" for k, v in node.kwargs.items()]
             kind = f": {type_text(value, sizes)}" if value is not None else ""
-            tags = " [recompute]" if "recompute" in node.meta else ""
+            tags = _TAGS.get(node.meta.get("recompute"), "")
             call = f"{target_name(node)}({', '.join(arguments)})"
             yield Line(node, f"{names[node]}{kind} = {call}{tags}", depth)
             for body in graphs.bodies(node):
                 yield from _lines(body, sizes, depth + 1)
 
+
+_TAGS = {
+    CheckpointPolicy.MUST_RECOMPUTE: " [recompute]",
+    CheckpointPolicy.PREFER_RECOMPUTE: " [may recompute]",
+}
+"""What `recompute` has said of a node."""
 
 _MEMBER = re.compile(r"_(?:modules|parameters|buffers)_")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile import collector, passes
 from poetx_compile.adoption import Adopter
+from poetx_compile.budget import BudgetPartitioner
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
 from poetx_compile.kept import Compiler, FoldKeeper
@@ -144,6 +144,7 @@ def rewrite(
         keeper = FoldKeeper(gm, example_inputs, options.cuda_graphs, compile_folds, own)
     rest = passes.pipeline(
         variant=config.variant,
+        budget=config.memory_budget is not None,
         formulation=config.formulation,
         within_guard=config.may_fold,
         machine=options.machine,
@@ -235,23 +236,27 @@ def _compile(
 ) -> Callable[..., Any]:
     if options.stage == "eager":
         return graph
-    with _memory_budget(config.memory_budget):
-        if options.stage == "aot_eager":
-            return _aot_eager(graph, inputs)
-        from torch._inductor.compile_fx import compile_fx
+    partitioner = None if config.memory_budget is None else BudgetPartitioner(config.memory_budget)
+    if options.stage == "aot_eager":
+        return _aot_eager(graph, inputs, partitioner)
+    from torch._inductor.compile_fx import compile_fx
 
-        from poetx_compile.lowerings import ExpandOps, chain_passes, compile_inner, register
+    from poetx_compile.lowerings import ExpandOps, chain_passes, compile_inner, register
 
-        register()
-        identity = options.identity() | {"config_in_force": config.to_dict()}
-        settings = dict(options.inductor)
-        if not options.cuda_graphs:
-            # Partitions serve CUDA graphs alone, and finding them takes 4 % of a compilation.
-            settings.setdefault("graph_partition", False)
-        users = settings.get("post_grad_custom_pre_pass", _configured_pre_pass())
-        settings["post_grad_custom_pre_pass"] = chain_passes(users, ExpandOps(identity))
-        compiled = compile_fx(graph, inputs, compile_inner, config_patches=settings)
-        return cast("Callable[..., Any]", compiled)
+    register()
+    identity = options.identity() | {"config_in_force": config.to_dict()}
+    settings = dict(options.inductor)
+    if not options.cuda_graphs:
+        # Partitions serve CUDA graphs alone, and finding them takes 4 % of a compilation.
+        settings.setdefault("graph_partition", False)
+    users = settings.get("post_grad_custom_pre_pass", _configured_pre_pass())
+    settings["post_grad_custom_pre_pass"] = chain_passes(users, ExpandOps(identity))
+    if partitioner is not None:
+        if "custom_partitioner_fn" in settings:
+            raise ConfigError("memory_budget and custom_partitioner_fn contradict: give one")
+        settings["custom_partitioner_fn"] = partitioner
+    compiled = compile_fx(graph, inputs, compile_inner, config_patches=settings)
+    return cast("Callable[..., Any]", compiled)
 
 
 def _announce_static(tensors: Sequence[Tensor]) -> None:
@@ -282,19 +287,14 @@ def _configured_pre_pass() -> Any:
     return torch._inductor.config.post_grad_custom_pre_pass
 
 
-def _aot_eager(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def _aot_eager(
+    graph: fx.GraphModule, inputs: list[Any], partitioner: BudgetPartitioner | None = None
+) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
     def as_it_is(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
         return make_boxed_func(module.forward)
 
-    return aot_autograd(fw_compiler=as_it_is, partition_fn=min_cut_rematerialization_partition)(
-        graph, inputs
-    )
-
-
-def _memory_budget(fraction: float | None) -> Any:
-    if fraction is None:
-        return contextlib.nullcontext()
-    return torch._functorch.config.patch(activation_memory_budget=fraction)
+    partition = partitioner or min_cut_rematerialization_partition
+    return aot_autograd(fw_compiler=as_it_is, partition_fn=partition)(graph, inputs)

@@ -49,8 +49,10 @@ class POETXConfig:
         keep_in_eval: keep the effective weights while an eager model is evaluated (`model.eval()`,
             no gradients) instead of computing them at every call: a second copy of the prepared
             weights, freed by `model.train()` or the next optimiser step.
-        memory_budget: ``None``, or the fraction in (0, 1] of the activation memory that the
-            partitioner may keep (`torch._functorch.config.activation_memory_budget`).
+        memory_budget: ``None``, or how much may be kept between forward and backward at most: a
+            fraction in (0, 1] of the bytes that variant ``"fast"`` keeps. What is cheapest to build
+            again goes first: norms and activations, then folded weights, then products. ``"mem"``
+            keeps the least there is, and takes no budget.
         seed: seed of the permutations; never touches the global generators.
         target_modules: which `nn.Linear` to convert: ``None`` or ``"all-linear"`` for all eligible
             ones, a regular expression that must match the whole name, or a list of names or name
@@ -105,6 +107,9 @@ class POETXConfig:
         budget = self.memory_budget
         if budget is not None and not (_is_number(budget) and 0 < budget <= 1):
             raise _bad("memory_budget", budget, "None, or a fraction in (0, 1]")
+        if budget is not None and self.variant == "mem":
+            allowed = "None with variant='mem', which keeps the least there is, or variant='fast'"
+            raise _bad("memory_budget", budget, allowed)
         if not (_is_int(self.seed) and 0 <= self.seed < 2**63):
             raise _bad("seed", self.seed, "an int in [0, 2⁶³)")
         for name in ("normalize_rows", "keep_in_eval"):

@@ -169,11 +169,9 @@ def estimate(
     trained = plain if config_of(plain) else meta.prepared(plain, config, shared)
     step = _Step(inputs, kwargs, loss, autocast, whole)
     rows = _rows(["nn.Linear"], "AdamW", "adamw", meta.unprepared(plain), step, [None])
-    parsed = [
-        _options(dataclasses.replace(config, variant=variant), options or {})
-        for variant in variants
-    ]
-    methods = [f"POET-X {variant}" for variant in variants]
+    chosen = [_with_variant(config, variant) for variant in variants]
+    parsed = [_options(one, options or {}) for one in chosen]
+    methods = [f"POET-X {_described_choice(one)}" for one in chosen]
     name = {"adamw": "POETXAdamW", "muon": "POETXMuon"}[optimizer]
     rows += _rows(methods, name, optimizer, trained, step, parsed)
     described = tuple(map(_described, example.tensors(inputs, kwargs)))
@@ -195,7 +193,9 @@ class _Step:
         self, model: nn.Module, choices: Sequence[BackendOptions | None]
     ) -> list[StepMemory]:
         """That of the whole model, from a few layers where it has long runs of equal ones."""
-        runs = [] if self.whole else meta.runs_of_layers(model)
+        # A budget is met layer by layer: few of them say nothing of many.
+        budget = any(one is not None and one.config.get("memory_budget") for one in choices)
+        runs = [] if self.whole or budget else meta.runs_of_layers(model)
         if runs:
             try:
                 found = self._from_few(model, runs, choices)
@@ -271,6 +271,16 @@ def _rows(
             )
         )
     return rows
+
+
+def _with_variant(config: POETXConfig, variant: str) -> POETXConfig:
+    budget = None if variant == "mem" else config.memory_budget
+    return dataclasses.replace(config, variant=variant, memory_budget=budget)
+
+
+def _described_choice(config: POETXConfig) -> str:
+    budget = "" if config.memory_budget is None else f", budget {config.memory_budget:g}"
+    return config.variant + budget
 
 
 def _options(config: POETXConfig, given: dict[str, Any]) -> BackendOptions:

@@ -105,21 +105,6 @@ def test_options_that_contradict_prepare_raise():
     run(model, torch.randn(3, 16), block_size=8, variant="mem", stage="eager")
 
 
-def test_memory_budget_reaches_the_partitioner(monkeypatch):
-    seen = []
-    partition = torch._functorch.partitioners.min_cut_rematerialization_partition
-
-    def spy(*args, **kwargs):
-        seen.append(torch._functorch.config.activation_memory_budget)
-        return partition(*args, **kwargs)
-
-    monkeypatch.setattr("functorch.compile.min_cut_rematerialization_partition", spy)
-    run(
-        prepared(SwiGLU()), torch.randn(3, 16), stage="aot_eager", memory_budget=0.5
-    ).sum().backward()
-    assert seen == [0.5]
-
-
 @pytest.mark.parametrize(
     ("variant", "formulation"),
     [("fast", "input_centric"), ("mem", "input_centric"), ("mem", "folded")],

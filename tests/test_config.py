@@ -67,7 +67,6 @@ OTHER = {
     "permutation": "chunked",
     "variant": "mem",
     "formulation": "input_centric",
-    "memory_budget": 0.5,
     "seed": 2**63 - 1,
     "target_modules": ["q_proj", "layers.0.up"],
     "exclude_modules": [],
@@ -87,7 +86,14 @@ def test_json_round_trip(values) -> None:
 def test_the_round_trip_covers_every_field_with_another_value() -> None:
     default, other = POETXConfig().to_dict(), POETXConfig(**OTHER).to_dict()
     same = {name for name in default if default[name] == other[name]}
-    assert same == {"base"}  # it has one value so far
+    assert same == {"base", "memory_budget"}  # one value so far; not with variant "mem"
+
+
+def test_a_budget_survives_json_and_contradicts_variant_mem() -> None:
+    config = POETXConfig(memory_budget=0.5)
+    assert POETXConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match=r"memory_budget = 0.5 is not allowed: use None with var"):
+        POETXConfig(memory_budget=0.5, variant="mem")
 
 
 def test_an_unknown_field_is_named() -> None:

@@ -16,12 +16,14 @@ import poetx_compile as poetx
 from benchmarks import estimate as benchmark
 from benchmarks.step_worker import StepCase
 from poetx_compile import adoption
+from poetx_compile.budget import storages
 from poetx_compile.errors import ConfigError, EstimateError, NothingToTrainError
 from poetx_compile.estimate import MIB, MemoryRow, _Step
 from poetx_compile.memory import meta, parts
 from poetx_compile.memory.attention import as_on_cuda
-from poetx_compile.memory.liveness import _run, storages
+from poetx_compile.memory.liveness import _run
 from poetx_compile.options import BackendOptions
+from tests.held import kept
 from tests.models import MLP
 from tests.tolerances import MEMORY
 
@@ -63,27 +65,6 @@ def test_a_llama_of_1b_takes_what_was_measured_on_a_gpu() -> None:
 # --- against real objects -------------------------------------------------------------------------
 
 
-def kept(model: nn.Module, x: Tensor, **options: object) -> int:
-    """Bytes autograd holds after a compiled forward, without parameters, buffers and input."""
-    held: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def step(x: Tensor) -> Tensor:
-        return model(x).square().mean()
-
-    backend = poetx.poetx_backend if options else "aot_eager_decomp_partition"
-    compiled = torch.compile(step, backend=backend, options=options or None)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = compiled(x)
-    for tensor in (*model.parameters(), *model.buffers(), x, loss):
-        held.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(held.values())
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weights_gradients_and_state_are_those_of_real_objects(optimizer: str) -> None:
     model = Stack(2)
@@ -110,6 +91,13 @@ def test_activations_are_what_autograd_holds() -> None:
     for variant, estimated in (("fast", fast), ("mem", mem)):
         actual = kept(model, x, stage="aot_eager", variant=variant)
         assert estimated == pytest.approx(actual, rel=MEMORY), variant
+    config = poetx.POETXConfig(block_size=16, memory_budget=0.8)
+    plain = Stack(2)
+    under = poetx.estimate(plain, x, config=config, loss=lambda y: y.square().mean())
+    assert [row.method for row in under.rows[1:]] == ["POET-X fast, budget 0.8", "POET-X mem"]
+    actual = kept(model, x, stage="aot_eager", memory_budget=0.8)
+    assert under.rows[1].activations == pytest.approx(actual, rel=MEMORY)
+    assert mem < actual <= 0.8 * fast
     assert mem < fast
     text = str(found)
     for name in ("Stack", "float32 [30 x 48]", "nn.Linear", "POET-X mem", "POETXAdamW", "peak in"):

@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
+from poetx_compile.budget import Bytes, storages
 from poetx_compile.memory.trace import TracedGraph
-
-Bytes = dict[int, int]
-"""Storages (by the identity of the fake one) and their sizes in bytes."""
 
 _READS = 4
 """Buffers a fused value reads before Inductor writes it where several kernels want it
@@ -195,13 +192,6 @@ def _run(graph: fx.Graph, held: Bytes) -> tuple[list[int], Bytes]:
         for storage in (*dying, *(s for s in made if s not in last and s not in returned)):
             del alive[storage]
     return steps, {s: own[s] for s in returned if s in own}
-
-
-def storages(node: fx.Node) -> Bytes:
-    """The storages of a node's value."""
-    values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
-    found = [v.untyped_storage() for v in values]
-    return {s._cdata: int(s.nbytes()) for s in found}
 
 
 class _Written:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.backend import rewrite
+from poetx_compile.budget import BudgetPartitioner
 from poetx_compile.errors import EstimateError
 from poetx_compile.memory.attention import as_on_cuda
 from poetx_compile.options import BackendOptions
@@ -85,18 +86,21 @@ def trace(
 
 
 class _Partitioner(CustomPartitionerFn):
-    """torch's min-cut partitioner, as Inductor calls it; keeps what it made."""
+    """torch's min-cut partitioner as Inductor calls it, or that of a budget; keeps what it made."""
 
-    def __init__(self, traced: list[TracedGraph]):
-        self.traced = traced
+    def __init__(self, traced: list[TracedGraph], fraction: float | None):
+        self.traced, self.fraction = traced, fraction
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         from functorch.compile import min_cut_rematerialization_partition
 
-        kwargs = {"compiler": "inductor"} | kwargs
-        forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        if self.fraction is not None:
+            forward, backward = BudgetPartitioner(self.fraction)(gm, joint_inputs, **kwargs)
+        else:
+            kwargs = {"compiler": "inductor"} | kwargs
+            forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         self.traced.append(TracedGraph(forward.graph, backward.graph))
         return forward, backward
 
@@ -116,12 +120,11 @@ def _partition(
         return gm.forward
 
     fraction = options.config.get("memory_budget") if options else None
-    budget = {} if fraction is None else {"activation_memory_budget": fraction}
     settings: dict[str, Any] = {
-        "custom_partitioner_fn": _Partitioner(traced),
+        "custom_partitioner_fn": _Partitioner(traced, fraction),
         "force_disable_caches": True,
     }
-    with torch._functorch.config.patch(enable_autograd_cache=False, **budget):
+    with torch._functorch.config.patch(enable_autograd_cache=False):
         compile_fx(graph, inputs, inner_compile=stop_here, config_patches=settings)
 
 

@@ -1,0 +1,112 @@
+"""``memory_budget``: the partitioner that keeps no more of the activations than it is allowed.
+
+`passes.recompute` says what the backward could build again, in the order of what that costs. How
+many bytes it saves is known only once torch's partitioner has split the joint graph: it splits a
+first time with nothing given up, which is what variant ``"fast"`` keeps, and again with as much
+given up as the budget asks for.
+
+torch's own budget (`torch._functorch.config.activation_memory_budget`) does not know the ops of
+this package: it takes their products for free and builds them all again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch.utils import _pytree as pytree
+
+from poetx_compile.passes import graphs, recompute
+
+log = logging.getLogger("poetx_compile")
+
+Bytes = dict[int, int]
+"""Storages (by the identity of the fake one) and their sizes in bytes."""
+
+
+class BudgetPartitioner(CustomPartitionerFn):
+    """torch's min-cut partitioner under a budget, as Inductor and AOTAutograd call it.
+
+    Args:
+        fraction: what may be kept between forward and backward, of the bytes that variant
+            ``"fast"`` keeps; inputs of the graph are not counted. Where even the least that the
+            passes know is more, that is kept, and a warning says how much it is.
+    """
+
+    def __init__(self, fraction: float):
+        self.fraction = fraction
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        ranks: dict[int, int] = {}  # by storage: what is kept of a value may be a view of it
+        for node in gm.graph.nodes:
+            for storage in storages(node):
+                ranks.setdefault(storage, recompute.rank_of(node))
+        left = sorted(set(ranks.values()) - {0})
+        parts = _split(gm, joint_inputs, 0, kwargs)
+        kept = _kept(parts[0], kwargs["num_fwd_outputs"])
+        most = actual = sum(kept.values())
+        saves = dict.fromkeys(left, 0)
+        for storage, size in kept.items():
+            if rank := ranks.get(storage):
+                saves[rank] += size
+        # Once mostly; again where a value that was given up needs another one to be kept.
+        while actual > self.fraction * most and left:
+            excess, limit = actual - self.fraction * most, 0
+            while left and excess > 0:
+                limit = left.pop(0)
+                excess -= saves[limit]
+            parts = _split(gm, joint_inputs, limit, kwargs)
+            actual = sum(_kept(parts[0], kwargs["num_fwd_outputs"]).values())
+        log.debug("memory_budget: %d of %d bytes are kept", actual, most)
+        if actual > self.fraction * most:
+            log.warning(
+                "memory_budget = %g cannot be met: the least that the passes know to keep is %.2f "
+                "of what variant 'fast' keeps (%.1f of %.1f MiB). That is what is kept now. For "
+                "less, use activation checkpointing of the model's own blocks, or a smaller batch",
+                *(self.fraction, actual / most, actual / 2**20, most / 2**20),
+            )
+        return parts
+
+    def uuid(self) -> Any:
+        """The sources are covered by the uuid of `ExpandOps`, in the same cache keys."""
+        return "poetx memory_budget", self.fraction
+
+
+def _split(
+    gm: fx.GraphModule, joint_inputs: Sequence[object], limit: int, kwargs: Mapping[str, Any]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Split a copy of the joint graph, with what is ranked up to `limit` given up."""
+    from functorch.compile import min_cut_rematerialization_partition
+
+    joint = graphs.clone(gm)
+    for node in joint.graph.nodes:
+        if rank := recompute.rank_of(node):
+            recompute.settle(node, given_up=rank <= limit)
+    options: dict[str, Any] = {"compiler": "inductor", **kwargs}
+    forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **options)
+    return forward, backward
+
+
+def _kept(forward: fx.GraphModule, outputs: int) -> Bytes:
+    """The storages that a forward hands to its backward."""
+    (results,) = forward.graph.find_nodes(op="output")[0].args
+    handed = [n for n in results[outputs:] if isinstance(n, fx.Node) and n.op != "placeholder"]
+    return {storage: size for node in handed for storage, size in storages(node).items()}
+
+
+def storages(node: fx.Node) -> Bytes:
+    """The storages of a node's value in a graph of AOTAutograd."""
+    values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    found = [v.untyped_storage() for v in values]
+    return {s._cdata: _hint(s.nbytes()) for s in found}
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    """A size as seen when the graph was traced; adds no guard."""
+    return int(size.node.hint or 0) if isinstance(size, torch.SymInt) else int(size)
