@@ -53,6 +53,14 @@ def positive(text: str) -> int:
     return value
 
 
+def fraction(text: str) -> float:
+    """A number in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ValueError(text)
+    return value
+
+
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that all benchmarks share; `name` is the stem of the results."""
     result = argparse.ArgumentParser(

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import options, peer
-from benchmarks.options import list_of, positive
+from benchmarks.options import fraction, list_of, positive
 from benchmarks.rows import Row, line, result_path, table, write
 from benchmarks.step_worker import DENSE, OPTIMIZERS, PEER, POETX, StepCase
 from poetx_compile.options import CHOICES
@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 COLUMNS = (
     "method", "optimizer", "variant", "formulation", "permutation", "block_size", "accumulation",
-    "keep_folded", "ms", "linear_ms", "ratio", "tokens_per_s", "speed_ratio", "first_step_s",
-    "first_step_ratio", "weights_mib", "gradients_mib", "optimizer_mib", "activations_mib",
-    "peak_mib", "peak_ratio", "merge_share",
+    "keep_folded", "memory_budget", "ms", "linear_ms", "ratio", "tokens_per_s", "speed_ratio",
+    "first_step_s", "first_step_ratio", "weights_mib", "gradients_mib", "optimizer_mib",
+    "activations_mib", "peak_mib", "peak_ratio", "merge_share",
 )  # fmt: skip
 
 
@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     args = parser.parse_args(arguments)
     if args.cuda_graphs and args.stage != "inductor":
         parser.error("--cuda-graphs needs --stage inductor")
+    if args.memory_budgets and "step" in args.keep_folded:
+        parser.error("--memory-budgets keep less, --keep-folded step keeps more: give one")
     for option, known in (("optimizers", OPTIMIZERS), ("keep_folded", CHOICES["keep_folded"])):
         if unknown := sorted(set(getattr(args, option)) - set(known)):
             name = option.replace("_", "-")
@@ -66,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=positive, default=1024)
     add("--accumulation", type=positive, default=1, help="batches in a step of the optimiser")
     add("--keep-folded", type=list_of(str), default=("call",), help="of POET-X: call,step")
+    add(
+        "--memory-budgets", type=list_of(fraction), default=(), metavar="FRACTIONS",
+        help="of POET-X, variant fast: a row for each, beside the one without",
+    )  # fmt: skip
     add("--lr", type=float, default=1e-4)
     add("--cuda-graphs", action="store_true", help="of forward and backward")
     add("--warmup", type=int, default=5, help="steps after the first that are not timed")
@@ -87,8 +93,9 @@ def cases(args: argparse.Namespace) -> Iterator[StepCase]:
     for block_size, optimizer, variant in itertools.product(
         args.block_sizes, args.optimizers, args.variants
     ):
-        for formulation, permutation, keep_folded in itertools.product(
-            args.formulations, args.permutations, args.keep_folded
+        budgets = (None, *args.memory_budgets) if variant == "fast" else (None,)
+        for formulation, permutation, keep_folded, memory_budget in itertools.product(
+            args.formulations, args.permutations, args.keep_folded, budgets
         ):
             yield dataclasses.replace(
                 dense,
@@ -99,6 +106,7 @@ def cases(args: argparse.Namespace) -> Iterator[StepCase]:
                 formulation=formulation,
                 permutation=permutation,
                 keep_folded=keep_folded,
+                memory_budget=memory_budget,
             )
         if args.peer is not None:
             yield dataclasses.replace(
@@ -121,7 +129,7 @@ def compared(row: Row, dense: Row) -> Row:
     }
     if row["method"] == POETX:
         return row | ratios
-    unused = ["formulation", "permutation", "optimizer", "keep_folded"]
+    unused = ["formulation", "permutation", "optimizer", "keep_folded", "memory_budget"]
     unused += ["variant", "block_size"] if row["method"] == DENSE else []
     return row | ratios | dict.fromkeys(unused)
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from poetx_compile.eligibility import unwrap_compiled
 from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.ops import rotations
-from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
 from poetx_compile.ops.rotation_delta import minus_identity
 from poetx_compile.parametrization import (
@@ -36,7 +35,7 @@ from poetx_compile.parametrization import (
     prepared_linears,
     stored_weight,
 )
-from poetx_compile.permutation import Permutation
+from poetx_compile.permutation import Permutation, redraw_all
 from poetx_compile.shards import groups_of, local, reduce_over, whole, write
 from poetx_compile.wrappers import reshard
 
@@ -83,11 +82,12 @@ def merge(model: nn.Module) -> None:
     for _, equivalence in layers:
         equivalence.interrupted = True
     try:
-        old_pairs = _redraw(e for _, e in layers)
+        indices = _redraw(e for _, e in layers)
         for batch in _batches(layers):
-            rotations_of = _merged_rotations([e for _, e in batch])
-            for (module, equivalence), turns in zip(batch, rotations_of, strict=True):
-                _merge_layer(stored_weight(module), equivalence, turns, old_pairs)
+            deltas_of = _merged_deltas([e for _, e in batch])
+            for (module, equivalence), deltas in zip(batch, deltas_of, strict=True):
+                _merge_layer(stored_weight(module), equivalence, deltas, indices)
+        torch._foreach_zero_([local(skew) for _, e in layers for skew in (e.skew_in, e.skew_out)])
     except BaseException as error:
         error.add_note(f"poetx: {INTERRUPTED}")
         raise
@@ -121,14 +121,8 @@ def _check_finite(skews: Sequence[Tensor]) -> None:
 
 
 def _redraw(equivalences: Iterable[OrthogonalEquivalence]) -> dict[Permutation, Tensor]:
-    """Set the next draw of every permutation, each once; returns the pairs in force before."""
-    old: dict[Permutation, Tensor] = {}
-    for equivalence in equivalences:
-        for permutation in (equivalence.perm_in, equivalence.perm_out):
-            if permutation not in old:
-                old[permutation] = permutation.pair.clone()
-                permutation.redraw(permutation.seed, permutation.draw + 1)
-    return old
+    """Set the next draw of every permutation; the indices from the old order to the new one."""
+    return redraw_all(p for e in equivalences for p in (e.perm_in, e.perm_out))
 
 
 Layer = tuple[nn.Linear, OrthogonalEquivalence]
@@ -150,8 +144,8 @@ def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield batch
 
 
-def _merged_rotations(equivalences: Sequence[OrthogonalEquivalence]) -> list[list[Tensor]]:
-    """The rotations of the input and the output side of each layer, those of one kind at once."""
+def _merged_deltas(equivalences: Sequence[OrthogonalEquivalence]) -> list[list[Tensor]]:
+    """``R − I`` of the input and the output side of each layer, those of one kind at once."""
     sides = [
         ((skew.device, skew.dtype, b, e.order, e.merge_rotation), skew)
         for e in equivalences
@@ -165,58 +159,51 @@ def _merged_rotations(equivalences: Sequence[OrthogonalEquivalence]) -> list[lis
         *_, b, order, how = kind
         with ieee_fp32():
             together = merged_rotation(torch.cat([whole(s) for s in skews]), b, order, how)
+        together = minus_identity(together)
         made[kind] = iter(together.split([len(skew) for skew in skews]))
-    rotations_of = [next(made[kind]) for kind, _ in sides]
-    return [rotations_of[i : i + 2] for i in range(0, len(rotations_of), 2)]
+    deltas_of = [next(made[kind]) for kind, _ in sides]
+    return [deltas_of[i : i + 2] for i in range(0, len(deltas_of), 2)]
 
 
 def _merge_layer(
     stored: Tensor,
     equivalence: OrthogonalEquivalence,
-    rotations: Sequence[Tensor],
-    old_pairs: dict[Permutation, Tensor],
+    deltas: Sequence[Tensor],
+    indices: dict[Permutation, Tensor],
 ) -> None:
     e = equivalence
     with ieee_fp32():
-        rotated = rotate_weight(whole(stored), *rotations)
-    # weight = rotated[old inverse], then [new]: one gather a side, in the narrow dtype.
-    rows = _composed(old_pairs[e.perm_out], e.perm_out)
-    columns = _composed(old_pairs[e.perm_in], e.perm_in)
+        rotated = rotate_weight(whole(stored), *deltas)
+    # From the old order to the new one: one gather a side, in the narrow dtype.
+    rows, columns = indices[e.perm_out], indices[e.perm_in]
     write(stored, rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
-    local(e.skew_in).zero_()
-    local(e.skew_out).zero_()
     e.write_layout()
 
 
-def _composed(old: Tensor, permutation: Permutation) -> Tensor:
-    """Coordinates of the old draw in the order of the one in force: int64 [size]."""
-    size = permutation.size
-    return pair_index(old, 1, size).index_select(0, pair_index(permutation.pair, 0, size))
-
-
 @without_autocast
-def rotate_weight(weight: Tensor, rotation_in: Tensor, rotation_out: Tensor) -> Tensor:
+def rotate_weight(weight: Tensor, delta_in: Tensor, delta_out: Tensor) -> Tensor:
     """``D_outᵀ S D_inᵀ`` in the rotations' dtype.
 
     Args:
         weight: S [n, m], any floating dtype.
-        rotation_in: [blocks, b, b] with blocks·b ≤ m, fp32 or fp64; what is past them stays.
-        rotation_out: the same for the n rows.
+        delta_in: ``R − I`` [blocks, b, b] with blocks·b ≤ m, fp32 or fp64; the columns behind the
+            blocks stay.
+        delta_out: the same for the n rows.
 
     Returns:
         [n, m], a new tensor.
     """
     n, m = weight.shape
-    wide = weight.to(rotation_in.dtype, copy=True)
-    # x + x (G − I): a small rotation keeps its relative precision, none changes no bit.
-    blocks, b, _ = rotation_in.shape
+    wide = weight.to(delta_in.dtype, copy=True)
+    # x + x (R − I): a small rotation keeps its relative precision, none changes no bit.
+    blocks, b, _ = delta_in.shape
     if blocks:
         columns = wide[:, : blocks * b].view(n, blocks, b).transpose(0, 1)
-        columns += torch.bmm(columns, minus_identity(rotation_in).mT)
-    blocks, b, _ = rotation_out.shape
+        columns += torch.bmm(columns, delta_in.mT)
+    blocks, b, _ = delta_out.shape
     if blocks:
         rows = wide[: blocks * b].view(blocks, b, m)
-        rows += torch.bmm(minus_identity(rotation_out).mT, rows)
+        rows += torch.bmm(delta_out.mT, rows)
     return wide
 
 

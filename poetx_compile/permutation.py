@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,34 @@ def draw_permutation(
         permutation = torch.randperm(chunks, generator=generator, device="cpu")
     inverse = torch.empty_like(permutation).scatter_(0, permutation, identity)
     return torch.stack([permutation, inverse])
+
+
+@torch.no_grad()
+def redraw_all(permutations: Iterable[Permutation]) -> dict[Permutation, Tensor]:
+    """Set the next draw of every permutation, in place, in one transfer for all of one shape.
+
+    Returns:
+        For each permutation its new coordinates in terms of those it had before: int64 [size], so
+        that ``x[..., index]`` is in the new order where x is in the old one.
+    """
+    alike: dict[tuple, list[Permutation]] = defaultdict(list)
+    for permutation in dict.fromkeys(permutations):
+        pair = permutation.pair
+        alike[pair.device, permutation.size, pair.shape[1]].append(permutation)
+    composed: dict[Permutation, Tensor] = {}
+    for (device, size, chunks), members in alike.items():
+        inverses = torch.stack([p.pair[1] for p in members])
+        draws = torch.stack([p.peek(p.seed, p.draw + 1) for p in members]).to(device)
+        torch._foreach_copy_([p.pair for p in members], list(draws.unbind()))
+        for permutation in members:
+            permutation.draw += 1
+        # By chunks, which come from whole chunks, then by the coordinates in them.
+        sources = inverses.gather(1, draws[:, 0])
+        chunk = size // chunks
+        within = torch.arange(chunk, device=device)
+        indices = (sources.unsqueeze(-1) * chunk + within).flatten(1)
+        composed |= zip(members, indices.unbind(), strict=True)
+    return composed
 
 
 class Permutation(nn.Module):

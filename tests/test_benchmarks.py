@@ -224,12 +224,22 @@ def test_step_accumulates_with_folded_weights_kept_or_not(tmp_path: Path) -> Non
     assert kept["last_loss"] == pytest.approx(made_anew["last_loss"], rel=1e-4)
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_step_has_a_row_for_each_memory_budget(tmp_path: Path) -> None:
+    more = ["--variants", "mem,fast", "--memory-budgets", "0.9,0.8", "--output", str(tmp_path)]
+    rows = step.main([*STEP, *more])
+    asked = [(row["variant"], row["memory_budget"]) for row in rows]
+    assert asked == [(None, None), ("mem", None), ("fast", None), ("fast", 0.9), ("fast", 0.8)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--cuda-graphs"], "--cuda-graphs needs --stage inductor"),
         (["--optimizers", "sgd,muon"], "--optimizers sgd: use some of adamw,muon"),
         (["--keep-folded", "call,ever"], "--keep-folded ever: use some of call,step"),
+        (["--memory-budgets", "0.5,2"], "argument --memory-budgets: invalid list of fraction"),
+        (["--memory-budgets", "0.5", "--keep-folded", "step"], "--memory-budgets keep less"),
     ],
 )
 def test_step_refuses_options_that_cannot_be(
