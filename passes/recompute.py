@@ -40,7 +40,7 @@ class Recompute(GraphPass[fx.Node]):
     With a budget, what ``mem`` builds again is *ranked*: by the floating point operations of one
     element, and in graph order among equals. Norms, activations and gathers take none; then come
     rotated inputs, folded weights, and products, those over few features first. The partitioner
-    gives up as many of them as it takes (`poetx_compile.budget`).
+    gives up as many of them as it takes (`poetx_compile.partition`).
 
     The earlier passes say which node is what (``meta["poetx_role"]``). The tag is
     `CheckpointPolicy.MUST_RECOMPUTE`, as selective activation checkpointing sets it; AOTAutograd
@@ -86,13 +86,15 @@ class Recompute(GraphPass[fx.Node]):
         site.meta["ac_graph_id"] = _REGION + rank
 
 
-def rank_of(node: fx.Node) -> int:
-    """The rank that `Recompute` gave under a budget, from 1; 0 where it gave none."""
-    return max(0, node.meta.get("ac_graph_id", 0) - _REGION)
+def rank_of(node: fx.Node) -> int | None:
+    """The rank that `Recompute` gave under a budget, from 1; 0 for what is built again in any case,
+    ``None`` for what it did not tag."""
+    rank = node.meta.get("ac_graph_id", 0) - _REGION
+    return rank if rank >= 0 else None
 
 
 def settle(node: fx.Node, *, given_up: bool) -> None:
-    """Decide a ranked node: it is built again, or left to the partitioner."""
+    """Decide a tagged node: it is built again, or left to the partitioner."""
     if given_up:
         node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": _REGION}
     else:

@@ -13,12 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile import collector, passes
 from poetx_compile.adoption import Adopter
-from poetx_compile.budget import BudgetPartitioner
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
 from poetx_compile.kept import Compiler, FoldKeeper
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
 from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_with_id
+from poetx_compile.partition import Partitioner, partitioner_for
 from poetx_compile.passes import graphs, input_centric
 from poetx_compile.settling import settle
 from poetx_compile.wrappers import check_reduced
@@ -236,7 +236,7 @@ def _compile(
 ) -> Callable[..., Any]:
     if options.stage == "eager":
         return graph
-    partitioner = None if config.memory_budget is None else BudgetPartitioner(config.memory_budget)
+    partitioner = partitioner_for(config)
     if options.stage == "aot_eager":
         return _aot_eager(graph, inputs, partitioner)
     from torch._inductor.compile_fx import compile_fx
@@ -252,9 +252,9 @@ def _compile(
     users = settings.get("post_grad_custom_pre_pass", _configured_pre_pass())
     settings["post_grad_custom_pre_pass"] = chain_passes(users, ExpandOps(identity))
     if partitioner is not None:
-        if "custom_partitioner_fn" in settings:
+        if config.memory_budget is not None and "custom_partitioner_fn" in settings:
             raise ConfigError("memory_budget and custom_partitioner_fn contradict: give one")
-        settings["custom_partitioner_fn"] = partitioner
+        settings.setdefault("custom_partitioner_fn", partitioner)
     compiled = compile_fx(graph, inputs, compile_inner, config_patches=settings)
     return cast("Callable[..., Any]", compiled)
 
@@ -288,7 +288,7 @@ def _configured_pre_pass() -> Any:
 
 
 def _aot_eager(
-    graph: fx.GraphModule, inputs: list[Any], partitioner: BudgetPartitioner | None = None
+    graph: fx.GraphModule, inputs: list[Any], partitioner: Partitioner | None = None
 ) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd

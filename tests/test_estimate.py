@@ -16,13 +16,13 @@ import poetx_compile as poetx
 from benchmarks import estimate as benchmark
 from benchmarks.step_worker import StepCase
 from poetx_compile import adoption
-from poetx_compile.budget import storages
 from poetx_compile.errors import ConfigError, EstimateError, NothingToTrainError
 from poetx_compile.estimate import MIB, MemoryRow, _Step
 from poetx_compile.memory import meta, parts
 from poetx_compile.memory.attention import as_on_cuda
 from poetx_compile.memory.liveness import _run
 from poetx_compile.options import BackendOptions
+from poetx_compile.partition import storages
 from tests.held import kept
 from tests.models import MLP
 from tests.tolerances import MEMORY

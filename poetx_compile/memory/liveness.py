@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from poetx_compile.budget import Bytes, storages
 from poetx_compile.memory.trace import TracedGraph
+from poetx_compile.partition import Bytes, storages
 
 _READS = 4
 """Buffers a fused value reads before Inductor writes it where several kernels want it

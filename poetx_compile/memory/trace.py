@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.backend import rewrite
-from poetx_compile.budget import BudgetPartitioner
+from poetx_compile.config import POETXConfig
 from poetx_compile.errors import EstimateError
 from poetx_compile.memory.attention import as_on_cuda
 from poetx_compile.options import BackendOptions
+from poetx_compile.partition import Partitioner, partitioner_for
 from poetx_compile.passes import graphs
 
 
@@ -86,18 +87,18 @@ def trace(
 
 
 class _Partitioner(CustomPartitionerFn):
-    """torch's min-cut partitioner as Inductor calls it, or that of a budget; keeps what it made."""
+    """A partitioner as Inductor calls it, torch's own or ours; keeps what it made."""
 
-    def __init__(self, traced: list[TracedGraph], fraction: float | None):
-        self.traced, self.fraction = traced, fraction
+    def __init__(self, traced: list[TracedGraph], ours: Partitioner | None):
+        self.traced, self.ours = traced, ours
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         from functorch.compile import min_cut_rematerialization_partition
 
-        if self.fraction is not None:
-            forward, backward = BudgetPartitioner(self.fraction)(gm, joint_inputs, **kwargs)
+        if self.ours is not None:
+            forward, backward = self.ours(gm, joint_inputs, **kwargs)
         else:
             kwargs = {"compiler": "inductor"} | kwargs
             forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
@@ -119,9 +120,9 @@ def _partition(
     def stop_here(gm: fx.GraphModule, _: Any, **__: Any) -> Any:
         return gm.forward
 
-    fraction = options.config.get("memory_budget") if options else None
+    ours = None if options is None else partitioner_for(POETXConfig.from_dict(options.config))
     settings: dict[str, Any] = {
-        "custom_partitioner_fn": _Partitioner(traced, fraction),
+        "custom_partitioner_fn": _Partitioner(traced, ours),
         "force_disable_caches": True,
     }
     with torch._functorch.config.patch(enable_autograd_cache=False):

@@ -11,6 +11,7 @@ from torch import nn
 import poetx_compile as poetx
 from poetx_compile.backend import rewrite
 from poetx_compile.options import BackendOptions
+from poetx_compile.partition import partitioner_for
 from tests.models import Block, SwiGLU
 from tests.passes.graph_of import explained, prepared
 
@@ -37,7 +38,8 @@ def saved_activations(model: nn.Module, x: torch.Tensor, variant: str) -> list[t
         compiled = aot_autograd(
             fw_compiler=forward,
             bw_compiler=lambda module, _: module.forward,
-            partition_fn=min_cut_rematerialization_partition,
+            partition_fn=partitioner_for(poetx.POETXConfig(variant=variant))
+            or min_cut_rematerialization_partition,
         )(graph, [*inputs, *extra])
         return bind(compiled)
 

@@ -1,12 +1,14 @@
-"""``memory_budget``: the partitioner that keeps no more of the activations than it is allowed.
+"""What is kept for the backward: torch's min-cut partitioner, told by the pass `recompute`.
 
-`passes.recompute` says what the backward could build again, in the order of what that costs. How
-many bytes it saves is known only once torch's partitioner has split the joint graph: it splits a
-first time with nothing given up, which is what variant ``"fast"`` keeps, and again with as much
-given up as the budget asks for.
+*Reductions stay.* The pass tags nodes of Dynamo's graph, and a norm is one node there. Building it
+again would read each row twice; its mean, one number a row, costs nothing to keep.
 
-torch's own budget (`torch._functorch.config.activation_memory_budget`) does not know the ops of
-this package: it takes their products for free and builds them all again.
+*Budgets.* Under a ``memory_budget`` the pass says what the backward could build again, in the order
+of what that costs. How many bytes it saves is known only once the joint graph is split: it is split
+a first time with nothing given up, which is what variant ``"fast"`` keeps, and again with as much
+given up as the budget asks for. torch's own budget
+(`torch._functorch.config.activation_memory_budget`) does not know the ops of this package: it takes
+their products for free and builds them all again.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.utils import _pytree as pytree
 
+from poetx_compile.config import POETXConfig
 from poetx_compile.passes import graphs, recompute
 
 log = logging.getLogger("poetx_compile")
@@ -28,25 +31,39 @@ Bytes = dict[int, int]
 """Storages (by the identity of the fake one) and their sizes in bytes."""
 
 
-class BudgetPartitioner(CustomPartitionerFn):
-    """torch's min-cut partitioner under a budget, as Inductor and AOTAutograd call it.
+_REDUCED = 8
+"""A value this many times smaller than what it is made of is a reduction."""
+
+
+def partitioner_for(config: POETXConfig) -> Partitioner | None:
+    """The partitioner that a configuration needs; ``None`` where torch's own does."""
+    if config.variant == "fast" and config.memory_budget is None:
+        return None
+    return Partitioner(config.memory_budget)
+
+
+class Partitioner(CustomPartitionerFn):
+    """torch's min-cut partitioner as Inductor and AOTAutograd call it, for what is tagged.
 
     Args:
-        fraction: what may be kept between forward and backward, of the bytes that variant
-            ``"fast"`` keeps; inputs of the graph are not counted. Where even the least that the
-            passes know is more, that is kept, and a warning says how much it is.
+        fraction: the memory budget, if there is one: what may be kept between forward and backward,
+            of the bytes that variant ``"fast"`` keeps; inputs of the graph are not counted. Where
+            even the least that the passes know is more, that is kept, and a warning says how much
+            it is.
     """
 
-    def __init__(self, fraction: float):
+    def __init__(self, fraction: float | None):
         self.fraction = fraction
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        if self.fraction is None:
+            return _split(gm, joint_inputs, 0, kwargs)
         ranks: dict[int, int] = {}  # by storage: what is kept of a value may be a view of it
         for node in gm.graph.nodes:
             for storage in storages(node):
-                ranks.setdefault(storage, recompute.rank_of(node))
+                ranks.setdefault(storage, recompute.rank_of(node) or 0)
         left = sorted(set(ranks.values()) - {0})
         parts = _split(gm, joint_inputs, 0, kwargs)
         kept = _kept(parts[0], kwargs["num_fwd_outputs"])
@@ -75,7 +92,7 @@ class BudgetPartitioner(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         """The sources are covered by the uuid of `ExpandOps`, in the same cache keys."""
-        return "poetx memory_budget", self.fraction
+        return "poetx_compile.partition", self.fraction
 
 
 def _split(
@@ -86,11 +103,23 @@ def _split(
 
     joint = graphs.clone(gm)
     for node in joint.graph.nodes:
-        if rank := recompute.rank_of(node):
-            recompute.settle(node, given_up=rank <= limit)
+        rank = recompute.rank_of(node)
+        if rank is not None:
+            recompute.settle(node, given_up=rank <= limit and not _is_reduced(node))
     options: dict[str, Any] = {"compiler": "inductor", **kwargs}
     forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **options)
     return forward, backward
+
+
+def _is_reduced(node: fx.Node) -> bool:
+    made_of = max((_size(n) for n in node.all_input_nodes), default=0)
+    return 0 < _size(node) * _REDUCED <= made_of
+
+
+def _size(node: fx.Node) -> int:
+    """Bytes of a node's value, if that is a tensor."""
+    value = node.meta.get("val")
+    return _hint(value.numel()) * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def _kept(forward: fx.GraphModule, outputs: int) -> Bytes:

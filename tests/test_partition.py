@@ -10,8 +10,11 @@ from torch import fx, nn
 
 import poetx_compile as poetx
 from poetx_compile.backend import rewrite
-from poetx_compile.budget import BudgetPartitioner
+from poetx_compile.memory import meta
+from poetx_compile.memory.inputs import TrainingStep
+from poetx_compile.memory.trace import trace
 from poetx_compile.options import BackendOptions
+from poetx_compile.partition import Partitioner
 from poetx_compile.passes import graphs, recompute
 from tests.held import kept
 from tests.models import Block
@@ -52,6 +55,19 @@ def test_the_least_is_what_mem_keeps_and_a_warning_says_so(
     (message,) = [r.getMessage() for r in caplog.records if "memory_budget" in r.getMessage()]
     fast = bytes_kept(model, x, variant="fast")
     assert f"the least that the passes know to keep is {mem / fast:.2f} of what variant" in message
+
+
+@pytest.mark.parametrize("choice", [{"variant": "mem"}, {"memory_budget": 0.3}])
+def test_a_norm_is_built_again_from_its_mean(choice: dict[str, object]) -> None:
+    model = prepared(Block())
+    config = poetx.POETXConfig(block_size=8, **choice)
+    options = BackendOptions(config=config.to_dict())
+    step = TrainingStep(meta.copied(model), lambda y: y.square().mean(), None)
+    (graphs_of_step,) = trace(step, (torch.empty(2, 33, 16, device="meta"),), {}, [options])
+    calls = [n for part in graphs_of_step for n in part.backward.nodes if n.op == "call_function"]
+    names = [str(n.target) for n in calls]
+    assert any("rsqrt" in name for name in names)
+    assert not any("mean" in name for name in names)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -111,11 +127,11 @@ def test_the_graph_says_what_may_be_built_again() -> None:
 
 
 def test_each_budget_has_its_own_place_in_the_caches() -> None:
-    assert BudgetPartitioner(0.5).uuid() != BudgetPartitioner(0.6).uuid()
+    assert Partitioner(0.5).uuid() != Partitioner(0.6).uuid()
 
 
 def test_two_partitioners_contradict_each_other() -> None:
-    options = {"memory_budget": 0.5, "custom_partitioner_fn": BudgetPartitioner(0.9)}
+    options = {"memory_budget": 0.5, "custom_partitioner_fn": Partitioner(0.9)}
     model = torch.compile(stack(1), backend=poetx.poetx_backend, options=options)
     with pytest.raises(Exception, match="memory_budget and custom_partitioner_fn contradict"):
         model(torch.randn(2, 5, 16))
