@@ -47,6 +47,8 @@ def poetx_backend(
 
     Args:
         mode: as for Inductor (``"default"``, ``"reduce-overhead"``, ``"max-autotune"``, …).
+            `torch.compile` takes a mode or options; what a mode sets are options too:
+            ``{"triton.cudagraphs": True}`` is ``"reduce-overhead"``.
         options: fields of `POETXConfig`; ``stage``, ``unprepared``, ``keep_folded``,
             ``disable_passes``, ``verify_passes``, ``cayley_batch_bytes``, ``machine`` (see
             `BackendOptions`); any option of Inductor.

@@ -67,6 +67,10 @@ def command_parser() -> argparse.ArgumentParser:
         help="of the POET-X columns (default: adamw); the dense one is AdamW",
     )
     add("--variants", default="fast,mem", help="a column each (default: fast,mem)")
+    add(
+        "--memory-budget", type=float, metavar="F",
+        help="of the fast column: the fraction of its activations that may be kept",
+    )  # fmt: skip
     add("--autocast", choices=DTYPES, help="dtype of an autocast region around the forward")
     add("--whole", action="store_true", help="trace every layer of a long run of equal ones")
     add("--json", metavar="FILE", help="write the result in bytes as JSON; - for the output")
@@ -130,7 +134,7 @@ def _estimate(args: argparse.Namespace) -> None:
         dtype=_dtype(args.dtype),
         autocast=_dtype(args.autocast),
         optimizer=args.optimizer,
-        config=_config(args),
+        config=_config(args, memory_budget=args.memory_budget),
         variants=[name.strip() for name in args.variants.split(",") if name.strip()],
         whole=args.whole,
     )

@@ -30,7 +30,6 @@ log = logging.getLogger("poetx_compile")
 Bytes = dict[int, int]
 """Storages (by the identity of the fake one) and their sizes in bytes."""
 
-
 _REDUCED = 8
 """A value this many times smaller than what it is made of is a reduction."""
 
@@ -112,8 +111,10 @@ def _split(
 
 
 def _is_reduced(node: fx.Node) -> bool:
-    made_of = max((_size(n) for n in node.all_input_nodes), default=0)
-    return 0 < _size(node) * _REDUCED <= made_of
+    """Whether a value is much smaller than what it is made of, and no view of it."""
+    above = {storage for n in node.all_input_nodes for storage in storages(n)}
+    largest = max(map(_size, node.all_input_nodes), default=0)
+    return 0 < _size(node) * _REDUCED <= largest and above.isdisjoint(storages(node))
 
 
 def _size(node: fx.Node) -> int:

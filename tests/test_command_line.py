@@ -50,6 +50,14 @@ def test_estimate_prints_a_table_and_writes_json(
     assert values["rows"][0]["optimizer_state"] == 2 * 3 * 16 * 40 * 4 + 3 * 4
 
 
+def test_estimate_takes_a_memory_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["estimate", *FACTORY, "--input", "30x16", "--variants", "fast"]
+    assert main([*common, "--memory-budget", "0.8"]) == 0
+    assert "POET-X fast, budget 0.8" in capsys.readouterr().out
+    assert main([*common, "--memory-budget", "8"]) == 2
+    assert "memory_budget = 8.0 is not allowed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

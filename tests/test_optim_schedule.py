@@ -399,6 +399,19 @@ def test_state_of_an_optimiser_that_did_not_merge_is_refused() -> None:
     assert optimizer.schedule.step == 0
 
 
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"), [(POETXAdamW, POETXMuon), (POETXMuon, POETXAdamW)]
+)
+def test_state_of_another_kind_of_optimiser_is_refused(saved_by, loaded_by) -> None:
+    model, optimizer = build(saved_by)
+    train_step(model, optimizer)
+    other_model, other = build(loaded_by)
+    with pytest.raises(IncompatibleStateError, match=f"is not that of a {loaded_by.__name__}"):
+        other.load_state_dict(optimizer.state_dict())
+    train_step(other_model, other)  # nothing was taken over
+    assert other.schedule.step == 1
+
+
 @both
 def test_compiled_training_merges_without_recompiling(optimizer_class) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend

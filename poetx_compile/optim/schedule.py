@@ -35,6 +35,9 @@ from poetx_compile.wrappers import reshard
 
 STEP = "poetx_step"
 LAST_MERGE = "poetx_last_merge"
+MOMENTUM = "momentum"
+"""Setting of a group that is stepped by a momentum, and not by two moments."""
+
 _ATTRIBUTE = "_poetx_schedule"
 
 
@@ -228,6 +231,13 @@ class MergeSchedule:
                     f"the optimiser state was saved at block size {saved.get(BLOCK)}, group "
                     f"{group.get('name')!r} has {group.get(BLOCK)}: prepare the model with the "
                     "block size of the checkpoint, or start a new optimiser"
+                )
+            if (MOMENTUM in group) != (MOMENTUM in saved):
+                raise IncompatibleStateError(
+                    f"the optimiser state is not that of a {type(optimizer).__name__}: it was "
+                    f"saved {'with' if MOMENTUM in saved else 'without'} a momentum. Load it into "
+                    "an optimiser of its own class, or load the model's weights only and start a "
+                    "new optimiser"
                 )
             if STEP in group:  # saved without the guard: it starts anew
                 known = {key: saved[key] for key in _fresh() if key in saved}
