@@ -98,6 +98,26 @@ def test_settings_of_inductor(monkeypatch):
     assert "graph_partition" not in settings(**{"triton.cudagraphs": True})
 
 
+@pytest.mark.parametrize(
+    ("choice", "fraction"), [({"variant": "mem"}, None), ({"memory_budget": 0.8}, 0.8)]
+)
+def test_inductor_is_given_the_partitioner(monkeypatch, choice, fraction):
+    seen = []
+
+    def compile_fx(gm, inputs, inner_compile, config_patches):
+        seen.append(config_patches.get("custom_partitioner_fn"))
+        return gm
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model, x = prepared(SwiGLU()), torch.randn(3, 16)
+    run(model, x)
+    torch._dynamo.reset()
+    run(model, x, **choice)
+    torchs, ours = seen
+    assert torchs is None
+    assert ours.fraction == fraction
+
+
 def test_options_that_contradict_prepare_raise():
     model = prepared(SwiGLU(), 8)
     with pytest.raises(Exception, match=r"block_size: 8 at prepare, 4 here"):
