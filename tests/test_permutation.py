@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from poetx_compile.ops.permute import pair_index
-from poetx_compile.permutation import CHUNK, Permutation, chunk_size, draw_permutation
+from poetx_compile.permutation import (
+    CHUNK,
+    Permutation,
+    chunk_size,
+    draw_permutation,
+    redraw_all,
+)
 
 KEY = {"seed": 3, "draw": 2, "group": 5, "kind": "random"}
 
@@ -118,6 +124,20 @@ def test_redraw_writes_in_place(kind: str) -> None:
     assert pair.data_ptr() == address
     assert torch.equal(pair, ahead)
     assert (module.seed, module.draw) == (7, 9)
+
+
+def test_all_are_redrawn_together_and_say_where_coordinates_come_from() -> None:
+    others = [
+        Permutation(48, **(KEY | {"group": 3, "kind": kind})) for kind in ("random", "chunked")
+    ]
+    modules = [_module(), _module(kind="chunked"), _module(kind="chunked", group=5), *others]
+    before = [(m.pair.data_ptr(), m.draw, pair_index(m.pair, 0, m.size).clone()) for m in modules]
+    indices = redraw_all([*modules, modules[0]])  # a shared one is redrawn once
+    for module, (address, draw, old) in zip(modules, before, strict=True):
+        assert (module.pair.data_ptr(), module.draw) == (address, draw + 1)
+        assert torch.equal(module.pair, module.peek(module.seed, draw + 1))
+        x = torch.randn(module.size)
+        assert torch.equal(x[old][indices[module]], x[pair_index(module.pair, 0, module.size)])
 
 
 def test_it_is_not_saved_because_it_follows_from_its_key() -> None:
