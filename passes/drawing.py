@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from poetx_compile.passes import graphs
 from poetx_compile.passes.render import (
@@ -62,7 +63,7 @@ class Drawn:
         parameters: names and types of the parameters and buffers it reads.
         text: its line in `render`.
         source: the user's line of code it comes from.
-        again: whether the backward builds it again.
+        again: whether the backward builds it again, whatever the memory budget.
     """
 
     label: str
@@ -164,7 +165,7 @@ class _Drawing:
                 parameters=self._names(node),
                 text=self._texts.get(node, ""),
                 source=_source(node),
-                again="recompute" in node.meta,
+                again=node.meta.get("recompute") is CheckpointPolicy.MUST_RECOMPUTE,
             )
         )
         return len(self.boxes) - 1
