@@ -82,7 +82,7 @@ def merge(model: nn.Module) -> None:
     for _, equivalence in layers:
         equivalence.interrupted = True
     try:
-        indices = _redraw(e for _, e in layers)
+        indices = redraw_all(p for _, e in layers for p in (e.perm_in, e.perm_out))
         for batch in _batches(layers):
             deltas_of = _merged_deltas([e for _, e in batch])
             for (module, equivalence), deltas in zip(batch, deltas_of, strict=True):
@@ -118,11 +118,6 @@ def _check_finite(skews: Sequence[Tensor]) -> None:
                 "poetx_compile.clip_grad_norm_ and, for float16, a GradScaler keep it from "
                 "happening again"
             )
-
-
-def _redraw(equivalences: Iterable[OrthogonalEquivalence]) -> dict[Permutation, Tensor]:
-    """Set the next draw of every permutation; the indices from the old order to the new one."""
-    return redraw_all(p for e in equivalences for p in (e.perm_in, e.perm_out))
 
 
 Layer = tuple[nn.Linear, OrthogonalEquivalence]

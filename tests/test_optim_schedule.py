@@ -92,19 +92,19 @@ def test_outputs_survive_the_merge_of_a_step(optimizer_class) -> None:
     model, optimizer = build(optimizer_class, merge_interval=4, poetx_lr=8e-3)
     tokens = torch.arange(24).reshape(2, 12)
     seen = []
-    real = merge_module._redraw
+    real = merge_module.redraw_all
 
-    def before_merge(equivalences):
+    def before_merge(permutations):
         with torch.no_grad():
             for _, _, e in prepared_linears(model):
                 e.interrupted = False
             seen.append((model(tokens), diagnostics(model)["angle_max"]))
             for _, _, e in prepared_linears(model):
                 e.interrupted = True
-        return real(equivalences)
+        return real(permutations)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge_module, "_redraw", before_merge)
+        patch.setattr(merge_module, "redraw_all", before_merge)
         for i in range(4):
             train_step(model, optimizer, i)
     (before, angle), after = seen[0], model(tokens)
