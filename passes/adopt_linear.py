@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from poetx_compile.passes import graphs
+from poetx_compile.passes import gradients, graphs
+from poetx_compile.passes.contexts import Context
 from poetx_compile.passes.contract import GraphPass, Refusal
 
 STATE = ("skew_in", "skew_out", "perm_in", "perm_out")
@@ -86,10 +87,11 @@ class AdoptLinear(GraphPass[WeightSite]):
         y: [..., n] = linear(x, w, bias)
 
     The same value (the rotations start at the identity); W gets no gradient, the skew parameters
-    do. The state comes from outside (`create`) and is looked up by the identity of W at every call
+    do. A weight that is read in several contexts (grad modes, autocast regions) is built in each. The
+    state comes from outside (`create`) and is looked up by the identity of W at every call
     of the compiled code. Handles weights inside activation checkpoints, nested ones too: the new
-    inputs are handed on as operands. Refuses a weight with any other reader (a tied embedding), one
-    inside another higher-order op or a transform, and whatever `refuse` names (excluded, frozen, no
+    inputs are handed on as operands. Refuses a weight that is read where autograd records nothing (a
+    teacher under ``no_grad``), one with any other reader (a tied embedding), one inside another higher-order op or a transform, and whatever `refuse` names (excluded, frozen, no
     weight of an `nn.Linear`).
 
     Args:
@@ -143,6 +145,8 @@ class AdoptLinear(GraphPass[WeightSite]):
         for linear in site.linears:
             if graphs.in_transform(linear):
                 raise Refusal("inside a torch.func transform: call poetx_compile.prepare")
+        if not any(self.contexts.of(linear).records for linear in site.linears):
+            raise Refusal("read without gradients: nothing trains it here")
         if reason := self.refuse(site.layer, site.index):
             raise Refusal(reason)
         return "adopted"
@@ -159,20 +163,23 @@ class AdoptLinear(GraphPass[WeightSite]):
         for name in own:
             value = _fake(site.placeholder, spec.tensors[name])
             inputs[name] = _add_input(graph, f"{site.placeholder.name}{name}", value)
+            inputs[name].meta[gradients.STANDS_FOR] = site.placeholder
         self._perm_in[siblings] = inputs["perm_in"]
         for use in site.uses:
             operands = [self._operand(use, inputs[name]) for name in STATE]
             body = use.module.graph
-            first = min(use.linears, key=list(body.nodes).index)
-            with body.inserting_before(first):
-                stored = body.call_method("detach", (use.weight,))
-                weight = body.call_function(
-                    graphs.EQUIVALENCE[1],
-                    (stored, *operands, spec.block_in, spec.block_out, spec.order),
-                )
-            graphs.inherit(weight, first)
-            for linear in use.linears:
-                linear.replace_input_with(use.weight, weight)
+            built: dict[Context, fx.Node] = {}
+            for linear in sorted(use.linears):
+                context = self.contexts.of(linear)
+                if context not in built:
+                    with body.inserting_before(linear):
+                        stored = body.call_method("detach", (use.weight,))
+                        weight = body.call_function(
+                            graphs.EQUIVALENCE[1],
+                            (stored, *operands, spec.block_in, spec.block_out, spec.order),
+                        )
+                    built[context] = graphs.inherit(weight, linear)
+                linear.replace_input_with(use.weight, built[context])
 
     def _operand(self, use: Use, node: fx.Node) -> fx.Node:
         """`node` as seen inside the module of `use`: handed on to each checkpoint once."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from poetx_compile.passes import graphs
+from poetx_compile.passes import gradients, graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
 
 DEFAULT_BYTES = 64 * 2**20
@@ -27,7 +27,8 @@ _FLIPPED = 4
 
 @dataclasses.dataclass
 class Batch:
-    """Neighbouring nodes of one op with one block size, order, … and dtype, within the budget."""
+    """Neighbouring nodes of one op with one block size, order, … and dtype, in one context, within
+    the budget."""
 
     nodes: list[fx.Node]
 
@@ -54,7 +55,8 @@ class BatchCayley(GraphPass[Batch]):
     backward that is batched; nodes whose blocks are flipped come last in a batch. Bitwise the same.
     Neighbours in graph order are batched until their rotations reach `max_bytes`, so that not every
     rotation of the model is alive at once; with `recompute` the backward builds each batch again
-    just before its layers. Handles static and symbolic shapes of everything but the skew
+    just before its layers. A batch has one context, and none of what no backward reaches: its
+    gradient would be zeros, not ``None``. Handles static and symbolic shapes of everything but the skew
     parameters; a lone node stays as it is. Refuses a skew that is not an input of the graph (or
     such an input detached), because it may not exist yet where the batch is built.
     """
@@ -63,14 +65,18 @@ class BatchCayley(GraphPass[Batch]):
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.max_bytes = max_bytes
+        self._live: set[fx.Node] = set()
 
     def sites(self, graph: fx.Graph) -> Iterable[Batch]:
+        if graph is self.contexts.root.graph:  # the first, and its bodies with it
+            self._live = gradients.live(self.contexts.root)
         alike: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
             if graphs.is_op(node, *_OPS):
                 value = node.meta[graphs.VALUE]
-                key = (node.target, *node.args[1:_FLIPPED], value.dtype, value.device)
-                alike[key].append(node)
+                reached = not value.requires_grad or node in self._live
+                about = reached, self.contexts.of(node), value.dtype, value.device
+                alike[(node.target, *node.args[1:_FLIPPED], *about)].append(node)
         return [batch for nodes in alike.values() for batch in self._chunks(nodes)]
 
     def _chunks(self, nodes: list[fx.Node]) -> Iterable[Batch]:
@@ -124,6 +130,7 @@ class BatchCayley(GraphPass[Batch]):
             slices = [graphs.getitem(graph, parts, i) for i in range(len(nodes))]
         for node, part in zip(nodes, slices, strict=True):
             graphs.inherit(part, node, role)
+            part.meta[gradients.SLICE_OF] = _parameter(node)
             node.replace_all_uses_with(part)
             read = node.args[0]
             graph.erase_node(node)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from poetx_compile.passes import columns, graphs
+from poetx_compile.passes.contexts import Context, Contexts
 from poetx_compile.passes.contract import GraphPass, Refusal
 from poetx_compile.passes.regions import Permuted, Region, regions
 from poetx_compile.passes.share_permutations import FUSED
@@ -157,7 +158,7 @@ class CancelPermutations(GraphPass[Site]):
 
     def apply(self, graph: fx.Graph, site: Site) -> None:
         for plan in site.plans:
-            _apply(graph, plan)
+            _apply(graph, plan, self.contexts)
 
 
 def _apart(found: list[Region]) -> Iterator[Site]:
@@ -246,19 +247,19 @@ def _price(end: fx.Node, chunk: int) -> int:
     return _FOLDED if graphs.is_op(end, torch.ops.poetx.folded_linear) else _FUSED
 
 
-def _apply(graph: fx.Graph, plan: Plan) -> None:
+def _apply(graph: fx.Graph, plan: Plan, contexts: Contexts) -> None:
     pair, inverse = plan.coordinates
     for value in reversed(plan.conversions):  # so that those of inputs stand in order
-        users = plan.misread_by(value)
         turned = inverse is not (value in plan.values)
-        with graph.inserting_before(_next_computation(value)):
-            converted = graph.call_function(
-                torch.ops.poetx.permute_columns.default,
-                (value, pair, True) if turned else (value, pair),
-            )
-        graphs.inherit(converted, value)
-        for user in users:
-            user.replace_input_with(value, converted)
+        for place, users in _places(value, plan.misread_by(value), contexts):
+            with graph.inserting_before(place):
+                converted = graph.call_function(
+                    torch.ops.poetx.permute_columns.default,
+                    (value, pair, True) if turned else (value, pair),
+                )
+            graphs.inherit(converted, value)
+            for user in users:
+                user.replace_input_with(value, converted)
     for side, nodes in enumerate((plan.readers, plan.values)):
         for node in nodes:
             if node.target in _PAIRS:
@@ -269,6 +270,23 @@ def _apply(graph: fx.Graph, plan: Plan) -> None:
             elif graphs.is_op(node, torch.ops.poetx.permute_columns):
                 node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
                 graph.erase_node(node)
+
+
+def _places(
+    value: fx.Node, users: list[fx.Node], contexts: Contexts
+) -> Iterable[tuple[fx.Node, list[fx.Node]]]:
+    """Where `value` is converted for which of its users.
+
+    Behind the value, in its own context. An input has none: where the graph begins without
+    gradients, and some users run with them, there is a conversion for each context.
+    """
+    behind = _next_computation(value)
+    if value.op != "placeholder" or contexts.of(value).records:
+        return [(behind, users)]
+    by_context: dict[Context, list[fx.Node]] = {}
+    for user in sorted(users):
+        by_context.setdefault(contexts.of(user), []).append(user)
+    return [(some[0], some) for some in by_context.values()]
 
 
 def _next_computation(value: fx.Node) -> fx.Node:

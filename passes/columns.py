@@ -124,7 +124,7 @@ def reads_any_order(user: fx.Node, value: fx.Node) -> bool:
     """Whether `user` gives the same result for `value` with its columns in any order."""
     if user.op == "call_method" and user.target in _METADATA:
         return True
-    if _refers_only(user, value):
+    if refers_only(user, value):
         return True
     is_reduction = (user.op == "call_method" and user.target in _REDUCTIONS) or (
         user.op == "call_function" and user.target in _REDUCTION_FUNCTIONS
@@ -185,11 +185,11 @@ def _values(node: fx.Node) -> list[fx.Node]:
         operand
         for operand in node.all_input_nodes
         if isinstance(operand.meta.get(graphs.VALUE), torch.Tensor)
-        and not _refers_only(node, operand)
+        and not refers_only(node, operand)
     ]
 
 
-def _refers_only(node: fx.Node, operand: fx.Node) -> bool:
+def refers_only(node: fx.Node, operand: fx.Node) -> bool:
     """Whether a cast reads nothing of `operand` but its dtype and device."""
     is_cast = node.op == "call_method" and node.target in ("to", "type_as")
     return is_cast and node.args[0] is not operand and operand in node.all_input_nodes

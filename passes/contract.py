@@ -3,7 +3,8 @@
 A pass works on Dynamo's graph, before AOTAutograd: it sees the whole model, forward only, in the
 user's own terms. Each pass decides, then applies: `sites` finds the candidates, `decide` returns
 what to do at a site or raises `Refusal` with the reason, `apply` rewrites. The runner catches
-refusals, keeps the metadata true and the graph linted, and knows nothing of any pass.
+refusals, keeps the metadata true and the graph linted, and knows nothing of any pass. It also
+holds every pass to what must not change: which inputs receive a gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import fx
 
-from poetx_compile.passes import graphs
+from poetx_compile.errors import RewriteError
+from poetx_compile.passes import gradients, graphs, metadata
+from poetx_compile.passes.contexts import Contexts
 from poetx_compile.passes.cost import Choice
 
 S = TypeVar("S")
@@ -63,9 +66,15 @@ class Record:
 
 
 class GraphPass(ABC, Generic[S]):
-    """One rewrite. Its docstring is its specification: the graph before, the graph after."""
+    """One rewrite. Its docstring is its specification: the graph before, the graph after.
+
+    Nodes may be merged, shared or moved only where `contexts` says that they run under the same
+    settings (grad mode, autocast, …).
+    """
 
     name: ClassVar[str]
+    contexts: Contexts
+    """What each node runs under, bodies included; the runner sets it before `sites`."""
     into_checkpoints: ClassVar[bool] = True
     """Whether the bodies of activation checkpoints are rewritten as well."""
 
@@ -95,13 +104,25 @@ def run(
         root: a graph of our own (`graphs.clone`), never Dynamo's.
         record: takes what was done and what was refused.
         verify: after each pass, lint and check every node's metadata against a fresh propagation.
+
+    Raises:
+        RewriteError: a pass changed which inputs of the graph receive a gradient.
     """
+    before = gradients.reached(root)
     for graph_pass in passes:
+        graph_pass.contexts = Contexts(root)
         modules = graphs.nested(root) if graph_pass.into_checkpoints else [root]
         if sum(_run_one(graph_pass, module, record) for module in modules):
-            graphs.refresh(root)
+            metadata.refresh(root)
+            if gradients.reached(root) != before:
+                raise RewriteError(
+                    f"the pass {graph_pass.name} changed which inputs of a graph receive a "
+                    f"gradient, so nothing was compiled: options={{'disable_passes': "
+                    f"['{graph_pass.name}']}} leaves it out. This is a fault of poetx-compile: "
+                    "please report the model"
+                )
         if verify:
-            graphs.verify(root)
+            metadata.verify(root)
 
 
 def _run_one(graph_pass: GraphPass[Any], module: fx.GraphModule, record: Record) -> int:

@@ -126,25 +126,32 @@ class Folded(GraphPass[fx.Node]):
 
         return tuple(choice(side) for side in (side_in, side_out) if side.blocks)
 
+    def _rotation(
+        self, site: fx.Node, side: sides.Side, first: fx.Node, narrow: bool
+    ) -> fx.Node | None:
+        if not side.blocks:
+            return None
+        return sides.rotation(self.contexts, site, side, first, narrow)
+
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
         stored, narrow = site.args[0], sides.is_narrow(site)
         side_in, side_out = sides.sides_of(site)
         chosen = self._chosen.pop(site)
         first = next(iter(site.users))
-        with graph.inserting_before(site):
-            (turn_in, d_in, e_in, pair_in), (turn_out, d_out, e_out, pair_out) = [
-                (None, *sides.folded(graph, side, first, narrow))
-                if side in chosen
-                else (sides.rotation(graph, side, first, narrow) if side.blocks else None, *_NONE)
-                for side in (side_in, side_out)
-            ]
-            weight = sides.once(
-                graph,
-                torch.ops.poetx.fold_weight.default,
-                (stored, d_in, d_out, pair_in, pair_out, sides.compute_dtype(first)),
-                first,
-                graphs.FOLDED_WEIGHT,
-            )
+        (turn_in, d_in, e_in, pair_in), (turn_out, d_out, e_out, pair_out) = [
+            (None, *sides.folded(self.contexts, site, side, first, narrow))
+            if side in chosen
+            else (self._rotation(site, side, first, narrow), *_NONE)
+            for side in (side_in, side_out)
+        ]
+        weight = sides.once(
+            self.contexts,
+            site,
+            torch.ops.poetx.fold_weight.default,
+            (stored, d_in, d_out, pair_in, pair_out, sides.compute_dtype(first)),
+            first,
+            graphs.FOLDED_WEIGHT,
+        )
         for linear in list(site.users):
             x, _, bias = graphs.linear_arguments(linear)
             with graph.inserting_before(linear):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 VALUE = "example_value"
 """Where Dynamo keeps the fake value of a node."""
@@ -41,9 +38,6 @@ EQUIVALENCE = (
 )
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
-
-_ENTER = torch.amp.autocast_mode._enter_autocast
-_EXIT = torch.amp.autocast_mode._exit_autocast
 
 
 def clone(gm: fx.GraphModule, _memo: dict[int, fx.GraphModule] | None = None) -> fx.GraphModule:
@@ -158,7 +152,13 @@ def inherit(new: fx.Node, old: fx.Node, role: str | None = None) -> fx.Node:
     """Give a new node the origin (module stack, stack trace) of the node it replaces."""
     if role is not None:
         new.meta[ROLE] = role
-    for key in ("nn_module_stack", "source_fn_stack", "stack_trace", "creation_timestamp"):
+    for key in (
+        "nn_module_stack",
+        "source_fn_stack",
+        "stack_trace",
+        "creation_timestamp",
+        "custom",
+    ):
         if key in old.meta:
             new.meta[key] = old.meta[key]
     return new
@@ -170,41 +170,6 @@ def shape_of(node: Any) -> torch.Size | None:
     return value.shape if isinstance(value, torch.Tensor) else None
 
 
-def refresh(module: fx.GraphModule) -> None:
-    """Give every new node its fake value, lint, and recompile; nested bodies first.
-
-    A body is visited where it is called: it runs under the autocast region of its call.
-    """
-    mode = _fake_mode(module)
-    with _autocast_regions() as step:
-        for node in module.graph.nodes:
-            if step(node):
-                continue
-            for body in bodies(node):
-                refresh(body)
-            if _computes(node) and VALUE not in node.meta:
-                node.meta[VALUE] = _evaluate(node, mode)
-    module.graph.lint()
-    module.recompile()
-
-
-def verify(module: fx.GraphModule) -> None:
-    """Raise `AssertionError` where a node's metadata differs from a fresh propagation."""
-    module.graph.lint()
-    mode = _fake_mode(module)
-    with _autocast_regions() as step:
-        for node in module.graph.nodes:
-            if step(node):
-                continue
-            for body in bodies(node):
-                verify(body)
-            if not _computes(node) or node.meta[VALUE] is None:
-                continue
-            stale = _signature(node.meta[VALUE])
-            fresh = _signature(_evaluate(node, mode))
-            assert stale == fresh, f"stale metadata at {node.format_node()}: {stale} is {fresh}"
-
-
 def bodies(call: fx.Node) -> list[fx.GraphModule]:
     """The graph modules a higher-order op is called with."""
     module = call.graph.owning_module
@@ -212,13 +177,6 @@ def bodies(call: fx.Node) -> list[fx.GraphModule]:
         getattr(module, str(n.target), None) for n in call.all_input_nodes if n.op == "get_attr"
     )
     return [body for body in found if isinstance(body, fx.GraphModule)]
-
-
-def _computes(node: fx.Node) -> bool:
-    """Whether a node is a call whose inputs all have known values, and may be run again."""
-    if node.op not in ("call_function", "call_method") or in_transform(node):
-        return False
-    return all(n.meta.get(VALUE) is not None for n in node.all_input_nodes)
 
 
 def in_transform(node: fx.Node) -> bool:
@@ -233,55 +191,6 @@ def in_transform(node: fx.Node) -> bool:
         isinstance(v, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v)
         for v in torch.utils._pytree.tree_leaves(values)
     )
-
-
-def _evaluate(node: fx.Node, mode: FakeTensorMode | None) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[VALUE])
-    # Symbolic sizes need the Python decompositions of composite ops, as in Dynamo itself.
-    with torch.no_grad(), enable_python_dispatcher(), mode or contextlib.nullcontext():
-        if node.op == "call_method":
-            return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _fake_mode(module: fx.GraphModule) -> FakeTensorMode | None:
-    """The mode of a graph's values: of all, since ``torch.arange(size)`` has no tensor to tell it
-    by, and would be a real tensor, of a size that is a constant from then on."""
-    values = (n.meta.get(VALUE) for n in module.graph.nodes)
-    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-
-
-def _signature(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return tuple(map(str, value.shape)), value.dtype, value.device
-    if isinstance(value, list | tuple):
-        return tuple(_signature(v) for v in value)
-    return type(value)
-
-
-@contextlib.contextmanager
-def _autocast_regions() -> Iterator[Any]:
-    """Yields a function that enters and leaves the graph's autocast regions as nodes pass by."""
-    entered: dict[fx.Node, Any] = {}
-
-    def step(node: fx.Node) -> bool:
-        if node.op == "call_function" and node.target is _ENTER:
-            entered[node] = _ENTER(*node.args)
-            return True
-        if node.op == "call_function" and node.target is _EXIT:
-            _EXIT(entered.pop(node.args[0]))  # type: ignore[arg-type, index]
-            return True
-        # Nothing with a side effect on global state is run again.
-        return node.op == "call_function" and node.target in (
-            torch._C._set_grad_enabled,
-            torch.set_grad_enabled,
-        )
-
-    try:
-        yield step
-    finally:
-        for context in reversed(entered.values()):
-            _EXIT(context)
 
 
 def getitem(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:

@@ -59,11 +59,11 @@ class InputCentric(GraphPass[fx.Node]):
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
         stored, narrow = site.args[0], sides.is_narrow(site)
         first = next(iter(site.users), site)
-        with graph.inserting_before(site):
-            (side_in, g_in), (side_out, g_out) = [
-                (side, sides.rotation(graph, side, first, narrow) if side.blocks else None)
-                for side in sides.sides_of(site)
-            ]
+        side_in, side_out = sides.sides_of(site)
+        g_in, g_out = [
+            sides.rotation(self.contexts, site, side, first, narrow) if side.blocks else None
+            for side in (side_in, side_out)
+        ]
         for linear in list(site.users):
             x, _, bias = graphs.linear_arguments(linear)
             with graph.inserting_before(linear):

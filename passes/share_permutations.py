@@ -19,7 +19,8 @@ FUSED = 8
 
 @dataclasses.dataclass
 class Readers:
-    """The rotations that gather one tensor, split by the permutation they gather with."""
+    """The rotations that gather one tensor in one context, split by the permutation they gather
+    with."""
 
     source: fx.Node
     by_pair: dict[fx.Node, list[fx.Node]]
@@ -51,15 +52,13 @@ class SharePermutations(GraphPass[Readers]):
     name = "share_permutations"
 
     def sites(self, graph: fx.Graph) -> Iterable[Readers]:
-        readers: dict[fx.Node, dict[fx.Node, list[fx.Node]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
+        readers: dict[Any, dict[fx.Node, list[fx.Node]]] = defaultdict(lambda: defaultdict(list))
         for node in graph.nodes:
             if graphs.is_op(node, torch.ops.poetx.rotate_blocks) and node.args[2] is not None:
-                readers[node.args[0]][node.args[2]].append(node)
+                readers[node.args[0], self.contexts.of(node)][node.args[2]].append(node)
         return [
             Readers(source, dict(by_pair))
-            for source, by_pair in readers.items()
+            for (source, _), by_pair in readers.items()
             if sum(map(len, by_pair.values())) > 1
         ]
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from poetx_compile.passes import graphs
+from poetx_compile.passes.contexts import Contexts
 
 NARROW = (torch.bfloat16, torch.float16)
 """Compute dtypes that round a rotation so much that its products need no fp32 operands."""
@@ -55,18 +56,20 @@ def is_narrow(equivalence: fx.Node) -> bool:
     return bool(dtypes) and dtypes <= set(NARROW)
 
 
-def rotation(graph: fx.Graph, side: Side, origin: fx.Node, narrow: bool) -> fx.Node:
-    """The rotations of a side [blocks, b, b]."""
+def rotation(
+    contexts: Contexts, place: fx.Node, side: Side, origin: fx.Node, narrow: bool
+) -> fx.Node:
+    """The rotations of a side [blocks, b, b], in front of `place`."""
     target: Any = torch.ops.poetx.cayley_neumann.default
     # The last argument is left out where it has its default.
     args: tuple[Any, ...] = (side.skew, side.block, side.order, *((True,) if narrow else ()))
     if side.order is None:
         target, args = torch.ops.poetx.cayley_exact.default, (side.skew, side.block)
-    return once(graph, target, args, origin, graphs.ROTATION)
+    return once(contexts, place, target, args, origin, graphs.ROTATION)
 
 
 def folded(
-    graph: fx.Graph, side: Side, origin: fx.Node, narrow: bool
+    contexts: Contexts, place: fx.Node, side: Side, origin: fx.Node, narrow: bool
 ) -> tuple[fx.Node, fx.Node, fx.Node]:
     """What a folded side needs: its deltas, their tangent [blocks, b, b], its permutation.
 
@@ -74,11 +77,13 @@ def folded(
     through the tangent alone.
     """
     flipped = side.blocks if side.name == "out" else 0
-    constant = once(graph, "detach", (side.skew,), origin, graphs.ROTATION)
+    constant = once(contexts, place, "detach", (side.skew,), origin, graphs.ROTATION)
     args: tuple[Any, ...] = (constant, side.block, side.order, compute_dtype(origin), flipped)
-    delta = once(graph, torch.ops.poetx.rotation_delta.default, args, origin, graphs.ROTATION)
+    target: Any = torch.ops.poetx.rotation_delta.default
+    delta = once(contexts, place, target, args, origin, graphs.ROTATION)
     args = (side.skew, side.block, side.order, narrow, flipped)
-    tangent = once(graph, torch.ops.poetx.rotation_tangent.default, args, origin, graphs.TANGENT)
+    target = torch.ops.poetx.rotation_tangent.default
+    tangent = once(contexts, place, target, args, origin, graphs.TANGENT)
     return delta, tangent, side.pair
 
 
@@ -98,18 +103,25 @@ def add_bias(graph: fx.Graph, y: fx.Node, bias: Any, origin: fx.Node) -> fx.Node
 
 
 def once(
-    graph: fx.Graph, target: Any, args: tuple[Any, ...], origin: fx.Node, role: str
+    contexts: Contexts,
+    place: fx.Node,
+    target: Any,
+    args: tuple[Any, ...],
+    origin: fx.Node,
+    role: str,
 ) -> fx.Node:
-    """The node ``target(*args)``, the one there is already where there is one.
+    """The node ``target(*args)`` in front of `place`, or the one there is in the same context.
 
     A module that is called twice reads its weight twice; rotations are built once.
     """
     first = next(a for a in args if isinstance(a, fx.Node))
     for made in first.users:
-        if made.target == target and made.args == args and not made.kwargs:
+        alike = made.target == target and made.args == args and not made.kwargs
+        if alike and contexts.same(made, place):
             return made
-    make = graph.call_method if isinstance(target, str) else graph.call_function
-    return graphs.inherit(make(target, args), origin, role)
+    with place.graph.inserting_before(place):
+        make = place.graph.call_method if isinstance(target, str) else place.graph.call_function
+        return graphs.inherit(make(target, args), origin, role)
 
 
 def reader_other_than_linear(equivalence: fx.Node) -> str | None:

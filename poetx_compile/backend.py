@@ -113,8 +113,8 @@ def rewrite(
 
     Args:
         states: where adopted states live, to show what adoption does; by default the registry of
-            the process, and then only what is called for training is adopted, for good. Where it
-            is given, kept folds are those of this graph alone as well.
+            the process, where what is adopted is adopted for good. Where it is given, kept folds are
+            those of this graph alone as well.
         compile_folds: compiles the graph of folds that are kept between calls; by default it runs
             as it is.
 
@@ -127,7 +127,7 @@ def rewrite(
     record = passes.Record()
     adopter = None
     live = states is None
-    if "adopt_linear" not in options.disable_passes and (torch.is_grad_enabled() or not live):
+    if "adopt_linear" not in options.disable_passes:
         adopter = Adopter(
             POETXConfig.from_dict(options.config),
             example_inputs,

@@ -44,12 +44,13 @@ _watching = False
 def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
     """The effective weight of `stored`, computed unless it has been kept."""
     e = equivalence
-    keep = not e.training and not torch.is_grad_enabled() and e.config.keep_in_eval
+    records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    keep = not e.training and not records and e.config.keep_in_eval
     if keep and (kept := _kept.get(e)) is not None and kept[0].are_those_of(e, stored):
         return EffectiveWeight.of(kept[1], kept[0])
     e.check_layout()
     sources = Sources(e, stored)
-    if torch.is_grad_enabled():
+    if records:
         weight = e.effective(stored, e.skew_in, e.skew_out)
     else:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version

@@ -55,6 +55,10 @@ class AdoptionError(POETXError, RuntimeError):
     """A model that nobody prepared cannot be served as it is."""
 
 
+class RewriteError(POETXError, RuntimeError):
+    """A graph pass would have changed which parameters receive a gradient."""
+
+
 class EstimateError(POETXError, RuntimeError):
     """The memory of a model cannot be estimated: it cannot be traced without its tensors."""
 

@@ -183,7 +183,11 @@ def explain(
         seen.append(ExplainedGraph(render(gm), after, *nodes, made, *boxes))
         return bind(graph)
 
-    with torch.random.fork_rng(device_type=_device_type(plain)), _undisturbed(plain):
+    with (
+        torch.random.fork_rng(device_type=_device_type(plain)),
+        _undisturbed(plain),
+        torch.enable_grad(),  # as it trains, whatever the grad mode of the caller
+    ):
         torch.compile(plain, backend=record)(*inputs, **kwargs)
         count = _count_kernels(plain, parsed, inputs, kwargs) if kernels else None
     config = config_of(plain) or POETXConfig.from_dict(parsed.config)

@@ -26,7 +26,7 @@ from poetx_compile.errors import EstimateError
 from poetx_compile.memory.attention import as_on_cuda
 from poetx_compile.options import BackendOptions
 from poetx_compile.partition import Partitioner, partitioner_for
-from poetx_compile.passes import graphs
+from poetx_compile.passes import graphs, metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +153,13 @@ def _on_cpu(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Graph
                 node.meta[graphs.VALUE] = values.setdefault(id(value), (value, _empty(value)))[1]
         for node in again:
             del node.meta[graphs.VALUE]
-        graphs.refresh(graph)
+        with torch.no_grad():  # what stands in for inputs are leaves, and some are written to
+            metadata.refresh(graph)
         return graph, [_empty(x) for x in example_inputs]
 
 
 def _is_evaluated(node: fx.Node) -> bool:
-    """Whether `graphs.refresh` can give a call its value."""
+    """Whether `metadata.refresh` can give a call its value."""
     if node.op not in ("call_function", "call_method") or node.meta.get(graphs.VALUE) is None:
         return False
     if graphs.in_transform(node) or graphs.bodies(node):

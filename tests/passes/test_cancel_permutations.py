@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 import poetx_compile as poetx
 from llama import Llama, LlamaConfig
 from poetx_compile.merge import merge
-from poetx_compile.passes import CancelPermutations, Record, graphs, run
+from poetx_compile.passes import CancelPermutations, Record, graphs, metadata, run
 from poetx_compile.permutation import draw_permutation
 from tests.models import MLP, Block, SwiGLU, TinyLM
 from tests.passes.graph_of import after, assert_equals_eager, explained, prepared
@@ -697,7 +697,7 @@ def random_graph(choose: random.Random) -> tuple[fx.GraphModule, list[Tensor]]:
         values.append(node)
     graph.output(tuple(choose.sample(values, 2) + values[-1:]))
     module = fx.GraphModule(nn.Module(), graph)
-    graphs.refresh(module)
+    metadata.refresh(module)
     return module, inputs
 
 

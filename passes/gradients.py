@@ -1,0 +1,125 @@
+"""Which inputs a graph's outputs send gradients to, and which nodes a backward reaches.
+
+No rewrite may change the first: an input that got a gradient gets one, an input that got none
+(``None``, not zeros) gets none. `run` compares it before and after each pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from poetx_compile.passes import columns, graphs
+
+STANDS_FOR = "poetx_stands_for"
+"""Where a pass notes of a new input which input it takes the gradient of."""
+
+SLICE_OF = "poetx_slice_of"
+"""Where a pass notes of a slice of a batch which input it was made of."""
+
+
+class Reached(NamedTuple):
+    """The inputs that gradients reach, as bits by position: from each output, and from them all.
+
+    From one output, the slice of a batch reaches the input it was made of. From them all it is what
+    autograd does, which gives zeros to what else is in the batch.
+    """
+
+    outputs: tuple[int, ...]
+    together: int
+
+
+def reached(root: fx.GraphModule) -> Reached:
+    """What gradients of the outputs of `root` reach."""
+    places = root.graph.find_nodes(op="placeholder")
+    position = {place: i for i, place in enumerate(places)}
+    inputs = [
+        1 << position[place.meta.get(STANDS_FOR, place)] if _requires_grad(place) else 0
+        for place in places
+    ]
+    return Reached(
+        tuple(_outputs(root, inputs, by_slice=True)),
+        functools.reduce(operator.or_, _outputs(root, inputs, by_slice=False), 0),
+    )
+
+
+def live(root: fx.GraphModule) -> set[fx.Node]:
+    """The nodes, of bodies too, that receive a gradient where every output of `root` does."""
+    found: set[fx.Node] = set()
+    _mark(root, _results(root), found)
+    return found
+
+
+def _outputs(module: fx.GraphModule, inputs: Iterable[int], by_slice: bool) -> list[int]:
+    """What each output of `module` reaches, given what its placeholders do."""
+    given = iter(inputs)
+    found: dict[fx.Node, int] = {}
+    results: dict[fx.Node, list[int]] = {}  # of checkpoints
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            found[node] = next(given, 0)
+        elif node.op == "output" or not _requires_grad(node):
+            found[node] = 0
+        elif node.target is graphs.CHECKPOINT:
+            (body,) = graphs.bodies(node)
+            results[node] = _outputs(body, [found.get(a, 0) for a in node.args[1:]], by_slice)
+            found[node] = functools.reduce(operator.or_, results[node], 0)
+        elif _is_result(node):
+            found[node] = results[node.args[0]][node.args[1]]
+        else:
+            reads = (found[n] for n in _differentiated(node))
+            found[node] = functools.reduce(operator.or_, reads, 0)
+            if by_slice and SLICE_OF in node.meta:
+                found[node] &= found[node.meta[SLICE_OF]]
+    return [found[n] if isinstance(n, fx.Node) else 0 for n in _results(module)]
+
+
+def _mark(module: fx.GraphModule, results: Iterable[Any], found: set[fx.Node]) -> None:
+    """Add what `results` of `module` send gradients to."""
+    reads = {node for node in results if isinstance(node, fx.Node)}
+    indices: dict[Any, set[int]] = {}  # of the results of a checkpoint, those that are live
+    for node in reversed(module.graph.nodes):
+        if node not in reads or not _requires_grad(node):
+            continue
+        found.add(node)
+        if node.target is graphs.CHECKPOINT:
+            (body,) = graphs.bodies(node)
+            inner = _results(body)
+            _mark(body, [inner[i] for i in indices[node]], found)
+            places = body.graph.find_nodes(op="placeholder")
+            reads.update(a for a, p in zip(node.args[1:], places, strict=True) if p in found)
+        else:
+            reads.update(_differentiated(node))
+            if _is_result(node):
+                indices.setdefault(node.args[0], set()).add(node.args[1])  # type: ignore[arg-type]
+
+
+def _is_result(node: fx.Node) -> bool:
+    """Whether a node picks one result of a checkpoint."""
+    if node.target is not operator.getitem:
+        return False
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.target is graphs.CHECKPOINT
+
+
+def _differentiated(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that `node` hands its gradient on to."""
+    return (n for n in node.all_input_nodes if not columns.refers_only(node, n))
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    leaves = tree_leaves(node.meta.get(graphs.VALUE))
+    recorded = any(isinstance(v, torch.Tensor) and v.requires_grad for v in leaves)
+    # The wrappers of a transform do not tell any more.
+    return recorded or (node.op != "placeholder" and graphs.in_transform(node))
+
+
+def _results(module: fx.GraphModule) -> list[Any]:
+    (output,) = module.graph.find_nodes(op="output")
+    return tree_leaves(output.args)

@@ -1,0 +1,79 @@
+"""The values of nodes: given to new ones after a rewrite, and checked against a fresh propagation."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from poetx_compile.passes import graphs
+from poetx_compile.passes.contexts import Contexts
+
+
+def refresh(module: fx.GraphModule, contexts: Contexts | None = None) -> None:
+    """Give every new node its fake value, lint, and recompile; nested bodies first.
+
+    A value is made in the context of its node: it has the dtype of the autocast region around, and
+    requires gradients where autograd would record it.
+    """
+    contexts = contexts or Contexts(module)
+    mode = _fake_mode(module)
+    for node in module.graph.nodes:
+        for body in graphs.bodies(node):
+            refresh(body, contexts)
+        if _computes(node) and graphs.VALUE not in node.meta:
+            with contexts.of(node).entered():
+                node.meta[graphs.VALUE] = _evaluate(node, mode)
+    module.graph.lint()
+    module.recompile()
+
+
+def verify(module: fx.GraphModule, contexts: Contexts | None = None) -> None:
+    """Raise `AssertionError` where a node's metadata differs from a fresh propagation."""
+    module.graph.lint()
+    contexts = contexts or Contexts(module)
+    mode = _fake_mode(module)
+    for node in module.graph.nodes:
+        for body in graphs.bodies(node):
+            verify(body, contexts)
+        if not _computes(node) or node.meta[graphs.VALUE] is None:
+            continue
+        stale = _signature(node.meta[graphs.VALUE])
+        with contexts.of(node).entered(), torch.no_grad():  # writes to leaves are run as well
+            fresh = _signature(_evaluate(node, mode))
+        assert stale == fresh, f"stale metadata at {node.format_node()}: {stale} is {fresh}"
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether a node is a call whose inputs all have known values, and may be run again."""
+    if node.op not in ("call_function", "call_method") or graphs.in_transform(node):
+        return False
+    return all(n.meta.get(graphs.VALUE) is not None for n in node.all_input_nodes)
+
+
+def _evaluate(node: fx.Node, mode: FakeTensorMode | None) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[graphs.VALUE])
+    # Symbolic sizes need the Python decompositions of composite ops, as in Dynamo itself.
+    with enable_python_dispatcher(), mode or contextlib.nullcontext():
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _fake_mode(module: fx.GraphModule) -> FakeTensorMode | None:
+    """The mode of a graph's values: of all, since ``torch.arange(size)`` has no tensor to tell it
+    by, and would be a real tensor, of a size that is a constant from then on."""
+    values = (n.meta.get(graphs.VALUE) for n in module.graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(map(str, value.shape)), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(_signature(v) for v in value)
+    return type(value)

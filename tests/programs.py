@@ -1,0 +1,338 @@
+"""Random forwards full of regions, run compiled beside eager: every output, every gradient.
+
+A program is the source of a `forward`: linears used several times, in and out of nested regions
+(``no_grad``, ``enable_grad``, ``set_grad_enabled``, ``inference_mode``, autocast, activation
+checkpoints, `torch.func`), with gates, residuals, norms, dead ends and writes in place. More of
+them by hand, each failure with its source::
+
+    python -m tests.programs 0 2000
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakTensorKeyDictionary
+
+import poetx_compile as poetx
+from poetx_compile import passes
+from poetx_compile.backend import _compile, rewrite
+from poetx_compile.options import BackendOptions
+from poetx_compile.parametrization import prepared_linears
+from tests.tolerances import relative_error, tolerance
+
+WIDTH, HIDDEN = 6, 9
+LAYERS = 4
+SIDES = [f"l{i}.{side}" for i in range(LAYERS) for side in ("in", "out")]
+
+
+class Writer:
+    """Writes the statements of one program.
+
+    Args:
+        autocast: whether there are autocast regions (the program runs in fp32 then, else in fp64).
+    """
+
+    def __init__(self, choose: random.Random, autocast: bool):
+        self.choose, self.autocast = choose, autocast
+        self.lines: list[str] = []
+        self.values = ["x", "z"]
+        self.indent = "    "
+        self.made = 0
+        self.grad, self.inference, self.cast = True, False, ""
+
+    def source(self) -> str:
+        """The whole `forward`."""
+        self.statements(self.choose.randint(3, 9), depth=0)
+        results = self.choose.sample(self.values[2:], min(2, len(self.values) - 2))
+        self.line(f"return {', '.join(dict.fromkeys([self.values[-1], *results]))},")
+        return "\n".join(["def forward(self, x, z):", *self.lines]) + "\n"
+
+    def line(self, text: str) -> None:
+        self.lines.append(self.indent + text)
+
+    def value(self) -> str:
+        """Any value so far, late ones more often."""
+        return self.choose.choice(self.values[-3:] + self.values)
+
+    def new(self, expression: str) -> None:
+        self.made += 1
+        name = f"v{self.made}"
+        self.line(f"{name} = {expression}")
+        self.values.append(name)
+
+    def statements(self, count: int, depth: int) -> None:
+        for _ in range(count):
+            if depth < 3 and self.choose.random() < 0.35:
+                self.choose.choice(self.regions())(depth + 1)
+            else:
+                self.statement()
+
+    def statement(self) -> None:
+        a, b, layer = self.value(), self.value(), f"self.l{self.choose.randrange(LAYERS)}"
+        linear = f"{layer}({a}{self.cast})"
+        expression = self.choose.choice(
+            [linear] * 6
+            + [f"{linear} * torch.sigmoid({b})"] * 2
+            + [f"{a} + {b}"] * 2
+            + [
+                f"self.down(F.gelu(self.up({a}{self.cast})))",
+                f"self.norm({a}.to(z.dtype))",
+                f"torch.tanh({a})",
+                f"{a}.detach()",
+                f"torch.where({linear} > 0, {a}, 0.5 * {a})",
+                f"torch.func.vmap(lambda row: {layer}(row))({a}{self.cast})",
+            ]
+        )
+        if self.autocast and "vmap" in expression:
+            expression = linear
+        self.new(expression)
+        if expression == f"{a} + {b}" and self.choose.random() < 0.3:
+            self.line(f"{self.values[-1]} *= 0.5")
+
+    def regions(self) -> list[Callable[[int], None]]:
+        found = [self.no_grad, self.no_grad, self.set_grad, self.set_grad_for_good]
+        found += [self.inference_mode, self.discarded]
+        if not self.inference:
+            found += [self.checkpoint, self.checkpoint]
+        if self.autocast:
+            found += [self.mixed, self.mixed]
+        return found
+
+    def block(self, head: str, depth: int, **settings: Any) -> list[str]:
+        """Statements below `head`; returns the names of the values they made."""
+        before = {name: getattr(self, name) for name in settings}
+        vars(self).update(settings)
+        first = len(self.values)
+        self.line(head)
+        self.indent += "    "
+        self.statements(self.choose.randint(1, 4), depth)
+        if len(self.values) == first:
+            self.new(f"self.l0({self.value()}{self.cast})")
+        self.indent = self.indent[:-4]
+        vars(self).update(before)
+        return self.values[first:]
+
+    def no_grad(self, depth: int) -> None:
+        self.block("with torch.no_grad():", depth, grad=False)
+
+    def set_grad(self, depth: int) -> None:
+        on = self.choose.random() < 0.6
+        head = "torch.enable_grad()" if on else "torch.set_grad_enabled(False)"
+        self.block(f"with {head}:", depth, grad=on)
+
+    def set_grad_for_good(self, depth: int) -> None:
+        on = not self.grad
+        self.line(f"torch.set_grad_enabled({on})")
+        before, self.grad = self.grad, on
+        self.statements(self.choose.randint(1, 3), depth)
+        self.grad = before
+        self.line(f"torch.set_grad_enabled({before})")
+
+    def inference_mode(self, depth: int) -> None:
+        for name in self.block("with torch.inference_mode():", depth, grad=False, inference=True):
+            self.line(f"{name} = {name}.clone()")  # what inference made cannot be saved
+
+    def mixed(self, depth: int) -> None:
+        on = self.cast == "" and self.choose.random() < 0.8
+        cast = "" if on else ".to(z.dtype)"
+        head = f"with torch.autocast('cpu', dtype=torch.bfloat16, enabled={on}):"
+        for name in self.block(head, depth, cast=cast):
+            self.line(f"{name} = {name}.to(z.dtype)")
+
+    def discarded(self, depth: int) -> None:
+        """Values that nothing reads."""
+        kept = list(self.values)
+        self.statement()
+        self.statement()
+        self.values = kept
+
+    def checkpoint(self, depth: int) -> None:
+        a, outer = self.value(), list(self.values)
+        self.made += 1
+        body = f"body{self.made}"
+        made = self.block(f"def {body}(u):", depth)
+        results = made[-1:] + self.choose.sample(made[:-1], min(1, len(made) - 1))
+        self.line(f"    return {', '.join(results)},")
+        self.values = outer
+        names = [f"c{self.made}_{i}" for i in range(len(results))]
+        self.line(f"{', '.join(names)}, = checkpoint({body}, {a}, use_reentrant=False)")
+        self.values += names
+
+
+class Program(nn.Module):
+    """A small module with a random forward; `source` is its text."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        choose = random.Random(seed)
+        self.mixed = choose.random() < 0.25
+        self.source = Writer(choose, self.mixed).source()
+        scope: dict[str, Any] = {"torch": torch, "F": F, "checkpoint": checkpoint}
+        exec(self.source, scope)
+        self.run: Callable[..., tuple[Tensor, ...]] = scope["forward"]
+        for i in range(LAYERS):
+            setattr(self, f"l{i}", nn.Linear(WIDTH, WIDTH, bias=i % 2 == 0))
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+        return self.run(self, x, z)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """Outputs, and the gradient of every leaf by name (``None`` where it got none)."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor | None]
+
+    @classmethod
+    def of(cls, run: Callable[[], Sequence[Tensor]], leaves: dict[str, Tensor]) -> Outcome:
+        """What one call and one backward through all of its outputs give."""
+        for leaf in leaves.values():
+            leaf.grad = None
+        outputs = list(run())
+        losses = [(o.double() * _weights(o)).sum() for o in outputs if o.requires_grad]
+        if losses:
+            torch.stack(losses).sum().backward()
+        return cls(outputs, {name: leaf.grad for name, leaf in leaves.items()})
+
+    def values(self) -> Iterator[tuple[str, Tensor | None]]:
+        yield from ((f"output {i}", o.detach()) for i, o in enumerate(self.outputs))
+        yield from ((f"gradient of {name}", g) for name, g in self.gradients.items())
+
+    def differences(self, expected: Outcome, truth: Outcome) -> list[str]:
+        """What is not as `expected`; `truth` is the same in fp64, which both may round."""
+        found = []
+        for i, (mine, theirs) in enumerate(zip(self.outputs, expected.outputs, strict=True)):
+            if mine.requires_grad != theirs.requires_grad or mine.dtype != theirs.dtype:
+                found.append(f"output {i} is {_kind(mine)} and not {_kind(theirs)}")
+        for (name, a), (_, e), (_, t) in zip(
+            self.values(), expected.values(), truth.values(), strict=True
+        ):
+            if a is None or e is None or t is None:
+                if a is not e:
+                    found.append(f"{name} is {_kind(a)} and not {_kind(e)}")
+                continue
+            bound = max(tolerance(e.dtype), 4 * relative_error(e, t))
+            if not (error := relative_error(a, t)) <= bound:
+                found.append(f"{name} is off by {error:.2g}, allowed {bound:.2g}")
+        return found
+
+
+def _kind(value: Tensor | None) -> str:
+    return "None" if value is None else f"{value.dtype}, requires_grad={value.requires_grad}"
+
+
+def _weights(output: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(output.numel())
+    return torch.randn(output.shape, generator=generator, dtype=torch.float64)
+
+
+class Trial:
+    """One program, prepared with rotations away from the identity, and what eager makes of it."""
+
+    def __init__(self, seed: int):
+        self.choose = random.Random(seed)
+        torch.manual_seed(seed)
+        self.plain = Program(seed)
+        self.dtype = torch.float32 if self.plain.mixed else torch.float64
+        self.plain.to(self.dtype)
+        self.inputs = [torch.randn(2, WIDTH, dtype=self.dtype) for _ in range(2)]
+        self.inputs[0].requires_grad_(self.choose.random() < 0.7)
+
+    @property
+    def source(self) -> str:
+        return self.plain.source
+
+    def prepared(self) -> nn.Module:
+        model = copy.deepcopy(self.plain)
+        shared = [SIDES] if self.choose.random() < 0.5 else []
+        poetx.prepare(model, poetx.POETXConfig(block_size=4), shared=shared)
+        for _, _, equivalence in prepared_linears(model):
+            _turn(equivalence)
+        return model
+
+    def leaves(self, model: nn.Module) -> dict[str, Tensor]:
+        named = {n: p for n, p in model.named_parameters() if p.numel()}
+        return named | ({"x": self.inputs[0]} if self.inputs[0].requires_grad else {})
+
+    def eager(self, model: nn.Module) -> tuple[Outcome, Outcome]:
+        """What a module gives in eager mode, and what it gives in fp64."""
+        outcome = Outcome.of(lambda: model(*self.inputs), self.leaves(model))
+        if not self.plain.mixed:
+            return outcome, outcome
+        exact, inputs = copy.deepcopy(model).double(), [t.detach().double() for t in self.inputs]
+        inputs[0].requires_grad_(self.inputs[0].requires_grad)
+        leaves = {n: p for n, p in exact.named_parameters() if p.numel()} | {"x": inputs[0]}
+        truth = Outcome.of(lambda: exact(*inputs), leaves)
+        truth.gradients = {name: truth.gradients[name] for name in outcome.gradients}
+        return outcome, truth
+
+    def failures(self) -> list[str]:
+        """What is wrong with any of some ways to compile the program."""
+        model = self.prepared()
+        expected, truth = self.eager(model)
+        graph, inputs = captured(model, *self.inputs)
+        found = []
+        for options in self.ways():
+            parsed = BackendOptions.parse(None, options)
+            made, extra, bind, _ = rewrite(graph, inputs, parsed, WeakTensorKeyDictionary())
+            run = bind(made)
+            outcome = Outcome.of(lambda run=run: run(*inputs), self.leaves(model))
+            found += [f"{options}: {d}" for d in outcome.differences(expected, truth)]
+        return found
+
+    def ways(self) -> Iterator[dict[str, Any]]:
+        """Options: both formulations whole, and each without some pass."""
+        for formulation in ("input_centric", "folded"):
+            base = {"stage": "eager", "formulation": formulation, "verify_passes": True}
+            yield base
+            yield base | {"disable_passes": self.choose.choice(passes.NAMES)}
+
+
+def captured(model: nn.Module, *inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """Dynamo's graph of a module, and what it is called with."""
+    caught: list[Any] = []
+
+    def catch(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
+        caught.append((gm, example_inputs))
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=catch, fullgraph=True)(*inputs)
+    return caught[0]
+
+
+def _turn(equivalence: nn.Module) -> None:
+    for skew in (equivalence.skew_in, equivalence.skew_out):
+        skew.data.copy_(0.1 * torch.randn(skew.shape, dtype=torch.float64))
+
+
+def main() -> None:
+    first, last = map(int, sys.argv[1:3])
+    failed = 0
+    for seed in range(first, last):
+        trial = Trial(seed)
+        try:
+            found = trial.failures()
+        except Exception as error:
+            found = [f"{type(error).__name__}: {error}"]
+        if found:
+            failed += 1
+            print(f"== program {seed}\n{trial.source}" + "\n".join(found), flush=True)
+    print(f"{last - first} programs, {failed} failed")
+
+
+if __name__ == "__main__":
+    main()
