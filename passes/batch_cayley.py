@@ -69,7 +69,7 @@ class BatchCayley(GraphPass[Batch]):
 
     def sites(self, graph: fx.Graph) -> Iterable[Batch]:
         if graph is self.contexts.root.graph:  # the first, and its bodies with it
-            self._live = gradients.live(self.contexts.root)
+            self._live = gradients.live(self.contexts)
         alike: dict[Any, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
             if graphs.is_op(node, *_OPS):

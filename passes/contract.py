@@ -108,13 +108,15 @@ def run(
     Raises:
         RewriteError: a pass changed which inputs of the graph receive a gradient.
     """
-    before = gradients.reached(root)
+    contexts = Contexts(root)
+    before = gradients.reached(contexts)
     for graph_pass in passes:
-        graph_pass.contexts = Contexts(root)
+        graph_pass.contexts = contexts
         modules = graphs.nested(root) if graph_pass.into_checkpoints else [root]
         if sum(_run_one(graph_pass, module, record) for module in modules):
-            metadata.refresh(root)
-            if gradients.reached(root) != before:
+            contexts = Contexts(root)
+            metadata.refresh(root, contexts)
+            if gradients.reached(contexts) != before:
                 raise RewriteError(
                     f"the pass {graph_pass.name} changed which inputs of a graph receive a "
                     f"gradient, so nothing was compiled: options={{'disable_passes': "
@@ -122,7 +124,7 @@ def run(
                     "please report the model"
                 )
         if verify:
-            metadata.verify(root)
+            metadata.verify(root, contexts)
 
 
 def _run_one(graph_pass: GraphPass[Any], module: fx.GraphModule, record: Record) -> int:

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from poetx_compile.passes import columns, graphs
+from poetx_compile.passes.contexts import Contexts
 
 STANDS_FOR = "poetx_stands_for"
 """Where a pass notes of a new input which input it takes the gradient of."""
@@ -35,28 +36,31 @@ class Reached(NamedTuple):
     together: int
 
 
-def reached(root: fx.GraphModule) -> Reached:
-    """What gradients of the outputs of `root` reach."""
+def reached(contexts: Contexts) -> Reached:
+    """What gradients of the outputs of a graph module reach."""
+    root = contexts.root
     places = root.graph.find_nodes(op="placeholder")
     position = {place: i for i, place in enumerate(places)}
     inputs = [
-        1 << position[place.meta.get(STANDS_FOR, place)] if _requires_grad(place) else 0
+        1 << position[place.meta.get(STANDS_FOR, place)] if _records(place, contexts) else 0
         for place in places
     ]
     return Reached(
-        tuple(_outputs(root, inputs, by_slice=True)),
-        functools.reduce(operator.or_, _outputs(root, inputs, by_slice=False), 0),
+        tuple(_outputs(root, contexts, inputs, by_slice=True)),
+        functools.reduce(operator.or_, _outputs(root, contexts, inputs, by_slice=False), 0),
     )
 
 
-def live(root: fx.GraphModule) -> set[fx.Node]:
-    """The nodes, of bodies too, that receive a gradient where every output of `root` does."""
+def live(contexts: Contexts) -> set[fx.Node]:
+    """The nodes, of bodies too, that receive a gradient where every output of the graph does."""
     found: set[fx.Node] = set()
-    _mark(root, _results(root), found)
+    _mark(contexts.root, contexts, _results(contexts.root), found)
     return found
 
 
-def _outputs(module: fx.GraphModule, inputs: Iterable[int], by_slice: bool) -> list[int]:
+def _outputs(
+    module: fx.GraphModule, contexts: Contexts, inputs: Iterable[int], by_slice: bool
+) -> list[int]:
     """What each output of `module` reaches, given what its placeholders do."""
     given = iter(inputs)
     found: dict[fx.Node, int] = {}
@@ -64,11 +68,12 @@ def _outputs(module: fx.GraphModule, inputs: Iterable[int], by_slice: bool) -> l
     for node in module.graph.nodes:
         if node.op == "placeholder":
             found[node] = next(given, 0)
-        elif node.op == "output" or not _requires_grad(node):
+        elif node.op == "output" or not _records(node, contexts):
             found[node] = 0
         elif node.target is graphs.CHECKPOINT:
             (body,) = graphs.bodies(node)
-            results[node] = _outputs(body, [found.get(a, 0) for a in node.args[1:]], by_slice)
+            given_on = [found.get(a, 0) for a in node.args[1:]]  # type: ignore[arg-type]
+            results[node] = _outputs(body, contexts, given_on, by_slice)
             found[node] = functools.reduce(operator.or_, results[node], 0)
         elif _is_result(node):
             found[node] = results[node.args[0]][node.args[1]]
@@ -80,18 +85,20 @@ def _outputs(module: fx.GraphModule, inputs: Iterable[int], by_slice: bool) -> l
     return [found[n] if isinstance(n, fx.Node) else 0 for n in _results(module)]
 
 
-def _mark(module: fx.GraphModule, results: Iterable[Any], found: set[fx.Node]) -> None:
+def _mark(
+    module: fx.GraphModule, contexts: Contexts, results: Iterable[Any], found: set[fx.Node]
+) -> None:
     """Add what `results` of `module` send gradients to."""
     reads = {node for node in results if isinstance(node, fx.Node)}
     indices: dict[Any, set[int]] = {}  # of the results of a checkpoint, those that are live
     for node in reversed(module.graph.nodes):
-        if node not in reads or not _requires_grad(node):
+        if node not in reads or not _records(node, contexts):
             continue
         found.add(node)
         if node.target is graphs.CHECKPOINT:
             (body,) = graphs.bodies(node)
             inner = _results(body)
-            _mark(body, [inner[i] for i in indices[node]], found)
+            _mark(body, contexts, [inner[i] for i in indices[node]], found)
             places = body.graph.find_nodes(op="placeholder")
             reads.update(a for a, p in zip(node.args[1:], places, strict=True) if p in found)
         else:
@@ -113,11 +120,15 @@ def _differentiated(node: fx.Node) -> Iterator[fx.Node]:
     return (n for n in node.all_input_nodes if not columns.refers_only(node, n))
 
 
-def _requires_grad(node: fx.Node) -> bool:
+def _records(node: fx.Node, contexts: Contexts) -> bool:
+    """Whether a value is one that autograd has a gradient for."""
+    if node.op != "placeholder" and not contexts.of(node).records:
+        return False  # fake values do not know of inference mode
     leaves = tree_leaves(node.meta.get(graphs.VALUE))
-    recorded = any(isinstance(v, torch.Tensor) and v.requires_grad for v in leaves)
+    if any(isinstance(v, torch.Tensor) and v.requires_grad for v in leaves):
+        return True
     # The wrappers of a transform do not tell any more.
-    return recorded or (node.op != "placeholder" and graphs.in_transform(node))
+    return node.op != "placeholder" and graphs.in_transform(node)
 
 
 def _results(module: fx.GraphModule) -> list[Any]:

@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import poetx_compile as poetx
 from poetx_compile import passes
-from poetx_compile.backend import _compile, rewrite
+from poetx_compile.backend import rewrite
+from poetx_compile.eligibility import linears
 from poetx_compile.options import BackendOptions
 from poetx_compile.parametrization import prepared_linears
+from poetx_compile.prepare import register
 from tests.tolerances import relative_error, tolerance
 
 WIDTH, HIDDEN = 6, 9
 LAYERS = 4
+SKEWS = ("skew_in", "skew_out")
 SIDES = [f"l{i}.{side}" for i in range(LAYERS) for side in ("in", "out")]
 
 
@@ -207,19 +210,21 @@ class Outcome:
             torch.stack(losses).sum().backward()
         return cls(outputs, {name: leaf.grad for name, leaf in leaves.items()})
 
-    def values(self) -> Iterator[tuple[str, Tensor | None]]:
-        yield from ((f"output {i}", o.detach()) for i, o in enumerate(self.outputs))
-        yield from ((f"gradient of {name}", g) for name, g in self.gradients.items())
+    def values(self) -> dict[str, Tensor | None]:
+        gradients = {f"gradient of {name}": g for name, g in self.gradients.items()}
+        return gradients | {f"output {i}": o.detach() for i, o in enumerate(self.outputs)}
 
     def differences(self, expected: Outcome, truth: Outcome) -> list[str]:
         """What is not as `expected`; `truth` is the same in fp64, which both may round."""
         found = []
-        for i, (mine, theirs) in enumerate(zip(self.outputs, expected.outputs, strict=True)):
-            if mine.requires_grad != theirs.requires_grad or mine.dtype != theirs.dtype:
-                found.append(f"output {i} is {_kind(mine)} and not {_kind(theirs)}")
-        for (name, a), (_, e), (_, t) in zip(
-            self.values(), expected.values(), truth.values(), strict=True
-        ):
+        for i, (a, e) in enumerate(zip(self.outputs, expected.outputs, strict=True)):
+            if a.requires_grad != e.requires_grad or a.dtype != e.dtype:
+                found.append(f"output {i} is {_kind(a)} and not {_kind(e)}")
+        mine, theirs, exact = self.values(), expected.values(), truth.values()
+        if mine.keys() != theirs.keys():
+            return [*found, f"leaves {sorted(mine)}, not {sorted(theirs)}"]
+        for name, a in mine.items():
+            e, t = theirs[name], exact[name]
             if a is None or e is None or t is None:
                 if a is not e:
                     found.append(f"{name} is {_kind(a)} and not {_kind(e)}")
@@ -240,65 +245,91 @@ def _weights(output: Tensor) -> Tensor:
 
 
 class Trial:
-    """One program, prepared with rotations away from the identity, and what eager makes of it."""
+    """One program, and the ways to compile it."""
 
     def __init__(self, seed: int):
         self.choose = random.Random(seed)
         torch.manual_seed(seed)
         self.plain = Program(seed)
-        self.dtype = torch.float32 if self.plain.mixed else torch.float64
-        self.plain.to(self.dtype)
-        self.inputs = [torch.randn(2, WIDTH, dtype=self.dtype) for _ in range(2)]
+        dtype = torch.float32 if self.plain.mixed else torch.float64
+        self.plain.to(dtype)
+        self.inputs = [torch.randn(2, WIDTH, dtype=dtype) for _ in range(2)]
         self.inputs[0].requires_grad_(self.choose.random() < 0.7)
 
     @property
     def source(self) -> str:
         return self.plain.source
 
-    def prepared(self) -> nn.Module:
+    def failures(self) -> list[str]:
+        """What is wrong with any of some ways to compile the program."""
+        return [
+            f"{how.__name__}, {options}: {difference}"
+            for options in self.ways()
+            for how in (self.of_prepared, self.of_unprepared)
+            for difference in how(options)
+        ]
+
+    def ways(self) -> list[dict[str, Any]]:
+        """Options: one formulation whole, and the other without some pass."""
+        first, second = self.choose.sample(["input_centric", "folded"], 2)
+        base = {"stage": "eager", "verify_passes": True, "block_size": 4}
+        without = self.choose.choice([name for name in passes.NAMES if name != "adopt_linear"])
+        return [
+            base | {"formulation": first},
+            base | {"formulation": second, "disable_passes": without},
+        ]
+
+    def of_prepared(self, options: dict[str, Any]) -> list[str]:
+        """Differences of a prepared model from itself in eager mode."""
         model = copy.deepcopy(self.plain)
         shared = [SIDES] if self.choose.random() < 0.5 else []
         poetx.prepare(model, poetx.POETXConfig(block_size=4), shared=shared)
-        for _, _, equivalence in prepared_linears(model):
-            _turn(equivalence)
-        return model
+        _turn(equivalence for _, _, equivalence in prepared_linears(model))
+        run, leaves = self.compiled(model, options, WeakTensorKeyDictionary()), self.leaves(model)
+        return Outcome.of(run, leaves).differences(*self.eager(model, leaves))
+
+    def of_unprepared(self, options: dict[str, Any]) -> list[str]:
+        """Differences of an adopted model from one that has the same states in its linears."""
+        model, states = copy.deepcopy(self.plain), WeakTensorKeyDictionary()
+        run = self.compiled(model, options, states)
+        _turn(states.values())
+        leaves, reference = self.leaves(model), copy.deepcopy(self.plain)
+        for name, linear in linears(reference).items():
+            weight = leaves[f"{name}.weight"]
+            if (state := states.get(weight)) is not None:
+                register(linear, copy.deepcopy(state), as_it_is=True)
+                inner = f"{name}.parametrizations.weight"
+                leaves |= {f"{inner}.0.{side}": getattr(state, side) for side in SKEWS}
+                leaves[f"{inner}.original"] = leaves.pop(f"{name}.weight")
+        leaves = {name: leaf for name, leaf in leaves.items() if leaf.numel()}
+        return Outcome.of(run, leaves).differences(*self.eager(reference, self.leaves(reference)))
 
     def leaves(self, model: nn.Module) -> dict[str, Tensor]:
-        named = {n: p for n, p in model.named_parameters() if p.numel()}
+        """Everything that may get a gradient."""
+        named = {name: p for name, p in model.named_parameters() if p.numel()}
         return named | ({"x": self.inputs[0]} if self.inputs[0].requires_grad else {})
 
-    def eager(self, model: nn.Module) -> tuple[Outcome, Outcome]:
+    def compiled(
+        self, model: nn.Module, options: dict[str, Any], states: Any
+    ) -> Callable[[], Sequence[Tensor]]:
+        """The rewritten graph of a module."""
+        graph, inputs = captured(model, *self.inputs)
+        made, _, bind, _ = rewrite(graph, inputs, BackendOptions.parse(None, options), states)
+        run = bind(made)
+        return lambda: run(*inputs)
+
+    def eager(self, model: nn.Module, leaves: dict[str, Tensor]) -> tuple[Outcome, Outcome]:
         """What a module gives in eager mode, and what it gives in fp64."""
-        outcome = Outcome.of(lambda: model(*self.inputs), self.leaves(model))
+        outcome = Outcome.of(lambda: model(*self.inputs), leaves)
         if not self.plain.mixed:
             return outcome, outcome
-        exact, inputs = copy.deepcopy(model).double(), [t.detach().double() for t in self.inputs]
-        inputs[0].requires_grad_(self.inputs[0].requires_grad)
-        leaves = {n: p for n, p in exact.named_parameters() if p.numel()} | {"x": inputs[0]}
-        truth = Outcome.of(lambda: exact(*inputs), leaves)
-        truth.gradients = {name: truth.gradients[name] for name in outcome.gradients}
-        return outcome, truth
-
-    def failures(self) -> list[str]:
-        """What is wrong with any of some ways to compile the program."""
-        model = self.prepared()
-        expected, truth = self.eager(model)
-        graph, inputs = captured(model, *self.inputs)
-        found = []
-        for options in self.ways():
-            parsed = BackendOptions.parse(None, options)
-            made, extra, bind, _ = rewrite(graph, inputs, parsed, WeakTensorKeyDictionary())
-            run = bind(made)
-            outcome = Outcome.of(lambda run=run: run(*inputs), self.leaves(model))
-            found += [f"{options}: {d}" for d in outcome.differences(expected, truth)]
-        return found
-
-    def ways(self) -> Iterator[dict[str, Any]]:
-        """Options: both formulations whole, and each without some pass."""
-        for formulation in ("input_centric", "folded"):
-            base = {"stage": "eager", "formulation": formulation, "verify_passes": True}
-            yield base
-            yield base | {"disable_passes": self.choose.choice(passes.NAMES)}
+        for leaf in leaves.values():
+            leaf.grad = None
+        exact, inputs, exact_leaves = copy.deepcopy((model, self.inputs, leaves))
+        exact.double()
+        for tensor in (*inputs, *exact_leaves.values()):
+            tensor.data = tensor.data.double()
+        return outcome, Outcome.of(lambda: exact(*inputs), exact_leaves)
 
 
 def captured(model: nn.Module, *inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
@@ -314,9 +345,12 @@ def captured(model: nn.Module, *inputs: Any) -> tuple[fx.GraphModule, list[Any]]
     return caught[0]
 
 
-def _turn(equivalence: nn.Module) -> None:
-    for skew in (equivalence.skew_in, equivalence.skew_out):
-        skew.data.copy_(0.1 * torch.randn(skew.shape, dtype=torch.float64))
+def _turn(equivalences: Iterable[nn.Module]) -> None:
+    """Rotations away from the identity."""
+    for equivalence in equivalences:
+        for side in SKEWS:
+            skew = getattr(equivalence, side)
+            skew.data.copy_(0.1 * torch.randn(skew.shape, dtype=torch.float64))
 
 
 def main() -> None:
