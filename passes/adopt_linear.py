@@ -173,7 +173,9 @@ class AdoptLinear(GraphPass[WeightSite]):
                 context = self.contexts.of(linear)
                 if context not in built:
                     with body.inserting_before(linear):
-                        stored = body.call_method("detach", (use.weight,))
+                        # Not in inference mode, where AOTAutograd cannot trace it.
+                        detach = context.records
+                        stored = body.call_method("detach", (use.weight,)) if detach else use.weight
                         weight = body.call_function(
                             graphs.EQUIVALENCE[1],
                             (stored, *operands, spec.block_in, spec.block_out, spec.order),

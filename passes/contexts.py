@@ -30,8 +30,8 @@ class Context(NamedTuple):
     Attributes:
         grad, inference: grad mode and inference mode.
         autocast: the arguments of the autocast regions around, outermost first.
-        others: what begins and ends with marks that are not known here (streams, `torch.func`
-            levels, backends of attention); equal only where the same marks are open.
+        others: the marks so far that are not known here (`torch.func` levels, backends of
+            attention, …), each a border, and a stream or note of the node itself.
     """
 
     grad: bool
@@ -129,6 +129,4 @@ def _behind(mark: fx.Node, context: Context, before: dict[fx.Node, Context]) -> 
         return context._replace(grad=outside.grad, inference=outside.inference)
     if opened and mark.target is _EXIT_AUTOCAST:
         return context._replace(autocast=before[opened[0]].autocast)
-    if closed := set(opened).intersection(context.others):
-        return context._replace(others=tuple(o for o in context.others if o not in closed))
     return context._replace(others=(*context.others, mark))
