@@ -87,12 +87,13 @@ class AdoptLinear(GraphPass[WeightSite]):
         y: [..., n] = linear(x, w, bias)
 
     The same value (the rotations start at the identity); W gets no gradient, the skew parameters
-    do. A weight that is read in several contexts (grad modes, autocast regions) is built in each. The
-    state comes from outside (`create`) and is looked up by the identity of W at every call
-    of the compiled code. Handles weights inside activation checkpoints, nested ones too: the new
-    inputs are handed on as operands. Refuses a weight that is read where autograd records nothing (a
-    teacher under ``no_grad``), one with any other reader (a tied embedding), one inside another higher-order op or a transform, and whatever `refuse` names (excluded, frozen, no
-    weight of an `nn.Linear`).
+    do. A weight that is read in several contexts (grad modes, autocast regions) is built in each.
+    The state comes from outside (`create`) and is looked up by the identity of W at every call of
+    the compiled code. Handles weights inside activation checkpoints, nested ones too: the new
+    inputs are handed on as operands. Refuses a weight that is read where autograd records nothing
+    (a teacher under ``no_grad``), one with any other reader (a tied embedding), one inside another
+    higher-order op or a transform, and whatever `refuse` names (excluded, frozen, no weight of an
+    `nn.Linear`).
 
     Args:
         refuse: (layer name, position of the weight among the inputs) → reason, or ``None``.

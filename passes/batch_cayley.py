@@ -56,9 +56,9 @@ class BatchCayley(GraphPass[Batch]):
     Neighbours in graph order are batched until their rotations reach `max_bytes`, so that not every
     rotation of the model is alive at once; with `recompute` the backward builds each batch again
     just before its layers. A batch has one context, and none of what no backward reaches: its
-    gradient would be zeros, not ``None``. Handles static and symbolic shapes of everything but the skew
-    parameters; a lone node stays as it is. Refuses a skew that is not an input of the graph (or
-    such an input detached), because it may not exist yet where the batch is built.
+    gradient would be zeros, not ``None``. Handles static and symbolic shapes of everything but the
+    skew parameters; a lone node stays as it is. Refuses a skew that is not an input of the graph
+    (or such an input detached), because it may not exist yet where the batch is built.
     """
 
     name = "batch_cayley"

@@ -1,4 +1,4 @@
-"""The values of nodes: given to new ones after a rewrite, and checked against a fresh propagation."""
+"""The values of nodes: given to new ones after a rewrite, checked against a fresh propagation."""
 
 from __future__ import annotations
 

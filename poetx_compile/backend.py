@@ -112,9 +112,9 @@ def rewrite(
     """Run the passes over a copy of Dynamo's graph.
 
     Args:
-        states: where adopted states live, to show what adoption does; by default the registry of
-            the process, where what is adopted is adopted for good. Where it is given, kept folds are
-            those of this graph alone as well.
+        states: where adopted states live, to show what adoption does; by default the registry
+            of the process, where what is adopted is adopted for good. Where it is given, kept folds
+            are those of this graph alone as well.
         compile_folds: compiles the graph of folds that are kept between calls; by default it runs
             as it is.
 
