@@ -65,7 +65,8 @@ def assert_same(ours: dict[str, Tensor | None], reference: dict[str, Tensor | No
         if expected is None:
             assert ours[name] is None, name
         else:
-            assert (actual := ours[name]) is not None, name
+            actual = ours[name]
+            assert actual is not None, name
             assert_close(actual, expected, what=name)
 
 

@@ -61,13 +61,20 @@ def regroup(
             name = names.get(weight, "weight")
             name = names.get(skew, f"{name[: -len('weight')]}parametrizations.weight.0.skew_{side}")
             moved.setdefault((source, b), []).append((module, skew, name))
+    rule, ratios = rule_of(optimizer), {}
+    for (source, b), members in moved.items():  # what is refused is refused before any change
+        weights = [stored_weight(module) for module, _, _ in members]
+        ratios[source, b] = (
+            rule.ratio(b, weights)
+            if poetx_lr is None
+            else ratio_to(optimizer, groups[source], poetx_lr)
+        )
     gone: set[Tensor] = {skew for members in moved.values() for _, skew, _ in members}
     drop_weights(optimizer, layers)
     for group in groups:
         _drop(group, gone)
-    sources = {source: groups[source] for source, _ in moved}
-    for (source, b), members in sorted(moved.items(), key=lambda item: (item[0][0], -item[0][1])):
-        _add(optimizer, sources[source], b, members, rule_of(optimizer), poetx_lr)
+    for source, b in sorted(moved, key=lambda key: (key[0], -key[1])):
+        _add(optimizer, groups[source], b, moved[source, b], ratios[source, b], rule)
     if len(groups) > before:
         for scheduler in (census or Census()).schedulers_of(optimizer):
             _extend(scheduler, optimizer, before)
@@ -94,8 +101,8 @@ def _add(
     group: dict[str, Any],
     b: int,
     members: list[tuple[nn.Linear, nn.Parameter, str]],
+    ratio: float,
     rule: Rule,
-    poetx_lr: float | None,
 ) -> None:
     for ours in optimizer.param_groups:
         if FOLLOWS in ours and ours[FOLLOWS] == group.get(GROUP) and ours[BLOCK] == b:
@@ -104,8 +111,6 @@ def _add(
                 ours["param_names"] += [name for _, _, name in members]
             return
     named = "param_names" in group
-    weights = [stored_weight(module) for module, _, _ in members]
-    ratio = rule.ratio(b, weights) if poetx_lr is None else ratio_to(optimizer, group, poetx_lr)
     kept = {"weight_decay": 0.0, **rule.options}
     kept = {key: value for key, value in kept.items() if key in group}
     label = f"poetx b={b}"
