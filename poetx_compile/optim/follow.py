@@ -48,7 +48,7 @@ def followed(optimizer: Optimizer, ours: dict[str, Any]) -> dict[str, Any]:
     if len(found) != 1:
         raise ConfigError(
             f"the param group {ours.get('name')!r} of rotations follows the group with "
-            f"{GROUP!r} = {ours[FOLLOWS]}, which {len(found)} groups have. Where that group was "
+            f"{GROUP} = {ours[FOLLOWS]}, which {len(found)} groups have. Where that group was "
             f"removed, remove the group of rotations too, or delete its key {FOLLOWS!r} to give it "
             f"a rate of its own; where it was copied, delete the key {GROUP!r} of the copy"
         )
