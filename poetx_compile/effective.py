@@ -118,6 +118,8 @@ class EffectiveWeight(Tensor):
 
     _sources: Sources
     _whole: Tensor
+    _as_read = False
+    """Whether it is what `linear.weight` gave: no view of it, and not detached from it."""
 
     @staticmethod
     def of(weight: Tensor, sources: Sources) -> Tensor:
@@ -127,7 +129,9 @@ class EffectiveWeight(Tensor):
         """
         if type(weight) is not Tensor or weight.is_meta:
             return weight
-        return _follow(weight, sources, weight.detach())
+        read = _follow(weight, sources, weight.detach())
+        read._as_read = True
+        return read
 
     @classmethod
     def __torch_function__(
@@ -141,7 +145,7 @@ class EffectiveWeight(Tensor):
         if torch.compiler.is_compiling():
             raise EffectiveWeightError(_GIVEN_TO_COMPILED_CODE)
         followed = list(_followed((*args, *kwargs.values())))
-        if func in _FLAG:
+        if func in _FLAG and followed and followed[0]._as_read:
             return _set_flag(*args, **kwargs)
         if any(t is not cls for t in types):  # tensors of another kind decide what happens
             args, kwargs = tree_map_only(EffectiveWeight, _plain, (args, kwargs))

@@ -245,6 +245,30 @@ def test_a_gan_loop_trains_as_one_that_toggles_nothing(form: str, graphs: Any) -
         assert graphs() <= 6, "two forms of the critic, and not one more at each step"
 
 
+def test_a_gan_loop_over_models_that_nobody_prepared() -> None:
+    """The critic is frozen when it is compiled first, and is adopted all the same."""
+    generator, critic = MLP(), MLP()
+    models = generator, critic
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.5) for m in models]
+    options = {"stage": "eager", "block_size": 4}
+    g, d = (torch.compile(m, backend=poetx.poetx_backend, options=options) for m in models)
+    for step in range(3):
+        for turn, optimizer in enumerate(optimizers):
+            critic.requires_grad_(turn == 1)
+            z = torch.randn(6, 12)
+            fake = g(z) if turn == 0 else g(z).detach()
+            generator.zero_grad()
+            critic.zero_grad()
+            (d(fake).mean() * (1 - 2 * turn)).backward()
+            optimizer.step()
+        if step == 0:
+            frozen = [s.clone() for m in models for s in stores(m)]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        assert held(optimizer) == {*skews(model), model.up.bias, model.down.bias}
+        assert all(bool(s.any()) for s in skews(model))
+    assert all(map(torch.equal, (s for m in models for s in stores(m)), frozen))
+
+
 @pytest.mark.parametrize("form", ["eager", "auto"])
 def test_a_layer_frozen_after_compiling_stands_still_and_the_others_do_not(form: str) -> None:
     model = SwiGLU(8, 10)
@@ -280,6 +304,17 @@ def test_the_flag_of_a_weight_is_that_of_its_rotations() -> None:
         "up.parametrizations.weight.0.skew_in",
         "up.parametrizations.weight.0.skew_out",
     }
+
+
+def test_the_flag_of_what_is_made_of_a_weight_is_its_own() -> None:
+    model = prepared()
+    leaf = model.up.weight.detach().requires_grad_()
+    leaf.sum().backward()
+    assert leaf.grad is not None
+    model.up.requires_grad_(False)
+    model.up.weight[0].requires_grad_()
+    model.up.weight.data.requires_grad_()
+    assert not model.up.weight.requires_grad
 
 
 def test_a_frozen_layer_is_unloaded_as_a_frozen_layer() -> None:
