@@ -54,7 +54,8 @@ def attach(
     rotations are merged and start again at zero; the skew parameters' optimiser state is kept or
     zeroed (`POETXConfig.moments`). Steps are counted where `optimizer.step` really ran: gradient
     accumulation and steps that a `GradScaler` skips do not count. The counters are in the param
-    groups of the skew parameters, hence in `optimizer.state_dict()`.
+    groups of the skew parameters, hence in `optimizer.state_dict()`. The frozen weights leave the
+    groups, now and whenever something adds them.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that holds every trainable skew parameter
@@ -197,6 +198,7 @@ class MergeSchedule:
         apart = hasattr(optimizer, RULE) or any(BLOCK in group for group in optimizer.param_groups)
         strays = self._weights | (self._skews - self._loose) if apart else self._weights
         if any(p in strays for p in _loose_parameters(optimizer)):
+            reshard(self._model)  # as in `_check_layers`
             movable = [(m, e) for m, e in self._layers if not {e.skew_in, e.skew_out} & self._loose]
             regroup(optimizer, movable if apart else [])
             drop_weights(optimizer, self._layers)
