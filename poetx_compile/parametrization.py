@@ -164,6 +164,11 @@ class OrthogonalEquivalence(nn.Module):
         """The effective weight of tensors that stand for this layer's parameters."""
         if self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
+        # FSDP2 reduces no empty gradient, also after `requires_grad_(True)`.
+        if skew_in.requires_grad and not self.blocks_in:
+            skew_in = skew_in.detach()
+        if skew_out.requires_grad and not self.blocks_out:
+            skew_out = skew_out.detach()
         return ops.orthogonal_equivalence(
             stored,
             skew_in,

@@ -135,11 +135,14 @@ def test_a_transform_takes_the_store_for_a_constant() -> None:
         assert bool(gradient.any()) == (not name.endswith("original")), name
 
 
-def test_a_side_of_size_one_gets_no_gradient() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_side_of_size_one_gets_no_gradient(form: str) -> None:
     model = nn.Linear(12, 1)
-    poetx.prepare(model, CONFIG)
+    fields = {"formulation": "auto" if form == "eager" else form}
+    poetx.prepare(model, poetx.POETXConfig(block_size=4, **fields))
     toggle(model)
-    model(torch.randn(3, 12)).sum().backward()
+    ready(model, form)(torch.randn(3, 12)).sum().backward()
+    assert model.parametrizations.weight[0].skew_in.grad is not None
     assert model.parametrizations.weight[0].skew_out.grad is None
     groups = poetx.param_groups(model, lr=1e-3)
     assert all(p.numel() for group in groups for p in group["params"])

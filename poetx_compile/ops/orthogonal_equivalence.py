@@ -67,10 +67,8 @@ def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 
     check_pair(perm_out, weight.shape[0], "perm_out")
     build: Any = rotations_reference if (plain := _transformed()) else rotations
     rotate: Any = rotate_blocks_reference if plain else torch.ops.poetx.rotate_blocks
-    # S is a constant whatever its flag says: a user's `requires_grad_(True)` does not train it. Nor
-    # does it give a side without blocks a gradient.
+    # S is a constant whatever its flag says: a user's `requires_grad_(True)` does not train it.
     stored = weight.detach()
-    skew_in, skew_out = (s if s.shape[0] else s.detach() for s in (skew_in, skew_out))
     wide = stored.to(torch.promote_types(weight.dtype, skew_in.dtype))
     # The input side comes last: the weight is contiguous, as that of a plain linear, and BLAS gives
     # the same bits for it.
