@@ -134,10 +134,11 @@ class Folded(GraphPass[fx.Node]):
         return sides.rotation(self.contexts, site, side, first, narrow)
 
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
-        stored, narrow = site.args[0], sides.is_narrow(site)
+        narrow = sides.is_narrow(site)
         side_in, side_out = sides.sides_of(site)
         chosen = self._chosen.pop(site)
         first = next(iter(site.users))
+        stored = sides.frozen(self.contexts, site, site.args[0], first)
         (turn_in, d_in, e_in, pair_in), (turn_out, d_out, e_out, pair_out) = [
             (None, *sides.folded(self.contexts, site, side, first, narrow))
             if side in chosen

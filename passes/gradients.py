@@ -117,7 +117,10 @@ def _is_result(node: fx.Node) -> bool:
 
 def _differentiated(node: fx.Node) -> Iterator[fx.Node]:
     """The nodes that `node` hands its gradient on to."""
-    return (n for n in node.all_input_nodes if not columns.refers_only(node, n))
+    # An effective weight takes the stored one for a constant, whatever its flag says.
+    constant = node.args[0] if graphs.is_op(node, *graphs.EQUIVALENCE) else None
+    reads = (n for n in node.all_input_nodes if n is not constant)
+    return (n for n in reads if not columns.refers_only(node, n))
 
 
 def _records(node: fx.Node, contexts: Contexts) -> bool:

@@ -34,13 +34,15 @@ class Reads(NamedTuple):
     @classmethod
     def of(cls, folds: Iterable[fx.Node]) -> Reads:
         """What some folds of one graph read together."""
-        direct = {node for fold in folds for node in fold.all_input_nodes}
+        folds = list(folds)
+        deltas = [delta for fold in folds for delta in fold.args[1:3] if isinstance(delta, fx.Node)]
+        skews = {node for delta in deltas for node in _sources(delta)}
         sources = {node for fold in folds for node in _sources(fold)}
-        graph = next(iter(direct)).graph
-        used = [(i, p) for i, p in enumerate(graph.find_nodes(op="placeholder")) if p in sources]
+        placeholders = enumerate(folds[0].graph.find_nodes(op="placeholder"))
+        used = [(i, p) for i, p in placeholders if p in sources]
         return cls(
-            tuple(i for i, p in used if p not in direct),
-            tuple(i for i, p in used if p in direct),
+            tuple(i for i, p in used if p in skews),
+            tuple(i for i, p in used if p not in skews),
         )
 
 
@@ -138,15 +140,15 @@ class HoistFolds(GraphPass[Folds]):
                 graph.erase_node(node)
 
 
-def _sources(fold: fx.Node) -> list[fx.Node]:
-    """Everything a fold is computed from, inputs of the graph included."""
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """Everything a node is computed from, inputs of the graph included."""
     found: dict[fx.Node, None] = {}
-    pending = list(fold.all_input_nodes)
+    pending = list(node.all_input_nodes)
     while pending:
-        node = pending.pop()
-        if node not in found:
-            found[node] = None
-            pending += node.all_input_nodes
+        source = pending.pop()
+        if source not in found:
+            found[source] = None
+            pending += source.all_input_nodes
     return list(found)
 
 

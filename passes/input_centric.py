@@ -31,11 +31,12 @@ class InputCentric(GraphPass[fx.Node]):
         y: [..., n] = v + bias.type_as(v)
 
     The same function up to the order of the sums; no [n, m] gradient arises in the backward,
-    because S takes none. Handles several calls with one weight (the rotations are built once),
-    any leading shape, dynamic shapes, autocast (`rotate_blocks` casts as a linear does), a side of
-    size 1 (no rotation there). `narrow` where every call computes in bf16 or fp16. Refuses a weight
-    that anything but ``F.linear`` reads (such as ``F.multi_head_attention_forward``): that weight
-    stays weight-centric, which is right and slow.
+    because S takes none (it is detached where the user has unfrozen it). Handles several calls with
+    one weight (the rotations are built once), any leading shape, dynamic shapes, autocast
+    (`rotate_blocks` casts as a linear does), a side of size 1 (no rotation there). `narrow` where
+    every call computes in bf16 or fp16. Refuses a weight that anything but ``F.linear`` reads (such
+    as ``F.multi_head_attention_forward``): that weight stays weight-centric, which is right and
+    slow.
     """
 
     name = "input_centric"
@@ -57,8 +58,9 @@ class InputCentric(GraphPass[fx.Node]):
         return "input_centric"
 
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
-        stored, narrow = site.args[0], sides.is_narrow(site)
+        narrow = sides.is_narrow(site)
         first = next(iter(site.users), site)
+        stored = sides.frozen(self.contexts, site, site.args[0], first)
         side_in, side_out = sides.sides_of(site)
         g_in, g_out = [
             sides.rotation(self.contexts, site, side, first, narrow) if side.blocks else None

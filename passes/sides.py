@@ -56,6 +56,17 @@ def is_narrow(equivalence: fx.Node) -> bool:
     return bool(dtypes) and dtypes <= set(NARROW)
 
 
+def frozen(contexts: Contexts, place: fx.Node, stored: Any, origin: fx.Node) -> fx.Node:
+    """The stored weight as a constant, also where the user has unfrozen all parameters.
+
+    It is the node itself where the value is known to take no gradient (Dynamo guards the flag).
+    """
+    value = stored.meta.get(graphs.VALUE)
+    if isinstance(value, torch.Tensor) and not value.requires_grad:
+        return stored
+    return once(contexts, place, "detach", (stored,), origin, graphs.ROTATION)
+
+
 def rotation(
     contexts: Contexts, place: fx.Node, side: Side, origin: fx.Node, narrow: bool
 ) -> fx.Node:

@@ -10,6 +10,7 @@ a plain parameter are made to hold here:
 - **Writing it in place stores it**, with the rotations back at the identity, as assigning
   `linear.weight = value` does: `torch.nn.init`, `linear.reset_parameters()`,
   ``linear.weight.data.copy_(…)``.
+- **Its flag is that of the layer**: ``linear.weight.requires_grad_(False)`` freezes the rotations.
 
 Code compiled around the layer sees a plain tensor.
 """
@@ -117,6 +118,8 @@ class EffectiveWeight(Tensor):
 
     _sources: Sources
     _whole: Tensor
+    _as_read = False
+    """Whether it is what `linear.weight` gave: no view of it, and not detached from it."""
 
     @staticmethod
     def of(weight: Tensor, sources: Sources) -> Tensor:
@@ -126,7 +129,9 @@ class EffectiveWeight(Tensor):
         """
         if type(weight) is not Tensor or weight.is_meta:
             return weight
-        return _follow(weight, sources, weight.detach())
+        read = _follow(weight, sources, weight.detach())
+        read._as_read = True
+        return read
 
     @classmethod
     def __torch_function__(
@@ -140,6 +145,8 @@ class EffectiveWeight(Tensor):
         if torch.compiler.is_compiling():
             raise EffectiveWeightError(_GIVEN_TO_COMPILED_CODE)
         followed = list(_followed((*args, *kwargs.values())))
+        if func in _FLAG and followed and followed[0]._as_read:
+            return _set_flag(*args, **kwargs)
         if any(t is not cls for t in types):  # tensors of another kind decide what happens
             args, kwargs = tree_map_only(EffectiveWeight, _plain, (args, kwargs))
             return func(*args, **kwargs)
@@ -161,7 +168,16 @@ class EffectiveWeight(Tensor):
 
 
 _SAME_MEMORY = (Tensor.data.__get__, Tensor.detach, torch.detach)  # type: ignore[attr-defined]
+_FLAG = (Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 _REPLACED = (Tensor.data.__set__, Tensor.set_)  # type: ignore[attr-defined]
+
+
+def _set_flag(weight: EffectiveWeight, requires_grad: bool = True) -> EffectiveWeight:
+    """Freeze or unfreeze the layer: of a computed weight, that is to say its rotations."""
+    if (e := weight._sources.equivalence()) is not None:
+        for skew in (e.skew_in, e.skew_out):
+            skew.requires_grad_(requires_grad and skew.numel() > 0)
+    return weight
 
 
 def _follow(tensor: Tensor, sources: Sources, whole: Tensor) -> EffectiveWeight:

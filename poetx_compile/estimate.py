@@ -17,6 +17,7 @@ from poetx_compile.memory.liveness import Longer, StepMemory, step_memory, with_
 from poetx_compile.memory.source import model_on_meta
 from poetx_compile.memory.trace import trace
 from poetx_compile.options import BackendOptions, without_adoption
+from poetx_compile.parametrization import trained_parameters
 from poetx_compile.prepare import config_of
 from poetx_compile.report import format_table
 
@@ -246,7 +247,7 @@ def _rows(
 ) -> list[MemoryRow]:
     weights = parts.weights(model)
     state = parts.optimizer_state(model, optimizer)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in trained_parameters(model))
     batch = sum(t.nbytes for t in example.tensors(step.inputs, step.kwargs))
     rows = []
     for method, found in zip(methods, step.memory(model, choices), strict=True):

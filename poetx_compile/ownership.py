@@ -13,7 +13,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,12 +32,24 @@ log = logging.getLogger("poetx_compile")
 _linears: weakref.WeakSet[nn.Linear] = weakref.WeakSet()  # enrolled, and still prepared or not
 _owners: Any = WeakTensorKeyDictionary()  # skew parameter → its optimiser, weakly
 _orphans: Any = WeakTensorKeyDictionary()  # skew parameter that no optimiser holds → its linear
-_looked: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+_looked: weakref.WeakKeyDictionary[Optimizer, _Look] = weakref.WeakKeyDictionary()
 _version = 0
 _watching = False
 
 take_over: Callable[[Optimizer, list[nn.Linear]], Any] | None = None
 """Gives an optimiser the rotations of linears whose weights it holds; set by `optim.takeover`."""
+
+
+class _Look(NamedTuple):
+    """What was found when an optimiser was looked at."""
+
+    state: tuple[int, int]
+    idle: weakref.WeakSet[OrthogonalEquivalence]
+    """Layers with frozen rotations: it is looked at again when these train."""
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether there is nothing new to see."""
+        return self.state == _state(optimizer) and not any(e.trains for e in self.idle)
 
 
 def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
@@ -57,10 +69,12 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
 
 
 def own(skews: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
-    """Note that `optimizer` trains these skew parameters, and merges them."""
+    """Note that `optimizer` merges these skew parameters, and trains those that it holds."""
+    held = {p for group in optimizer.param_groups for p in group["params"]}
     for skew in skews:
         _owners[skew] = weakref.ref(optimizer)
-        _orphans.pop(skew, None)
+        if skew in held:
+            _orphans.pop(skew, None)
 
 
 def owner(skew: nn.Parameter) -> Optimizer | None:
@@ -71,16 +85,12 @@ def owner(skew: nn.Parameter) -> Optimizer | None:
 
 def held(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
     """The enrolled layers without an owner of which `optimizer` holds a parameter, in its order."""
-    layers = {m: e for m in list(_linears) if (e := equivalence_of(m)) is not None and _trains(e)}
+    layers = {m: e for m in list(_linears) if (e := equivalence_of(m)) is not None}
     # As they are now: sharding makes new parameters.
     module_of = {p: m for m, e in layers.items() for p in (stored_weight(m), e.skew_in, e.skew_out)}
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     found = dict.fromkeys(m for p in parameters if (m := module_of.get(p)) is not None)
     return [(m, layers[m]) for m in found if owner(layers[m].skew_in) is None]
-
-
-def _trains(equivalence: OrthogonalEquivalence) -> bool:
-    return equivalence.skew_in.requires_grad or equivalence.skew_out.requires_grad
 
 
 def _watch() -> None:
@@ -92,9 +102,10 @@ def _watch() -> None:
 
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if _looked.get(optimizer) == _state(optimizer):
+    if (look := _looked.get(optimizer)) is not None and look.holds(optimizer):
         return
-    layers = held(optimizer)
+    found = held(optimizer)
+    layers = [(m, e) for m, e in found if e.trains]
     if (adopted := [m for m, e in layers if e.adopted]) and take_over is not None:
         take_over(optimizer, adopted)
     by_hand = [(m, e) for m, e in layers if not e.adopted]
@@ -116,7 +127,8 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             type(optimizer).__name__,
             len(by_hand),
         )
-    _looked[optimizer] = _state(optimizer)
+    idle = weakref.WeakSet(e for _, e in found if not e.trains)
+    _looked[optimizer] = _Look(_state(optimizer), idle)
 
 
 def _state(optimizer: Optimizer) -> tuple[int, int]:

@@ -164,6 +164,11 @@ class OrthogonalEquivalence(nn.Module):
         """The effective weight of tensors that stand for this layer's parameters."""
         if self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
+        # FSDP2 reduces no empty gradient, also after `requires_grad_(True)`.
+        if skew_in.requires_grad and not self.blocks_in:
+            skew_in = skew_in.detach()
+        if skew_out.requires_grad and not self.blocks_out:
+            skew_out = skew_out.detach()
         return ops.orthogonal_equivalence(
             stored,
             skew_in,
@@ -179,6 +184,11 @@ class OrthogonalEquivalence(nn.Module):
         """Whether parameters of this layer's own are in force: no stand-ins, none just gathered."""
         ours = isinstance(stored, nn.Parameter) and self._own_skew() is self.skew_in
         return ours and not (stored.is_inference() or self.skew_in.is_inference())
+
+    @property
+    def trains(self) -> bool:
+        """Whether a rotation of this layer takes gradients."""
+        return self.skew_in.requires_grad or self.skew_out.requires_grad
 
     def train(self, mode: bool = True) -> OrthogonalEquivalence:
         effective.forget(self)
@@ -379,3 +389,12 @@ class PreparedLayers(nn.ModuleList):
 def stored_weight(module: nn.Module) -> nn.Parameter:
     """S: the frozen parameter of a prepared linear."""
     return module.parametrizations["weight"].original  # type: ignore[index, union-attr, return-value]
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `model` that train: unfrozen, and no frozen weight of a prepared layer.
+
+    Those do not train whatever their `requires_grad` says.
+    """
+    stored = {stored_weight(m) for _, m, _ in prepared_linears(model)}
+    return [p for p in model.parameters() if p.requires_grad and p not in stored]

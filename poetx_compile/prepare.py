@@ -34,6 +34,7 @@ from poetx_compile.parametrization import (
     equivalence_of,
     prepared_linears,
     stored_weight,
+    trained_parameters,
 )
 from poetx_compile.permutation import Permutation
 from poetx_compile.prepared_class import share_class
@@ -148,7 +149,8 @@ def prepare(
     guard_loads(model)
     rows = list(_rows(model, found, reasons))
     parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    unfrozen = [p for p in trained_parameters(model) if not nn.parameter.is_lazy(p)]
+    trainable = sum(p.numel() for p in unfrozen)
     rotations = sum(e.skew_in.numel() + e.skew_out.numel() for _, _, e in prepared_linears(model))
     return PrepareReport(rows, trainable, sum(p.numel() for p in parameters) - rotations)
 
@@ -215,8 +217,9 @@ def config_of(model: nn.Module) -> POETXConfig | None:
 def merge_and_unload(model: M) -> M:
     """Turn every prepared linear back into a plain `nn.Linear` with its effective weight, in place.
 
-    Parameter names are the original ones again, the weights train again, and the outputs are those
-    of the prepared model (to the rounding of the weight's dtype). Compiled again, these weights
+    Parameter names are the original ones again, the weights train again (but those whose rotations
+    are frozen), and the outputs are those of the prepared model (to the rounding of the weight's
+    dtype). Compiled again, these weights
     train densely until `prepare` is called. A model that is not prepared is returned as it is.
 
     Args:
@@ -234,7 +237,7 @@ def merge_and_unload(model: M) -> M:
         raise ParallelismError(SHARDED_EXPORT)
     for _, module, equivalence in layers:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-        module.weight.requires_grad_(True)
+        module.weight.requires_grad_(equivalence.trains)
         # The weight comes back as the last parameter; optimiser states and others go by position.
         for name in [name for name in module._parameters if name != "weight"]:
             module._parameters[name] = module._parameters.pop(name)

@@ -70,12 +70,15 @@ def test_the_weight_is_contiguous_like_a_plain_one(case) -> None:
 def test_gradcheck(case, order: int | None) -> None:
     weight, skew_in, skew_out, *rest = _arguments(*case)
 
-    def function(*tensors: torch.Tensor) -> torch.Tensor:
-        return ops.orthogonal_equivalence(*tensors, *rest, order)
+    def function(*skews: torch.Tensor) -> torch.Tensor:
+        return ops.orthogonal_equivalence(weight, *skews, *rest, order)
 
-    leaves = tuple(t.requires_grad_() for t in (weight, skew_in, skew_out))
+    leaves = tuple(t.requires_grad_() for t in (skew_in, skew_out))
     # Along random directions: every entry of the ops it is made of is checked in their own tests.
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(function(*leaves).sum(), weight, allow_unused=True)
+    assert gradient is None, "the stored weight is a constant"
 
 
 @pytest.mark.parametrize("case", CASES)

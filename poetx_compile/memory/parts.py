@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from poetx_compile.optim.blocks import CHUNK_BYTES
-from poetx_compile.parametrization import prepared_linears, stored_weight
+from poetx_compile.parametrization import prepared_linears, stored_weight, trained_parameters
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -23,7 +23,7 @@ def weights(model: nn.Module) -> int:
 def optimizer_state(model: nn.Module, optimizer: str) -> int:
     """AdamW: two moments in the dtype of the parameter; Muon: one for the skew parameters."""
     muon = _skews(model) if optimizer == "muon" else []
-    rest = set(_trained(model)) - set(muon)
+    rest = set(trained_parameters(model)) - set(muon)
     return 2 * _bytes(rest) + _COUNTER * len(rest) + _bytes(muon)
 
 
@@ -47,10 +47,6 @@ def rotations(model: nn.Module) -> int:
         * (e.blocks_in * e.block_in**2 + e.blocks_out * e.block_out**2)
         for _, module, e in prepared_linears(model)
     )
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _skews(model: nn.Module) -> list[nn.Parameter]:

@@ -37,7 +37,8 @@ def orthogonal_equivalence(
     """``W_eff`` with ``W_eff[perm_out][:, perm_in] = D_outᵀ S D_inᵀ`` (POET).
 
     Args:
-        weight: S [n, m], the frozen weight stored permuted: ``W₀[perm_out][:, perm_in]``.
+        weight: S [n, m], the frozen weight stored permuted: ``W₀[perm_out][:, perm_in]``. A
+            constant: it gets no gradient, whatever its `requires_grad` says.
         skew_in: [blocks_in, b(b−1)/2] packed skew parameters of the input side, fp32 or fp64.
         skew_out: the same of the output side.
         perm_in, perm_out: permutation pairs int64 [2, m] and [2, n].
@@ -66,7 +67,9 @@ def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 
     check_pair(perm_out, weight.shape[0], "perm_out")
     build: Any = rotations_reference if (plain := _transformed()) else rotations
     rotate: Any = rotate_blocks_reference if plain else torch.ops.poetx.rotate_blocks
-    wide = weight.to(torch.promote_types(weight.dtype, skew_in.dtype))
+    # S is a constant whatever its flag says: a user's `requires_grad_(True)` does not train it.
+    stored = weight.detach()
+    wide = stored.to(torch.promote_types(weight.dtype, skew_in.dtype))
     # The input side comes last: the weight is contiguous, as that of a plain linear, and BLAS gives
     # the same bits for it.
     rows = rotate(wide.mT, build(skew_out, block_out, order), None, perm_out, False)

@@ -36,6 +36,7 @@ class POETXAdamW(torch.optim.AdamW):
     """
 
     schedule: MergeSchedule
+    poetx_rule = "adamw"
 
     def __init__(
         self,

@@ -25,6 +25,9 @@ from poetx_compile.prepare import leave, prepare
 BLOCK = "poetx_block"
 """Key of a param group that holds skew parameters: their block size."""
 
+RATIO = "poetx_ratio"
+"""Key of a group of skew parameters: its learning rate divided by that of dense parameters."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -54,10 +57,14 @@ RULES = {
 }
 
 
+RULE = "poetx_rule"
+"""Attribute of an optimiser of this package: the name of its rule."""
+
+
 def rule_of(optimizer: Optimizer) -> Rule:
-    """The rule for an optimiser of torch or of anybody."""
+    """The rule for an optimiser of this package (which says its `rule`), of torch or of anybody."""
     relative = isinstance(optimizer, torch.optim.Adafactor)
-    return RULES["adafactor" if relative else "adamw"]
+    return RULES[getattr(optimizer, RULE, "adafactor" if relative else "adamw")]
 
 
 def param_groups(
@@ -105,11 +112,12 @@ def param_groups(
     block_of: dict[nn.Parameter, tuple[int, nn.Parameter]] = {}
     for _, module, e in prepared_linears(model):
         block_of |= {skew: (b, stored_weight(module)) for skew, b in skew_blocks(e)}
+    stored = {weight for _, weight in block_of.values()}  # frozen, whatever their flags say
     dense: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     skew: dict[int, list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or parameter in stored or not parameter.numel():
             continue
         if parameter in block_of:
             skew.setdefault(block_of[parameter][0], []).append(parameter)
@@ -124,7 +132,8 @@ def param_groups(
         weights = [block_of[p][1] for p in parameters]
         rate = lr * RULES[rule].ratio(b, weights) if poetx_lr is None else poetx_lr
         group = {"name": f"poetx b={b}", "params": parameters, "lr": rate, "weight_decay": 0.0}
-        groups.append({**group, **RULES[rule].options, BLOCK: b})
+        ratio = {RATIO: float(rate) / float(lr)} if lr > 0 else {}
+        groups.append({**group, **RULES[rule].options, BLOCK: b, **ratio})
     return groups
 
 

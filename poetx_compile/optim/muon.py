@@ -43,7 +43,7 @@ class POETXMuon(torch.optim.Optimizer):
         lr: learning rate of the dense parameters.
         poetx_lr: of the skew parameters: the growth of θ in a step; default ``2 · lr``.
         config: ``None``, or the configuration of the model.
-        momentum: μ in [0, 1).
+        momentum: μ in [0, 1). It is what torch's OneCycleLR and CyclicLR cycle; `betas` stay.
         betas, eps, weight_decay: of AdamW; `weight_decay` for dense parameters with two dimensions
             or more.
         fused: default: AdamW's fused kernel where every dense parameter is on a CUDA device.
@@ -56,6 +56,7 @@ class POETXMuon(torch.optim.Optimizer):
     """
 
     schedule: MergeSchedule
+    poetx_rule = "muon"
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class POETXMuon(torch.optim.Optimizer):
             raise ConfigError(f"momentum = {momentum!r} is not allowed: use a number in [0, 1)")
         model = ensure_prepared(model, config)
         groups = param_groups(
-            model, lr=lr, poetx_lr=poetx_lr, weight_decay=weight_decay, rule="muon"
+            model, lr=lr, poetx_lr=poetx_lr, weight_decay=weight_decay, rule=self.poetx_rule
         )
         dense = [group for group in groups if BLOCK not in group]
         # The inner optimiser has no groups or state of its own: `step` lends it ours.
@@ -86,8 +87,16 @@ class POETXMuon(torch.optim.Optimizer):
             weight_decay=weight_decay,
             fused=fused if fused is not None else fusible(dense),
         )
-        super().__init__(groups, {**self._adamw.defaults, "momentum": momentum})
+        # OneCycleLR and CyclicLR cycle `betas` where the defaults have them, else `momentum`.
+        defaults = {key: value for key, value in self._adamw.defaults.items() if key != "betas"}
+        super().__init__(groups, {**defaults, "momentum": momentum})
         self.schedule = attach(self, model, config)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; a group of dense parameters without `betas` gets those of the others."""
+        if BLOCK not in param_group:
+            param_group.setdefault("betas", self._adamw.defaults["betas"])
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

@@ -22,7 +22,10 @@ from poetx_compile.fsdp import check_processes
 from poetx_compile.merge import check_whole, merge
 from poetx_compile.optim.angle import ANGLE, AngleGuard
 from poetx_compile.optim.blocks import sides
-from poetx_compile.optim.groups import BLOCK, prepared_config
+from poetx_compile.optim.follow import follow_all
+from poetx_compile.optim.groups import BLOCK, RULE, prepared_config
+from poetx_compile.optim.rates import RateWatch
+from poetx_compile.optim.regroup import drop_weights, regroup
 from poetx_compile.ownership import own
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
@@ -30,6 +33,7 @@ from poetx_compile.parametrization import (
     check_alone,
     prepared_linears,
     revision,
+    stored_weight,
 )
 from poetx_compile.wrappers import reshard
 
@@ -50,7 +54,8 @@ def attach(
     rotations are merged and start again at zero; the skew parameters' optimiser state is kept or
     zeroed (`POETXConfig.moments`). Steps are counted where `optimizer.step` really ran: gradient
     accumulation and steps that a `GradScaler` skips do not count. The counters are in the param
-    groups of the skew parameters, hence in `optimizer.state_dict()`.
+    groups of the skew parameters, hence in `optimizer.state_dict()`. The frozen weights leave the
+    groups, now and whenever something adds them.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that holds every trainable skew parameter
@@ -81,6 +86,7 @@ def attach(
     # Where Dynamo compiles `optimizer.step`, the hooks stay out of its graphs.
     optimizer.register_step_pre_hook(torch.compiler.disable(schedule._before_step))
     optimizer.register_step_post_hook(torch.compiler.disable(schedule._after_step))
+    optimizer.register_state_dict_pre_hook(schedule._before_state_dict)
     optimizer.register_state_dict_post_hook(schedule._after_state_dict)
     optimizer.register_load_state_dict_pre_hook(schedule._before_load)
     optimizer.register_load_state_dict_post_hook(schedule._after_load)
@@ -108,13 +114,16 @@ class MergeSchedule:
         self._loaded: dict[str, Any] | None = None
         self._layers: list[tuple[nn.Linear, OrthogonalEquivalence]] = []
         self._skews: set[nn.Parameter] = set()
+        self._weights: set[nn.Parameter] = set()
+        self._loose: set[nn.Parameter] = set()
         self._guard: AngleGuard | None = None
+        self._rates = RateWatch()
         self.merges = self.early_merges = 0
         self._take(optimizer, [(m, e) for _, m, e in prepared_linears(model)])
 
     @property
     def step(self) -> int:
-        """Optimiser steps so far."""
+        """Steps so far of an optimiser that held rotations."""
         return self._ledger[STEP]
 
     @property
@@ -156,7 +165,7 @@ class MergeSchedule:
         """Merge `layers` from now on, all of them."""
         skews = {p for _, e in layers for p in (e.skew_in, e.skew_out)}
         owned = {p for group in optimizer.param_groups for p in group["params"]}
-        missing = [p for p in skews - owned if p.requires_grad]
+        missing = [p for p in skews - owned if p.requires_grad and p.numel()]
         if missing:
             raise UnownedRotationsError(
                 f"{len(missing)} of {len(skews)} skew parameters are in no group of the "
@@ -166,13 +175,34 @@ class MergeSchedule:
             )
         check_alone(e for _, e in layers)
         self._layers, self._skews, self._revision = layers, skews, revision()
+        self._weights = {stored_weight(module) for module, _ in layers}
+        drop_weights(optimizer, layers)
+        self._loose = skews & set(_loose_parameters(optimizer))  # as the user has built the groups
         if self._config.max_angle is not None:
             pairs = [pair for _, e in layers for pair in sides(e)]
             self._guard = AngleGuard(pairs, self._config.max_angle)
-        own(skews, optimizer)
+        self._settled(optimizer)
+
+    def _settled(self, optimizer: Optimizer) -> None:
+        """Skew parameters are in their groups."""
+        own(self._skews, optimizer)
         for group in self._groups(optimizer):
             for key, value in self._placeholders().items():
                 group.setdefault(key, value)
+
+    def _settle(self, optimizer: Optimizer) -> None:
+        """Put right what was added to the groups since: by whoever unfreezes a part of the model.
+
+        Frozen weights leave them. Where rotations have groups of their own, others get some too.
+        """
+        apart = hasattr(optimizer, RULE) or any(BLOCK in group for group in optimizer.param_groups)
+        strays = self._weights | (self._skews - self._loose) if apart else self._weights
+        if any(p in strays for p in _loose_parameters(optimizer)):
+            reshard(self._model)  # as in `_check_layers`
+            movable = [(m, e) for m, e in self._layers if not {e.skew_in, e.skew_out} & self._loose]
+            regroup(optimizer, movable if apart else [])
+            drop_weights(optimizer, self._layers)
+            self._settled(optimizer)
 
     def _placeholders(self) -> dict[str, Any]:
         """The keys of the counters in a live group. Their values are in the ledger alone: a
@@ -186,20 +216,32 @@ class MergeSchedule:
             if STEP in group or any(p in self._skews for p in group["params"]):
                 yield group
 
+    def _turns(self, group: dict[str, Any]) -> bool:
+        """Whether a step may have turned rotations of a group: not where all of them are frozen."""
+        rotations = (p for p in group["params"] if p in self._skews)
+        return any(p.requires_grad or p.grad is not None for p in rotations)
+
     # --- hooks of the optimiser -------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._check_layers()
+        self._settle(optimizer)
+        follow_all(optimizer)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _skipped(optimizer):
             return
+        groups = [group for group in self._groups(optimizer) if group["params"]]
+        if not groups:  # all rotations were frozen when the groups were made
+            return
+        self._rates.look(optimizer)
         ledger = dict(self._ledger)
         ledger[STEP] += 1
-        lr = max(float(group["lr"]) for group in self._groups(optimizer))
+        lr = max(float(group["lr"]) if self._turns(group) else 0.0 for group in groups)
         due = early = False
-        # A learning rate of zero turns nothing. Tools that only want the optimiser's state made
-        # (torch.distributed.checkpoint) take such a step, on a model that must not change.
+        # Frozen rotations turn nothing, and none turn at a learning rate of zero. Tools that want
+        # only the optimiser's state made (torch.distributed.checkpoint) take such a step, on a
+        # model that must not change.
         if lr > 0:
             due = ledger[STEP] - ledger[LAST_MERGE] >= self._config.merge_interval
             if self._guard is not None:
@@ -209,6 +251,9 @@ class MergeSchedule:
             self.early_merges += early
         self._ledger = ledger
 
+    def _before_state_dict(self, optimizer: Optimizer) -> None:
+        self._settle(optimizer)
+
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Write the counters into the saved groups, the same into each, so that each is whole."""
         if self._guard is not None:
@@ -217,6 +262,7 @@ class MergeSchedule:
             saved.update({key: self._ledger[key] for key in self._placeholders() if key in saved})
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        self._settle(optimizer)
         self._loaded = None
         groups = []
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
@@ -252,6 +298,7 @@ class MergeSchedule:
             self._ledger, self._loaded = self._loaded, None
         if self._guard is not None:
             self._guard.forget()
+        self._rates.loaded(optimizer)
 
     # --- the transaction --------------------------------------------------------------------------
 
@@ -280,6 +327,13 @@ class MergeSchedule:
                 "layer was replaced): build a new optimiser"
             )
         self._revision = revision()
+
+
+def _loose_parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """What is in groups that are not of rotations alone."""
+    for group in optimizer.param_groups:
+        if BLOCK not in group:
+            yield from group["params"]
 
 
 def _refuse_copy(protocol: int) -> Any:
