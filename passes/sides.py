@@ -59,10 +59,12 @@ def is_narrow(equivalence: fx.Node) -> bool:
 def frozen(contexts: Contexts, place: fx.Node, stored: Any, origin: fx.Node) -> fx.Node:
     """The stored weight as a constant, also where the user has unfrozen all parameters.
 
-    It is the node itself where the value is known to take no gradient (Dynamo guards the flag).
+    It is the node itself where its value takes no gradient (Dynamo guards the flag), and where
+    nothing is recorded: AOTAutograd cannot trace a `detach` in inference mode.
     """
     value = stored.meta.get(graphs.VALUE)
-    if isinstance(value, torch.Tensor) and not value.requires_grad:
+    constant = isinstance(value, torch.Tensor) and not value.requires_grad
+    if constant or not contexts.of(place).records:
         return stored
     return once(contexts, place, "detach", (stored,), origin, graphs.ROTATION)
 

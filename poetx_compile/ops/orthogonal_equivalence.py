@@ -68,7 +68,7 @@ def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 
     build: Any = rotations_reference if (plain := _transformed()) else rotations
     rotate: Any = rotate_blocks_reference if plain else torch.ops.poetx.rotate_blocks
     # S is a constant whatever its flag says: a user's `requires_grad_(True)` does not train it.
-    stored = weight.detach()
+    stored = weight.detach() if weight.requires_grad else weight
     wide = stored.to(torch.promote_types(weight.dtype, skew_in.dtype))
     # The input side comes last: the weight is contiguous, as that of a plain linear, and BLAS gives
     # the same bits for it.
