@@ -115,6 +115,12 @@ def _is_result(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and source.target is graphs.CHECKPOINT
 
 
+def _is_picked(node: fx.Node) -> bool:
+    """Whether a node is an entry of a tuple, which is no operation on tensors."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and isinstance(source.meta.get(graphs.VALUE), tuple | list)
+
+
 def _differentiated(node: fx.Node) -> Iterator[fx.Node]:
     """The nodes that `node` hands its gradient on to."""
     # An effective weight takes the stored one for a constant, whatever its flag says.
@@ -125,8 +131,10 @@ def _differentiated(node: fx.Node) -> Iterator[fx.Node]:
 
 def _records(node: fx.Node, contexts: Contexts) -> bool:
     """Whether a value is one that autograd has a gradient for."""
-    if node.op != "placeholder" and not contexts.of(node).records:
-        return False  # fake values do not know of inference mode
+    # Fake values do not know of inference mode; what runs in a body is decided there.
+    decided = node.op == "placeholder" or _is_picked(node) or graphs.bodies(node)
+    if not decided and not contexts.of(node).records:
+        return False
     leaves = tree_leaves(node.meta.get(graphs.VALUE))
     if any(isinstance(v, torch.Tensor) and v.requires_grad for v in leaves):
         return True
