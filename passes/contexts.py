@@ -45,10 +45,9 @@ class Context(NamedTuple):
         return self.grad and not self.inference
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Grad mode and autocast as they are here, to give a new node its value."""
+    def casting(self) -> Iterator[None]:
+        """The autocast regions, to give a new node a value of the right dtype."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(self.records))
             for device, dtype, enabled, cached in self.autocast:
                 region = torch.autocast(device, dtype, enabled=enabled, cache_enabled=cached)
                 stack.enter_context(region)

@@ -58,6 +58,13 @@ def live(contexts: Contexts) -> set[fx.Node]:
     return found
 
 
+def passes_through(node: fx.Node, contexts: Contexts) -> bool:
+    """Whether the value of a new node requires a gradient, as autograd would record it."""
+    if node.target == "detach" or not contexts.of(node).records:
+        return False
+    return any(_records(read, contexts) for read in _differentiated(node))
+
+
 def _outputs(
     module: fx.GraphModule, contexts: Contexts, inputs: Iterable[int], by_slice: bool
 ) -> list[int]:

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from poetx_compile.passes import graphs
+from poetx_compile.passes import gradients, graphs
 from poetx_compile.passes.contexts import Contexts
 
 
@@ -26,8 +27,10 @@ def refresh(module: fx.GraphModule, contexts: Contexts | None = None) -> None:
         for body in graphs.bodies(node):
             refresh(body, contexts)
         if _computes(node) and graphs.VALUE not in node.meta:
-            with contexts.of(node).entered():
-                node.meta[graphs.VALUE] = _evaluate(node, mode)
+            node.meta[graphs.VALUE] = value = _evaluate(node, mode, contexts)
+            if gradients.passes_through(node, contexts):
+                for tensor in filter(_may_require_grad, tree_leaves(value)):
+                    tensor.requires_grad_()
     module.graph.lint()
     module.recompile()
 
@@ -43,8 +46,7 @@ def verify(module: fx.GraphModule, contexts: Contexts | None = None) -> None:
         if not _computes(node) or node.meta[graphs.VALUE] is None:
             continue
         stale = _signature(node.meta[graphs.VALUE])
-        with contexts.of(node).entered(), torch.no_grad():  # writes to leaves are run as well
-            fresh = _signature(_evaluate(node, mode))
+        fresh = _signature(_evaluate(node, mode, contexts))
         assert stale == fresh, f"stale metadata at {node.format_node()}: {stale} is {fresh}"
 
 
@@ -55,10 +57,12 @@ def _computes(node: fx.Node) -> bool:
     return all(n.meta.get(graphs.VALUE) is not None for n in node.all_input_nodes)
 
 
-def _evaluate(node: fx.Node, mode: FakeTensorMode | None) -> Any:
+def _evaluate(node: fx.Node, mode: FakeTensorMode | None, contexts: Contexts) -> Any:
+    """The value of a node. Nothing is recorded: a user's hooks on saved tensors would see it."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[graphs.VALUE])
     # Symbolic sizes need the Python decompositions of composite ops, as in Dynamo itself.
-    with enable_python_dispatcher(), mode or contextlib.nullcontext():
+    faking = mode or contextlib.nullcontext()
+    with torch.no_grad(), contexts.of(node).casting(), enable_python_dispatcher(), faking:
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
         return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -69,6 +73,10 @@ def _fake_mode(module: fx.GraphModule) -> FakeTensorMode | None:
     by, and would be a real tensor, of a size that is a constant from then on."""
     values = (n.meta.get(graphs.VALUE) for n in module.graph.nodes)
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def _may_require_grad(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def _signature(value: Any) -> Any:
