@@ -122,10 +122,10 @@ def _is_result(node: fx.Node) -> bool:
     return isinstance(source, fx.Node) and source.target is graphs.CHECKPOINT
 
 
-def _is_picked(node: fx.Node) -> bool:
-    """Whether a node is an entry of a tuple, which is no operation on tensors."""
-    source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and isinstance(source.meta.get(graphs.VALUE), tuple | list)
+def _is_handed_on(node: fx.Node) -> bool:
+    """Whether a node gives a tensor that there was: an entry of a tuple, a cast to its own dtype."""
+    given = tree_leaves([n.meta.get(graphs.VALUE) for n in node.all_input_nodes])
+    return any(node.meta.get(graphs.VALUE) is value for value in given)
 
 
 def _differentiated(node: fx.Node) -> Iterator[fx.Node]:
@@ -138,9 +138,8 @@ def _differentiated(node: fx.Node) -> Iterator[fx.Node]:
 
 def _records(node: fx.Node, contexts: Contexts) -> bool:
     """Whether a value is one that autograd has a gradient for."""
-    # Fake values do not know of inference mode; what runs in a body is decided there.
-    decided = node.op == "placeholder" or _is_picked(node) or graphs.bodies(node)
-    if not decided and not contexts.of(node).records:
+    # Fake values know of `no_grad`, not of inference mode.
+    if node.op != "placeholder" and contexts.of(node).inference and not _is_handed_on(node):
         return False
     leaves = tree_leaves(node.meta.get(graphs.VALUE))
     if any(isinstance(v, torch.Tensor) and v.requires_grad for v in leaves):
