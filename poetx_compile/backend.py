@@ -159,7 +159,7 @@ def rewrite(
         _warn_of_weights_that_leave(record)
     log.debug("rewritten graph:\n%s", graph.graph)
     parts: list[Adopter | FoldKeeper] = []  # in the order of their inputs
-    if adopter is not None and adopter.graph_pass.slots:
+    if adopter is not None and (adopter.graph_pass.slots or adopter.zeros):
         parts.append(adopter)
     if keeper is not None and keeper.graph_pass.module is not None:
         record.hoisted = keeper.graph_pass.module

@@ -19,6 +19,7 @@ from poetx_compile.eligibility import (
     PREPARED,
     OtherWeight,
     check_targets,
+    has_values,
     linears,
     other_weights,
     refusals,
@@ -384,8 +385,23 @@ def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
             left_over.append(f"{size - blocks * b} {side}")
     if left_over:
         notes.append(f"left over until the next merge: {', '.join(left_over)}")
+    notes += _rank_notes(stored_weight(module))
     blocks_text = f"{e.blocks_in}x{e.block_in} | {e.blocks_out}x{e.block_out}"
     return LayerRow(name, shape, blocks_text, "prepared", "; ".join(notes))
+
+
+def _rank_notes(stored: Tensor) -> Iterator[str]:
+    """What rotations, which keep the rank of a weight, will keep of its rows and columns of zeros.
+
+    Permuted ones count alike. Of other weights the rank would cost a decomposition.
+    """
+    if not has_values(stored):
+        return
+    n, m = stored.shape
+    rows, columns = (int(stored.detach().any(dim).sum()) for dim in (1, 0))
+    zeros = [f"{d - k} of {d} {what}" for d, k, what in ((n, rows, "rows"), (m, columns, "columns")) if k < d]
+    if zeros:
+        yield f"{' and '.join(zeros)} are zeros: the rank stays at most {min(rows, columns)}"
 
 
 def _nothing(model: nn.Module, reasons: dict[str, str | None]) -> str:

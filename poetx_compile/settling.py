@@ -10,10 +10,9 @@ import logging
 
 from torch import Tensor, nn
 
-from poetx_compile.adoption import Judge, Place, Ripe, adopted_state, harvest, reused
+from poetx_compile.adoption import Judge, Place, Ripe, adopted_state, harvest, reused, reused_dense
 from poetx_compile.census import Census
 from poetx_compile.config import POETXConfig
-from poetx_compile.errors import AdoptionError
 from poetx_compile.optim.takeover import take_over_all
 from poetx_compile.prepare import move_adopted
 
@@ -42,10 +41,7 @@ def settle() -> None:
         elif told.adopted:
             raise reused(told.layer, verdict.reason or "")
         elif verdict.reason is None:
-            raise AdoptionError(
-                f"compiled code of {told.layer}, which is left alone, was reused for a layer that "
-                "is not: call poetx_compile.prepare on the whole model before compiling"
-            )
+            raise reused_dense(told.layer)
     layers: list[nn.Linear] = []
     for (_, config), places in models.items():
         modules = [place.module for place in places]
