@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from poetx_compile import ownership
 from poetx_compile.census import Census, hidden
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import (
@@ -268,6 +269,8 @@ class Adopter:
         slots, left, states, config = self.graph_pass.slots, self.left, self.states, self.config
         zeros = self.zeros if self.settle is not None else []
         settle = self.settle
+        if settle is not None and slots:
+            ownership.watch()
         # Neither inputs nor graphs nor modules are kept alive.
         self.inputs, self.permutations, self.judge = (), {}, None
         del self.graph_pass
@@ -300,7 +303,15 @@ class Adopter:
                 ripe |= {args[index]: Ripe(layer, False, config) for index, layer in left}
                 _at_the_end_of_backward(out, ripe, settle)
                 calls += 1
-                if calls == MANY_CALLS and self.provisional:
+                if calls == MANY_CALLS and any(args[slot.index] in _ripe for slot in slots):
+                    log.warning(
+                        "a model that nobody prepared has been called %d times, and its rotations "
+                        "wait for the step of a torch optimiser: nothing trains until then. "
+                        "Compiled autograd tells of no end of a backward: call "
+                        "poetx_compile.prepare(model) first",
+                        calls,
+                    )
+                elif calls == MANY_CALLS and self.provisional:
                     log.warning(
                         "a model that nobody prepared has been called %d times without a backward: "
                         "until the first one it runs unfused. Evaluate under torch.no_grad(), or "

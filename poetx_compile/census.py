@@ -54,6 +54,11 @@ class Census:
         """The modules that have `parameter` among their own."""
         return self._owners.get(id(parameter), [])
 
+    def optimised(self, parameter: Tensor) -> bool:
+        """Whether an optimiser holds `parameter`."""
+        groups = (group for o in self.optimizers for group in o.param_groups)
+        return any(p is parameter for group in groups for p in group["params"])
+
     def above(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules that contain `module`, itself first, each once."""
         seen: set[int] = set()

@@ -1,8 +1,9 @@
 """Which optimiser trains which rotations, watched through torch's global step hooks.
 
 A prepared layer is enrolled here, and its rotations are owned once an optimiser is attached to
-them. Before each step of any torch optimiser that holds parameters of enrolled layers: rotations
-that the compiler made are taken over; a weight that `prepare` froze, in an optimiser without its
+them. Before each step of any torch optimiser: what the compiler adopted and no backward has settled
+is settled. Where the optimiser holds parameters of enrolled layers: rotations that the compiler made
+are taken over; a weight that `prepare` froze, in an optimiser without its
 rotations, raises; so does a prepared weight of zeros, which cannot train (values may come after
 `prepare`); rotations that nobody merges are told once. After each step: rotations that get
 gradients and that no optimiser holds.
@@ -49,6 +50,9 @@ _watching = False
 take_over: Callable[[Optimizer, list[nn.Linear]], Any] | None = None
 """Gives an optimiser the rotations of linears whose weights it holds; set by `optim.takeover`."""
 
+settle: Callable[..., None] | None = None
+"""Moves adopted states into their modules where no backward has; set by `settling`."""
+
 
 class _Look(NamedTuple):
     """What was found when an optimiser was looked at."""
@@ -75,7 +79,7 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
             list(stored_weight(module).shape),
         )
     _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
-    _watch()
+    watch()
 
 
 def own(skews: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
@@ -108,7 +112,8 @@ def _layers_of(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivale
     return [(m, layers[m]) for m in found]
 
 
-def _watch() -> None:
+def watch() -> None:
+    """Look at the steps of all optimisers from now on."""
     global _watching
     if not _watching:
         _watching = True
@@ -117,6 +122,8 @@ def _watch() -> None:
 
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if settle is not None and torch._C._current_graph_task_id() == -1:  # in no backward
+        settle(late=True)
     if (look := _looked.get(optimizer)) is not None and look.holds(optimizer):
         return
     found = held(optimizer)
