@@ -65,6 +65,11 @@ def decline(weight: Tensor, reason: str) -> None:
     _declined[weight] = reason
 
 
+def declined(weight: Tensor) -> str | None:
+    """Why compiled graphs must not adopt a weight, or ``None``."""
+    return _declined.get(weight)
+
+
 class Ripe(NamedTuple):
     """A weight of a graph whose backward is over: its layer, whether the graph adopts it, how."""
 

@@ -24,6 +24,7 @@ class Census:
     """What was alive when it was taken. Not to be kept: it keeps all of it alive.
 
     Attributes:
+        modules: all of them.
         optimizers: each once; of wrappers that share the groups of another, the wrapped one.
     """
 
@@ -47,6 +48,7 @@ class Census:
             for child in (vars(module).get("_modules") or {}).values():
                 if child is not None:
                     self._parents[id(child)].append(module)
+        self.modules: list[nn.Module] = found[nn.Module]
         self.optimizers = _distinct(found[Optimizer])
         self._schedulers: list[LRScheduler] = found[LRScheduler]
 

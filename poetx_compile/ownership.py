@@ -97,6 +97,16 @@ def owner(skew: nn.Parameter) -> Optimizer | None:
     return None if reference is None else reference()
 
 
+def enrolled() -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
+    """The layers that are watched, and are still prepared."""
+    return [(m, e) for m in list(_linears) if (e := equivalence_of(m)) is not None]
+
+
+def prepared_by_hand(optimizer: Optimizer) -> bool:
+    """Whether `optimizer` holds parameters of layers that `prepare` has prepared."""
+    return any(not e.adopted for _, e in _layers_of(optimizer))
+
+
 def held(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
     """The enrolled layers without an owner of which `optimizer` holds a parameter, in its order."""
     return [(m, e) for m, e in _layers_of(optimizer) if owner(e.skew_in) is None]
@@ -104,7 +114,7 @@ def held(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
 
 def _layers_of(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
     """The enrolled layers of which `optimizer` holds a parameter, in its order."""
-    layers = {m: e for m in list(_linears) if (e := equivalence_of(m)) is not None}
+    layers = dict(enrolled())
     # As they are now: sharding makes new parameters.
     module_of = {p: m for m, e in layers.items() for p in (stored_weight(m), e.skew_in, e.skew_out)}
     parameters = (p for group in optimizer.param_groups for p in group["params"])
