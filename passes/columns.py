@@ -218,7 +218,7 @@ def written(node: fx.Node) -> list[fx.Node]:
 
 
 def _nodes(arguments: Any) -> list[fx.Node]:
-    """The nodes among arguments, in lists and tuples too (`torch._foreach_mul_`, a tuple of out)."""
+    """The nodes among arguments, in lists and tuples too (those of `torch._foreach_mul_`)."""
     found: list[fx.Node] = []
     fx.node.map_arg(arguments, found.append)
     return found

@@ -1,8 +1,8 @@
 """What trains densely although its model went to the compiler: told once for each optimiser.
 
-A backend is given graphs. What Dynamo runs outside of them (a frame that it skips, a graph break in a
-loop, `nn.LSTM`), and what a graph reads inside of `torch.cond`, is trained by autograd as ever, and
-nobody would hear of it. So after the first step of an optimiser its gradients are looked at.
+A backend is given graphs. What Dynamo runs outside of them (a frame that it skips, a graph break in
+a loop, `nn.LSTM`), and what a graph reads inside of `torch.cond`, is trained by autograd as ever,
+and nobody would hear of it. So after the first step of an optimiser its gradients are looked at.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _given(module: nn.Module) -> POETXConfig | None:
         callback = inspect.getclosurevars(call).nonlocals.get("callback")
     else:
         return None
-    wrapper = innermost_backend(callback)
+    wrapper: Any = innermost_backend(callback)  # type: ignore[arg-type]
     if getattr(wrapper, "compiler_fn", None) is not poetx_backend:
         return None
     given = wrapper.kwargs

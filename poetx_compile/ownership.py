@@ -2,11 +2,11 @@
 
 A prepared layer is enrolled here, and its rotations are owned once an optimiser is attached to
 them. Before each step of any torch optimiser: what the compiler adopted and no backward has settled
-is settled. Where the optimiser holds parameters of enrolled layers: rotations that the compiler made
-are taken over; a weight that `prepare` froze, in an optimiser without its
-rotations, raises; so does a prepared weight of zeros, which cannot train (values may come after
-`prepare`); rotations that nobody merges are told once. After each step: rotations that get
-gradients and that no optimiser holds.
+is settled. Where the optimiser holds parameters of enrolled layers: rotations that the compiler
+made are taken over; a weight that `prepare` froze, in an optimiser without its rotations, raises;
+so does a prepared weight of zeros, which cannot train (values may come after `prepare`); rotations
+that nobody merges are told once. After each step: rotations that get gradients and that no
+optimiser holds.
 """
 
 from __future__ import annotations
@@ -184,13 +184,14 @@ def _check_weights(layers: Sequence[tuple[nn.Linear, OrthogonalEquivalence]]) ->
     empty = []
     for modules in by_device.values():
         weights = [stored_weight(module) for module in modules]
-        found = torch.stack([local(weight).any() for weight in weights]).int()
-        found = reduce_over(groups_of(weights), found, "max").tolist()
-        empty += [module for module, some in zip(modules, found, strict=True) if not some]
+        some = torch.stack([local(weight).any() for weight in weights]).int()
+        found = reduce_over(groups_of(weights), some, "max").tolist()
+        empty += [module for module, any_ in zip(modules, found, strict=True) if not any_]
     if empty:
+        names = ", ".join(map(_name, empty))
         raise NothingToTrainError(
-            f"the weight of {', '.join(map(_name, empty))} is all zeros, which no rotation changes: "
-            "it would never train. Name it in exclude_modules, or call prepare when the model has "
+            f"the weight of {names} is all zeros, which no rotation changes: it "
+            "would never train. Name it in exclude_modules, or call prepare when the model has "
             "its values, to train it densely; of a model that is prepared, "
             "poetx_compile.merge_and_unload(layer) makes a layer dense: build a new optimiser then"
         )

@@ -92,7 +92,7 @@ def _dense(trained: Trained | None) -> str:
     """The share that trains, in words, and what trains densely."""
     if trained is None:
         return ""
-    first, *_ = str(trained).splitlines()
+    first = "; ".join(str(trained).splitlines()[:2])
     items = "".join(
         f"<li><code>{escape(', '.join(w.names))}</code> {'×'.join(map(str, w.shape))}: "
         f"{w.count:,} parameters, {escape(w.reason)}</li>"

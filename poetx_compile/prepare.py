@@ -399,7 +399,11 @@ def _rank_notes(stored: Tensor) -> Iterator[str]:
         return
     n, m = stored.shape
     rows, columns = (int(stored.detach().any(dim).sum()) for dim in (1, 0))
-    zeros = [f"{d - k} of {d} {what}" for d, k, what in ((n, rows, "rows"), (m, columns, "columns")) if k < d]
+    zeros = [
+        f"{d - k} of {d} {what}"
+        for d, k, what in ((n, rows, "rows"), (m, columns, "columns"))
+        if k < d
+    ]
     if zeros:
         yield f"{' and '.join(zeros)} are zeros: the rank stays at most {min(rows, columns)}"
 

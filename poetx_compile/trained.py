@@ -55,8 +55,8 @@ class Trained:
         trainable = self.rotations + self.dense
         lines = [
             f"{self.share:.1f} % of {self.total:,} parameters train through rotations, "
-            f"{100 * self.dense / max(self.total, 1):.1f} % densely: {trainable:,} trainable "
-            f"parameters, {self.rotations:,} of them rotations"
+            f"{100 * self.dense / max(self.total, 1):.1f} % densely",
+            f"{trainable:,} trainable parameters, {self.rotations:,} of them rotations",
         ]
         lines += [f"  dense: {weights}" for weights in self.weights]
         return "\n".join(lines)

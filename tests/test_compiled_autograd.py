@@ -1,4 +1,4 @@
-"""Compiled autograd calls nothing at the end of a backward: adopted rotations train all the same."""
+"""Compiled autograd calls nothing at the end of a backward: adopted rotations train anyhow."""
 
 from __future__ import annotations
 

@@ -163,7 +163,9 @@ LATE = pytest.mark.parametrize("make", [from_meta, written, loaded])
 
 
 @LATE
-@pytest.mark.parametrize("build", [poetx.POETXAdamW, lambda m: torch.optim.SGD(m.parameters(), 0.1)])
+@pytest.mark.parametrize(
+    "build", [poetx.POETXAdamW, lambda m: torch.optim.SGD(m.parameters(), 0.1)]
+)
 def test_values_that_come_later_are_refused_at_the_first_step(make, build):
     model = make()
     optimizer = build(model)
@@ -183,7 +185,10 @@ def test_the_way_out_that_the_error_names(make):
     assert losses[-1] < losses[0]
     assert equivalence_of(model.down) is None
     assert equivalence_of(model.up) is not None
-    assert set(dict(model.named_parameters())) >= {"down.weight", "up.parametrizations.weight.0.skew_in"}
+    assert set(dict(model.named_parameters())) >= {
+        "down.weight",
+        "up.parametrizations.weight.0.skew_in",
+    }
 
 
 def test_zeros_written_while_training_goes_on_are_noticed():
@@ -213,7 +218,9 @@ def test_weights_are_looked_at_once_and_not_at_every_step(monkeypatch: pytest.Mo
 
     looks: list[int] = []
     check = ownership._check_weights
-    monkeypatch.setattr(ownership, "_check_weights", lambda layers: looks.append(len(layers)) or check(layers))
+    monkeypatch.setattr(
+        ownership, "_check_weights", lambda layers: looks.append(len(layers)) or check(layers)
+    )
     model = MLP()
     poetx.prepare(model, CONFIG)
     train(model, poetx.POETXAdamW(model, lr=1e-3))
@@ -229,7 +236,9 @@ def test_rows_and_columns_of_zeros_are_reported_with_the_rank_they_leave():
         layer.weight[[1, 4]] = 0
         layer.weight[:, 3:9] = 0
     (row,) = poetx.prepare(layer, CONFIG)
-    assert row.reason.endswith("2 of 9 rows and 6 of 12 columns are zeros: the rank stays at most 6")
+    assert row.reason.endswith(
+        "2 of 9 rows and 6 of 12 columns are zeros: the rank stays at most 6"
+    )
 
 
 def test_rotations_keep_the_rank_that_dense_training_raises():
