@@ -187,6 +187,7 @@ def register(
     share_class(module)
     stored_weight(module).requires_grad_(False)
     stored_weight(module).grad = None
+    equivalence.written = not has_values(weight)  # else it has just been looked at
     enrol(module, equivalence)
 
 

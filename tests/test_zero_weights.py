@@ -213,18 +213,27 @@ def test_a_step_at_a_rate_of_zero_may_come_before_the_values():
     train(model, optimizer, 1)
 
 
-def test_weights_are_looked_at_once_and_not_at_every_step(monkeypatch: pytest.MonkeyPatch):
+def test_weights_are_looked_at_when_they_were_written_and_not_at_every_step(
+    monkeypatch: pytest.MonkeyPatch,
+):
     from poetx_compile import ownership
 
-    looks: list[int] = []
+    looked: list[int] = []
     check = ownership._check_weights
-    monkeypatch.setattr(
-        ownership, "_check_weights", lambda layers: looks.append(len(layers)) or check(layers)
-    )
+
+    def count(layers: Any) -> None:
+        looked.extend([len(layers)] * bool(layers))
+        check(layers)
+
+    monkeypatch.setattr(ownership, "_check_weights", count)
     model = MLP()
     poetx.prepare(model, CONFIG)
-    train(model, poetx.POETXAdamW(model, lr=1e-3))
-    assert looks == [2]
+    optimizer = poetx.POETXAdamW(model, lr=1e-3)
+    train(model, optimizer)
+    assert looked == [], "prepare has seen them"
+    model.load_state_dict(MLP().state_dict())
+    train(model, optimizer)
+    assert looked == [2]
 
 
 # --- less than zeros: rank ----------------------------------------------------------------------
