@@ -72,7 +72,8 @@ def prepare(
 
     The weights are frozen and stored permuted; packed skew parameters at zero are trained instead.
     The outputs do not change (bitwise in eager, unless `config.normalize_rows`). Biases train as
-    before. Calling it again prepares what is new and leaves what is prepared.
+    before. Calling it again prepares what is new and leaves what is prepared. A weight of zeros,
+    which no rotation changes, stays dense; so do routers and output embeddings.
 
     Linears of one parent module with the same number of inputs (q, k, v; gate, up) form a group
     that shares one input permutation. `shared` declares further groups, of either side::
