@@ -81,6 +81,11 @@ _INPLACE_OPERATORS = frozenset(
     for name in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor", "setitem")
 )
 
+_RENORMALISING = (F.embedding, F.embedding_bag)
+"""What writes into its weight where it is given a `max_norm`."""
+
+_WRITE_NO_VALUE = ("requires_grad_", "detach_")
+
 
 def width_of(node: Any) -> int | None:
     """Number of columns of a floating-point value, where it is a constant above 1."""
@@ -147,7 +152,7 @@ def mutated(graph: fx.Graph) -> set[fx.Node]:
     A copy with permuted columns would miss such a write.
     """
     found: set[fx.Node] = set()
-    pending = [n for node in graph.nodes for n in _written(node)]
+    pending = [n for node in graph.nodes for n in written(node)]
     while pending:
         node = pending.pop()
         if node in found:
@@ -195,29 +200,45 @@ def refers_only(node: fx.Node, operand: fx.Node) -> bool:
     return is_cast and node.args[0] is not operand and operand in node.all_input_nodes
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The operands that a node writes to."""
+def written(node: fx.Node) -> list[fx.Node]:
+    """The operands that a node writes to; of a higher-order op, those that it may write to."""
     if node.op not in ("call_function", "call_method"):
         return []
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        return list(node.all_input_nodes) if _writes_by_schema(target) else []
+        return _nodes(_written_by_schema(node, target))
     if isinstance(target, torch._ops.HigherOrderOperator) and target is not graphs.CHECKPOINT:
         return list(node.all_input_nodes)  # some do, such as the call of a Triton kernel
     name = target if node.op == "call_method" else getattr(target, "__name__", "")
-    by_name = name.endswith("_") and not name.endswith("__")
+    by_name = name.endswith("_") and not name.endswith("__") and name not in _WRITE_NO_VALUE
+    if target in _RENORMALISING and _argument(node, 3, "max_norm") is not None:
+        return _nodes(_argument(node, 1, "weight"))
     writes = by_name or target in _INPLACE_OPERATORS or _is_inplace(node)
-    written = [*(node.args[:1] if writes else ()), node.kwargs.get("out")]
-    return [operand for operand in written if isinstance(operand, fx.Node)]
+    return _nodes((node.args[:1] if writes else (), node.kwargs.get("out")))
 
 
-def _writes_by_schema(op: torch._ops.OpOverload | torch._ops.OpOverloadPacket) -> bool:
+def _nodes(arguments: Any) -> list[fx.Node]:
+    """The nodes among arguments, in lists and tuples too (those of `torch._foreach_mul_`)."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(arguments, found.append)
+    return found
+
+
+def _written_by_schema(
+    node: fx.Node, op: torch._ops.OpOverload | torch._ops.OpOverloadPacket
+) -> list[Any]:
+    """The arguments that any overload of an op writes to."""
     overloads = (
         [getattr(op, name) for name in op.overloads()]
         if isinstance(op, torch._ops.OpOverloadPacket)
         else [op]
     )
-    return any(overload._schema.is_mutable for overload in overloads)
+    found = []
+    for overload in overloads:
+        for position, argument in enumerate(overload._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found.append(_argument(node, position, argument.name))
+    return found
 
 
 def _is_inplace(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from poetx_compile import ops
+from poetx_compile import dense, ops
 from poetx_compile.backend import poetx_backend
 from poetx_compile.checkpoint import load_checkpoint, save_checkpoint
 from poetx_compile.config import POETXConfig
@@ -27,6 +27,8 @@ from poetx_compile.optim import (
     param_groups,
 )
 from poetx_compile.prepare import merge_and_unload, prepare
+
+dense.watch()
 
 __all__ = [
     "POETXAdamW",

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from poetx_compile import ownership
 from poetx_compile.census import Census, hidden
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import (
     HOOKED,
+    ZEROS,
     check_targets,
+    is_all_zeros,
     linears,
     name_refusal,
     refusals,
@@ -60,6 +63,11 @@ def release(weight: Tensor) -> OrthogonalEquivalence | None:
 def decline(weight: Tensor, reason: str) -> None:
     """Note that `prepare` left this weight alone: compiled graphs must not adopt it."""
     _declined[weight] = reason
+
+
+def declined(weight: Tensor) -> str | None:
+    """Why compiled graphs must not adopt a weight, or ``None``."""
+    return _declined.get(weight)
 
 
 class Ripe(NamedTuple):
@@ -184,6 +192,7 @@ class Adopter:
         self.states = _states if states is None else states
         self.judge: Judge | None = None
         self.left: list[tuple[int, str]] = []
+        self.zeros: list[tuple[int, str]] = []
         self.permutations: dict[int, Permutation] = {}
         self.graph_pass = AdoptLinear(self._refuse, self._create)
 
@@ -202,6 +211,8 @@ class Adopter:
             )
         if reason is not None:
             self.left.append((index, layer))
+        if reason == ZEROS:
+            self.zeros.append((index, layer))
         return reason
 
     def _refuse_split(self, layer: str) -> str:
@@ -261,7 +272,10 @@ class Adopter:
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled` with the states of its weights looked up at each call."""
         slots, left, states, config = self.graph_pass.slots, self.left, self.states, self.config
+        zeros = self.zeros if self.settle is not None else []
         settle = self.settle
+        if settle is not None and slots:
+            ownership.watch()
         # Neither inputs nor graphs nor modules are kept alive.
         self.inputs, self.permutations, self.judge = (), {}, None
         del self.graph_pass
@@ -272,6 +286,8 @@ class Adopter:
             extra: list[Tensor] = []
             permutations: dict[int, Permutation] = {}
             inputs = list(args)
+            for index, layer in zeros:
+                _keep_dense(args[index], layer)
             for slot in slots:
                 weight = args[slot.index]
                 inputs[slot.index] = weight.detach()  # its hooks would be called with None
@@ -287,12 +303,20 @@ class Adopter:
                 tensors = _tensors(state)
                 extra += [tensors[name] for name in slot.tensors]
             out = compiled(*inputs, *extra)
-            if settle is not None:
+            if settle is not None and slots:
                 ripe = {args[slot.index]: Ripe(slot.layer, True, config) for slot in slots}
                 ripe |= {args[index]: Ripe(layer, False, config) for index, layer in left}
                 _at_the_end_of_backward(out, ripe, settle)
                 calls += 1
-                if calls == MANY_CALLS and self.provisional:
+                if calls == MANY_CALLS and any(args[slot.index] in _ripe for slot in slots):
+                    log.warning(
+                        "a model that nobody prepared has been called %d times, and its rotations "
+                        "wait for the step of a torch optimiser: nothing trains until then. "
+                        "Compiled autograd tells of no end of a backward: call "
+                        "poetx_compile.prepare(model) first",
+                        calls,
+                    )
+                elif calls == MANY_CALLS and self.provisional:
                     log.warning(
                         "a model that nobody prepared has been called %d times without a backward: "
                         "until the first one it runs unfused. Evaluate under torch.no_grad(), or "
@@ -302,6 +326,23 @@ class Adopter:
             return out
 
         return run
+
+
+def _keep_dense(weight: Tensor, layer: str) -> None:
+    """A weight that was all zeros when its code was compiled trains densely, and goes on so when it
+    is none any more; the code may have been made for another instance."""
+    if weight not in _declined:
+        if not is_all_zeros(weight):
+            raise reused_dense(layer)
+        decline(weight, ZEROS)
+
+
+def reused_dense(layer: str) -> AdoptionError:
+    """Code of a layer that was left alone meets a weight that is to be adopted."""
+    return AdoptionError(
+        f"compiled code of {layer}, which is left alone, was reused for a layer that is not: call "
+        "poetx_compile.prepare on the whole model before compiling"
+    )
 
 
 def reused(layer: str, reason: str) -> AdoptionError:

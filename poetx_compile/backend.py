@@ -14,12 +14,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from poetx_compile import collector, passes
 from poetx_compile.adoption import Adopter
 from poetx_compile.config import POETXConfig
-from poetx_compile.errors import ConfigError
+from poetx_compile.errors import ConfigError, EffectiveWeightError
 from poetx_compile.kept import Compiler, FoldKeeper
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
 from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_with_id
 from poetx_compile.partition import Partitioner, partitioner_for
 from poetx_compile.passes import graphs, input_centric
+from poetx_compile.passes.writes import writes_to_weights
 from poetx_compile.settling import settle
 from poetx_compile.wrappers import check_reduced
 
@@ -122,6 +123,7 @@ def rewrite(
         The rewritten graph, its additional inputs, the function that binds a compiled graph to
         them, and the record of what the passes did.
     """
+    _check_not_written(gm)
     check_reduced(*(skew for e in _prepared(gm) for skew in (e.skew_in, e.skew_out)))
     graph = graphs.clone(gm)
     record = passes.Record()
@@ -159,7 +161,7 @@ def rewrite(
         _warn_of_weights_that_leave(record)
     log.debug("rewritten graph:\n%s", graph.graph)
     parts: list[Adopter | FoldKeeper] = []  # in the order of their inputs
-    if adopter is not None and adopter.graph_pass.slots:
+    if adopter is not None and (adopter.graph_pass.slots or adopter.zeros):
         parts.append(adopter)
     if keeper is not None and keeper.graph_pass.module is not None:
         record.hoisted = keeper.graph_pass.module
@@ -173,13 +175,24 @@ def rewrite(
     return graph, [t for part in parts for t in part.extra_inputs()], bind, record
 
 
+def _check_not_written(gm: fx.GraphModule) -> None:
+    for weight, writer in writes_to_weights(gm):
+        raise EffectiveWeightError(
+            f"compiled code writes into the weight of {graphs.layer_of(weight).name} in place "
+            f"({writer.name}), which would be lost: the weight of a prepared layer is computed. "
+            "Write it in code that is not compiled (torch.compiler.disable), assign it "
+            "(linear.weight = value), or train the layer densely (exclude_modules)"
+        )
+
+
 def _warn_of_weights_that_leave(record: passes.Record) -> None:
     left = [e for e in record.refused("input_centric") if e.detail == input_centric.LEAVES]
     if left:
         log.warning(
             "an effective weight of shape %s leaves the compiled graph, built as a dense matrix: "
-            "right, and slow. module.compile() does that for torch's own classes, such as "
-            "nn.Sequential: use torch.compile(module). Otherwise look for a graph break",
+            "right, and slow; what is written into it there is lost. module.compile() does that "
+            "for torch's own classes, such as nn.Sequential: use torch.compile(module). Otherwise "
+            "look for a graph break",
             list(left[0].shape or ()),
         )
 

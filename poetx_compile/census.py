@@ -24,6 +24,7 @@ class Census:
     """What was alive when it was taken. Not to be kept: it keeps all of it alive.
 
     Attributes:
+        modules: all of them.
         optimizers: each once; of wrappers that share the groups of another, the wrapped one.
     """
 
@@ -47,12 +48,18 @@ class Census:
             for child in (vars(module).get("_modules") or {}).values():
                 if child is not None:
                     self._parents[id(child)].append(module)
+        self.modules: list[nn.Module] = found[nn.Module]
         self.optimizers = _distinct(found[Optimizer])
         self._schedulers: list[LRScheduler] = found[LRScheduler]
 
     def owners(self, parameter: Tensor) -> list[nn.Module]:
         """The modules that have `parameter` among their own."""
         return self._owners.get(id(parameter), [])
+
+    def optimised(self, parameter: Tensor) -> bool:
+        """Whether an optimiser holds `parameter`."""
+        groups = (group for o in self.optimizers for group in o.param_groups)
+        return any(p is parameter for group in groups for p in group["params"])
 
     def above(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules that contain `module`, itself first, each once."""

@@ -147,7 +147,8 @@ class EffectiveWeight(Tensor):
         followed = list(_followed((*args, *kwargs.values())))
         if func in _FLAG and followed and followed[0]._as_read:
             return _set_flag(*args, **kwargs)
-        if any(t is not cls for t in types):  # tensors of another kind decide what happens
+        # Tensors of another kind decide what happens. Functions written in Python name plain ones.
+        if any(t is not cls and t is not Tensor for t in types):
             args, kwargs = tree_map_only(EffectiveWeight, _plain, (args, kwargs))
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -20,7 +21,10 @@ from poetx_compile.shards import is_sharded
 PREPARED = "already prepared"
 """The one reason that is no refusal: the layer is trained through rotations."""
 
+ZEROS = "the weight is all zeros, which no rotation changes: it trains densely"
+
 _ROUTER_NAMES = ("gate", "gating", "router", "shared_expert_gate")
+_ROUTER_PARTS = ("gate", "gating", "rout", "switch")
 
 HOOKED = (
     "has a post-accumulate-grad hook (an optimiser step in the backward?), which never runs for a "
@@ -154,7 +158,22 @@ def weight_refusal(weight: nn.Parameter) -> str | None:
         return HOOKED
     if weight.dim() != 2 or min(weight.shape) == 0 or max(weight.shape) < 2:
         return f"shape {list(weight.shape)} has nothing to rotate"
+    if is_all_zeros(weight):
+        return ZEROS
     return None
+
+
+def has_values(weight: Tensor) -> bool:
+    """Whether there is something to read in a weight: not on meta, of a fake mode, or sharded."""
+    return not (weight.is_meta or isinstance(weight, FakeTensor) or is_sharded(weight))
+
+
+def is_all_zeros(weight: Tensor) -> bool:
+    """Whether every entry of a weight is zero, as far as that can be known here."""
+    if not has_values(weight):
+        return False
+    w = weight.detach()
+    return not w[:1].any() and not w.any()  # the first row tells of almost any weight
 
 
 def trained_by(found: dict[str, nn.Linear], reasons: dict[str, str | None]) -> set[int]:
@@ -233,8 +252,41 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 
 
 def _is_router(model: nn.Module, name: str) -> bool:
-    """A linear that is, or sits beside, the experts of a mixture: a rotation would mix experts."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    beside_experts = "experts" in parent._modules and child in _ROUTER_NAMES
-    return beside_experts or (bool(name) and "router" in type(parent).__name__.lower())
+    """A linear that chooses among experts, or a part of what does: a rotation would mix experts."""
+    path = name.split(".") if name else []
+    parents = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    if parents and "router" in type(parents[-1]).__name__.lower():
+        return True
+    return any(_routes(parent, child) for parent, child in zip(parents, path, strict=True))
+
+
+def _routes(parent: nn.Module, child: str) -> bool:
+    """Whether a child of a module is called a router, and has experts beside it.
+
+    They are called so, or are as many as it has outputs: a gate of a gated MLP is no router.
+    """
+    if "experts" in parent._modules and child in _ROUTER_NAMES:
+        return True
+    if not any(part in child.lower() for part in _ROUTER_PARTS):
+        return False
+    counts = set(_expert_counts(parent, child))
+    return bool(counts) and any(
+        m.out_features in counts
+        for m in parent.get_submodule(child).modules()
+        if isinstance(m, nn.Linear)
+    )
+
+
+def _expert_counts(parent: nn.Module, child: str) -> Iterator[int]:
+    """How many experts there may be beside a child: lists of modules or weights that are alike, and
+    weights of three dimensions, of the parent or of a sibling."""
+    siblings = [m for name, m in parent._modules.items() if m is not None and name != child]
+    for module in (parent, *siblings):
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList):
+            members = module.values() if isinstance(module, nn.ModuleDict) else module
+            if len(module) > 1 and len({type(member) for member in members}) == 1:
+                yield len(module)
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for p in module._parameters.values():
+                if p is not None and not nn.parameter.is_lazy(p) and p.dim() > 2 and len(p) > 1:
+                    yield len(p)

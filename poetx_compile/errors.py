@@ -16,7 +16,8 @@ class ConfigError(POETXError, ValueError):
 
 
 class NothingToTrainError(POETXError, ValueError):
-    """No `nn.Linear` of the model is eligible, or a `target_modules` pattern matched nothing."""
+    """No `nn.Linear` of the model is eligible, a `target_modules` pattern matched nothing, or a
+    prepared weight is all zeros."""
 
 
 class IncompatibleStateError(POETXError, ValueError, RuntimeError):

@@ -26,12 +26,16 @@ from poetx_compile.passes.folded import CONDITION
 from poetx_compile.passes.render import render
 from poetx_compile.prepare import config_of
 from poetx_compile.report import format_table
+from poetx_compile.trained import Trained, trained
 
 _FORMULATIONS = ("folded", "input_centric")
 """The passes that rewrite a layer, in the order they see it."""
 
 _ACROSS_LAYERS = ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds")
 """The passes whose decisions are about several layers at once."""
+
+
+NOT_SEEN = "no graph of these inputs calls it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Explanation:
             was not asked to compile.
         model: name of the model's class.
         machine: the rates of the cost model.
+        trained: a `Trained`: how much of the model trains through rotations, and what does not.
     """
 
     def __init__(
@@ -82,9 +87,11 @@ class Explanation:
         kernels: int | None,
         model: str = "",
         machine: Machine | None = None,
+        trained: Trained | None = None,
     ):
         self.rows, self.graphs, self.kernels = rows, graphs, kernels
         self.model, self.machine = model, machine or Machine()
+        self.trained = trained
 
     def save_html(self, path: str | os.PathLike[str]) -> Path:
         """Write one HTML page that needs nothing else, and return its path.
@@ -131,6 +138,7 @@ class Explanation:
         ]
         rewritten = sum(r.status == "rewritten" for r in self.rows)
         lines = [
+            *([] if self.trained is None else [f"{self.trained}\n"]),
             format_table(header, cells),
             f"{rewritten} of {len(self.rows)} nn.Linear rewritten in {len(self.graphs)} graph(s)",
             f"nodes: {sum(g.nodes_before for g in self.graphs)} before, "
@@ -153,6 +161,9 @@ def explain(
     **kwargs: Any,
 ) -> Explanation:
     """Run the passes over `model` on example inputs and say what they did and what not, and why.
+
+    First comes the share of the model that trains through rotations, and every weight of two
+    dimensions or more that trains densely.
 
     The model's forward runs once, uncompiled. Nothing of the model changes: a plain model is shown
     as it would be adopted, without any state being created; buffers (running statistics) and the
@@ -192,7 +203,10 @@ def explain(
         count = _count_kernels(plain, parsed, inputs, kwargs) if kernels else None
     config = config_of(plain) or POETXConfig.from_dict(parsed.config)
     rows = _rows(plain, config, seen)
-    return Explanation(rows, seen, count, type(plain).__name__, parsed.machine)
+    # Rotations of a prepared model train everywhere, those of another where a graph adopts them.
+    left = {r.name: r.reason for r in rows if r.status in ("skipped", "not seen")}
+    what = trained(plain, config, left)
+    return Explanation(rows, seen, count, type(plain).__name__, parsed.machine, what)
 
 
 @contextlib.contextmanager
@@ -272,7 +286,7 @@ def _row(name: str, shape: tuple[int, int], event: Event | None, reason: str | N
         return ExplainRow(name, shape, "-", "plain", "skipped", reason)
     if event is not None:
         return ExplainRow(name, shape, "-", "plain", "skipped", event.detail)
-    return ExplainRow(name, shape, "-", "-", "not seen", "no graph of these inputs calls it")
+    return ExplainRow(name, shape, "-", "-", "not seen", NOT_SEEN)
 
 
 def _device_type(model: nn.Module) -> str:

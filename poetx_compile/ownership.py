@@ -1,10 +1,12 @@
 """Which optimiser trains which rotations, watched through torch's global step hooks.
 
 A prepared layer is enrolled here, and its rotations are owned once an optimiser is attached to
-them. Before each step of any torch optimiser that holds parameters of enrolled layers: rotations
-that the compiler made are taken over; a weight that `prepare` froze, in an optimiser without its
-rotations, raises; rotations that nobody merges are told once. After each step: rotations that get
-gradients and that no optimiser holds.
+them. Before each step of any torch optimiser: what the compiler adopted and no backward has settled
+is settled. Where the optimiser holds parameters of enrolled layers: rotations that the compiler
+made are taken over; a weight that `prepare` froze, in an optimiser without its rotations, raises;
+so does a prepared weight of zeros, which cannot train (values may come after `prepare`); rotations
+that nobody merges are told once. After each step: rotations that get gradients and that no
+optimiser holds.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +27,16 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from poetx_compile.errors import UnownedRotationsError
-from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_of, stored_weight
+from poetx_compile.census import Census
+from poetx_compile.eligibility import linears
+from poetx_compile.errors import NothingToTrainError, UnownedRotationsError
+from poetx_compile.parametrization import (
+    OrthogonalEquivalence,
+    equivalence_of,
+    revision,
+    stored_weight,
+)
+from poetx_compile.shards import groups_of, local, reduce_over
 
 log = logging.getLogger("poetx_compile")
 
@@ -39,11 +50,14 @@ _watching = False
 take_over: Callable[[Optimizer, list[nn.Linear]], Any] | None = None
 """Gives an optimiser the rotations of linears whose weights it holds; set by `optim.takeover`."""
 
+settle: Callable[..., None] | None = None
+"""Moves adopted states into their modules where no backward has; set by `settling`."""
+
 
 class _Look(NamedTuple):
     """What was found when an optimiser was looked at."""
 
-    state: tuple[int, int]
+    state: tuple[int, int, int]
     idle: weakref.WeakSet[OrthogonalEquivalence]
     """Layers with frozen rotations: it is looked at again when these train."""
 
@@ -65,7 +79,7 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
             list(stored_weight(module).shape),
         )
     _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
-    _watch()
+    watch()
 
 
 def own(skews: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
@@ -83,17 +97,33 @@ def owner(skew: nn.Parameter) -> Optimizer | None:
     return None if reference is None else reference()
 
 
+def enrolled() -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
+    """The layers that are watched, and are still prepared."""
+    return [(m, e) for m in list(_linears) if (e := equivalence_of(m)) is not None]
+
+
+def prepared_by_hand(optimizer: Optimizer) -> bool:
+    """Whether `optimizer` holds parameters of layers that `prepare` has prepared."""
+    return any(not e.adopted for _, e in _layers_of(optimizer))
+
+
 def held(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
     """The enrolled layers without an owner of which `optimizer` holds a parameter, in its order."""
-    layers = {m: e for m in list(_linears) if (e := equivalence_of(m)) is not None}
+    return [(m, e) for m, e in _layers_of(optimizer) if owner(e.skew_in) is None]
+
+
+def _layers_of(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
+    """The enrolled layers of which `optimizer` holds a parameter, in its order."""
+    layers = dict(enrolled())
     # As they are now: sharding makes new parameters.
     module_of = {p: m for m, e in layers.items() for p in (stored_weight(m), e.skew_in, e.skew_out)}
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     found = dict.fromkeys(m for p in parameters if (m := module_of.get(p)) is not None)
-    return [(m, layers[m]) for m in found if owner(layers[m].skew_in) is None]
+    return [(m, layers[m]) for m in found]
 
 
-def _watch() -> None:
+def watch() -> None:
+    """Look at the steps of all optimisers from now on."""
     global _watching
     if not _watching:
         _watching = True
@@ -102,6 +132,8 @@ def _watch() -> None:
 
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if settle is not None and torch._C._current_graph_task_id() == -1:  # in no backward
+        settle(late=True)
     if (look := _looked.get(optimizer)) is not None and look.holds(optimizer):
         return
     found = held(optimizer)
@@ -118,6 +150,11 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             "poetx_compile.param_groups(model, lr=...), or call "
             "poetx_compile.adopt(optimizer, model)"
         )
+    # A step at a rate of zero turns nothing, and may come before the values of the weights:
+    # torch.distributed.checkpoint takes one, to have the optimiser's state made.
+    if not any(float(group.get("lr", 1.0)) > 0 for group in optimizer.param_groups):
+        return
+    _check_weights([(m, e) for m, e in _layers_of(optimizer) if e.written and e.trains])
     if by_hand:
         for skew in (s for _, e in by_hand for s in (e.skew_in, e.skew_out)):
             _orphans.pop(skew, None)
@@ -131,9 +168,41 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _looked[optimizer] = _Look(_state(optimizer), idle)
 
 
-def _state(optimizer: Optimizer) -> tuple[int, int]:
-    """What may have changed since an optimiser was looked at: layers, or its parameters."""
-    return _version, sum(len(group["params"]) for group in optimizer.param_groups)
+def _state(optimizer: Optimizer) -> tuple[int, int, int]:
+    """What may have changed since an optimiser was looked at: layers, weights, its parameters."""
+    return _version, revision(), sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _check_weights(layers: Sequence[tuple[nn.Linear, OrthogonalEquivalence]]) -> None:
+    """Raise `NothingToTrainError` where a weight is all zeros; of sharded ones, in every process.
+
+    `prepare` leaves such a weight dense, if it has values by then.
+    """
+    by_device: dict[torch.device, list[nn.Linear]] = defaultdict(list)
+    for module, _ in layers:
+        by_device[stored_weight(module).device].append(module)
+    empty = []
+    for modules in by_device.values():
+        weights = [stored_weight(module) for module in modules]
+        some = torch.stack([local(weight).any() for weight in weights]).int()
+        found = reduce_over(groups_of(weights), some, "max").tolist()
+        empty += [module for module, any_ in zip(modules, found, strict=True) if not any_]
+    if empty:
+        names = ", ".join(map(_name, empty))
+        raise NothingToTrainError(
+            f"the weight of {names} is all zeros, which no rotation changes: it "
+            "would never train. Name it in exclude_modules, or call prepare when the model has "
+            "its values, to train it densely; of a model that is prepared, "
+            "poetx_compile.merge_and_unload(layer) makes a layer dense: build a new optimiser then"
+        )
+    for _, e in layers:
+        e.written = False
+
+
+def _name(module: nn.Linear) -> str:
+    """The name of a linear in its model, as far as the process knows."""
+    root = Census().root(module)
+    return next((n for n, m in linears(root).items() if m is module and n), "(root)")
 
 
 _gradients: Any = WeakTensorKeyDictionary()  # skew parameter → its last gradient, and how many

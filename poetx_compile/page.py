@@ -22,6 +22,7 @@ from poetx_compile.report import compact
 
 if TYPE_CHECKING:
     from poetx_compile.explain import ExplainedGraph, ExplainRow, Explanation
+    from poetx_compile.trained import Trained
 
 COLUMNS = ("layer", "shape", "blocks in | out", "formulation", "status", "reason")
 
@@ -62,6 +63,7 @@ def page(explanation: Explanation) -> str:
         ),
         rows="\n".join(map(_row, explanation.rows)),
         legend="".join(f'<li><i class="{kind}"></i>{text}</li>' for kind, text in LEGEND),
+        dense=_dense(explanation.trained),
         passes=_passes(explanation.across_layers),
         costs=_costs(explanation),
         texts="\n".join(_texts(explanation.graphs)),
@@ -74,7 +76,9 @@ def _numbers(explanation: Explanation) -> str:
     rows, graphs = explanation.rows, explanation.graphs
     rewritten = sum(row.status == "rewritten" for row in rows)
     before, after = (sum(getattr(g, f"nodes_{side}") for g in graphs) for side in _SIDES)
-    found = [
+    trained = explanation.trained
+    found = [] if trained is None else [(f"{trained.share:.1f} %", "trains through rotations")]
+    found += [
         (f"{rewritten} of {len(rows)}", "nn.Linear rewritten"),
         (f"{before} → {after}", "nodes"),
         (str(len(graphs)), "graph" if len(graphs) == 1 else "graphs"),
@@ -82,6 +86,22 @@ def _numbers(explanation: Explanation) -> str:
     if explanation.kernels is not None:
         found.append((str(explanation.kernels), "kernels, forward and backward"))
     return "".join(f"<li><b>{escape(n)}</b><span>{escape(what)}</span></li>" for n, what in found)
+
+
+def _dense(trained: Trained | None) -> str:
+    """The share that trains, in words, and what trains densely."""
+    if trained is None:
+        return ""
+    first = "; ".join(str(trained).splitlines()[:2])
+    items = "".join(
+        f"<li><code>{escape(', '.join(w.names))}</code> {'×'.join(map(str, w.shape))}: "
+        f"{w.count:,} parameters, {escape(w.reason)}</li>"
+        for w in trained.weights
+    )
+    return (
+        '<section aria-labelledby="h-dense"><h2 id="h-dense">What trains</h2>'
+        f'<p>{escape(first)}</p><ul class="events">{items}</ul></section>'
+    )
 
 
 _SIDES = ("before", "after")

@@ -61,8 +61,14 @@ _revision = 0
 
 
 def revision() -> int:
-    """A number that grows whenever prepared layers, or the parameters in them, may have changed."""
+    """A number that grows whenever prepared layers, the parameters in them, or the values of their
+    weights, may have changed: not at steps and merges."""
     return _revision
+
+
+def _note_change() -> None:
+    global _revision
+    _revision += 1
 
 
 def side_blocks(size: int, block_size: int) -> tuple[int, int]:
@@ -88,6 +94,7 @@ class OrthogonalEquivalence(nn.Module):
     Attributes:
         interrupted: a merge or a load of this layer was cut off.
         adopted: the compiler made it, not `prepare`.
+        written: the weight has been stored since an optimiser last looked at it.
         takes_stored: the weight given to `right_inverse` is in its stored form already.
     """
 
@@ -125,16 +132,15 @@ class OrthogonalEquivalence(nn.Module):
 
     def _announce(self) -> None:
         """Be found, and let those who look after layers look again."""
-        global _revision
-        _revision += 1
+        _note_change()
+        self.written = True
         _alive[id(self)] = self
         self._own_skew, self._own_layout = ref(self.skew_in), ref(self.layout)
         effective.forget(self)
 
     def retire(self) -> None:
         """The weight is a plain one again; whoever still holds this state holds nothing."""
-        global _revision
-        _revision += 1
+        _note_change()
         _alive.pop(id(self), None)
         effective.forget(self)
 
@@ -205,6 +211,9 @@ class OrthogonalEquivalence(nn.Module):
             return weight
         if is_sharded(self.skew_in):
             raise ParallelismError(NOT_ASSIGNED)
+        if not torch.compiler.is_compiling():  # Dynamo would guard the number
+            _note_change()
+            self.written = True
         with torch.no_grad():
             stored = self.permuted(weight)
             self.skew_in.zero_()

@@ -19,6 +19,7 @@ from poetx_compile.eligibility import (
     PREPARED,
     OtherWeight,
     check_targets,
+    has_values,
     linears,
     other_weights,
     refusals,
@@ -71,7 +72,8 @@ def prepare(
 
     The weights are frozen and stored permuted; packed skew parameters at zero are trained instead.
     The outputs do not change (bitwise in eager, unless `config.normalize_rows`). Biases train as
-    before. Calling it again prepares what is new and leaves what is prepared.
+    before. Calling it again prepares what is new and leaves what is prepared. A weight of zeros,
+    which no rotation changes, stays dense; so do routers and output embeddings.
 
     Linears of one parent module with the same number of inputs (q, k, v; gate, up) form a group
     that shares one input permutation. `shared` declares further groups, of either side::
@@ -186,6 +188,7 @@ def register(
     share_class(module)
     stored_weight(module).requires_grad_(False)
     stored_weight(module).grad = None
+    equivalence.written = not has_values(weight)  # else it has just been looked at
     enrol(module, equivalence)
 
 
@@ -384,8 +387,27 @@ def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
             left_over.append(f"{size - blocks * b} {side}")
     if left_over:
         notes.append(f"left over until the next merge: {', '.join(left_over)}")
+    notes += _rank_notes(stored_weight(module))
     blocks_text = f"{e.blocks_in}x{e.block_in} | {e.blocks_out}x{e.block_out}"
     return LayerRow(name, shape, blocks_text, "prepared", "; ".join(notes))
+
+
+def _rank_notes(stored: Tensor) -> Iterator[str]:
+    """What rotations, which keep the rank of a weight, will keep of its rows and columns of zeros.
+
+    Permuted ones count alike. Of other weights the rank would cost a decomposition.
+    """
+    if not has_values(stored):
+        return
+    n, m = stored.shape
+    rows, columns = (int(stored.detach().any(dim).sum()) for dim in (1, 0))
+    zeros = [
+        f"{d - k} of {d} {what}"
+        for d, k, what in ((n, rows, "rows"), (m, columns, "columns"))
+        if k < d
+    ]
+    if zeros:
+        yield f"{' and '.join(zeros)} are zeros: the rank stays at most {min(rows, columns)}"
 
 
 def _nothing(model: nn.Module, reasons: dict[str, str | None]) -> str:

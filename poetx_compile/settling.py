@@ -1,6 +1,7 @@
 """Adopted weights settle: their states move into the model, and their optimisers take them over.
 
-This happens at the end of the first backward. From then on the model is a prepared one, with its
+This happens at the end of the first backward; compiled autograd runs no callback there, and then it
+happens at the next step of any optimiser. From then on the model is a prepared one, with its
 rotations in ``parameters()`` and ``state_dict()``, and Dynamo compiles it once more as such.
 """
 
@@ -10,18 +11,22 @@ import logging
 
 from torch import Tensor, nn
 
-from poetx_compile.adoption import Judge, Place, Ripe, adopted_state, harvest, reused
+from poetx_compile import ownership
+from poetx_compile.adoption import Judge, Place, Ripe, adopted_state, harvest, reused, reused_dense
 from poetx_compile.census import Census
 from poetx_compile.config import POETXConfig
-from poetx_compile.errors import AdoptionError
 from poetx_compile.optim.takeover import take_over_all
 from poetx_compile.prepare import move_adopted
 
 log = logging.getLogger("poetx_compile")
 
 
-def settle() -> None:
+def settle(late: bool = False) -> None:
     """Move the states of ripe weights into their modules, and into the optimisers that hold them.
+
+    Args:
+        late: this is not the end of the backward. What scales and clips gradients has not seen
+            those of the rotations: they are dropped, and train from the next backward on.
 
     Raises:
         AdoptionError: code that Dynamo reused met a weight that it should have left alone, or the
@@ -39,16 +44,16 @@ def settle() -> None:
         if told.adopted and verdict.place is not None and verdict.reason is None:
             key = id(verdict.place.root), told.config
             models.setdefault(key, []).append(verdict.place)
-        elif told.adopted:
+        elif told.adopted and (verdict.place is not None or census.optimised(weight)):
             raise reused(told.layer, verdict.reason or "")
-        elif verdict.reason is None:
-            raise AdoptionError(
-                f"compiled code of {told.layer}, which is left alone, was reused for a layer that "
-                "is not: call poetx_compile.prepare on the whole model before compiling"
-            )
+        elif not told.adopted and verdict.reason is None:
+            raise reused_dense(told.layer)
     layers: list[nn.Linear] = []
     for (_, config), places in models.items():
         modules = [place.module for place in places]
+        if late:
+            for state in filter(None, (adopted_state(module.weight) for module in modules)):
+                state.skew_in.grad = state.skew_out.grad = None
         move_adopted(places[0].root, modules, config)
         layers += modules
     trained = take_over_all(census, layers)
@@ -63,3 +68,6 @@ def settle() -> None:
 def _waits(weight: Tensor, told: Ripe) -> bool:
     """Whether a weight is where it was in the forward: it may have settled since."""
     return adopted_state(weight) is not None or not told.adopted
+
+
+ownership.settle = settle

@@ -17,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 import poetx_compile as poetx
 from poetx_compile import effective, shards
 from poetx_compile.diagnostics import diagnostics, effective_weight
-from poetx_compile.errors import AdoptionError, IncompatibleStateError, ParallelismError
+from poetx_compile.errors import (
+    AdoptionError,
+    IncompatibleStateError,
+    NothingToTrainError,
+    ParallelismError,
+)
 from poetx_compile.merge import merge
 from poetx_compile.parametrization import prepared_linears, stored_weight
 from tests.distributed.ddp import choices
@@ -329,3 +334,17 @@ def check_tensor_parallelism_is_refused() -> None:
     stored.original = nn.Parameter(distribute_tensor(stored.original, mesh, [Shard(0)]), False)
     with raises(ParallelismError, "tensor parallelism"):
         model(batch(0)[:, :-1])
+
+
+def check_a_weight_of_zeros_is_one_in_every_process_or_in_none() -> None:
+    """A part of zeros says nothing: the other process may hold the rest."""
+    model = build(small=True)
+    rows = torch.zeros(16, 40)
+    rows[0] = 1
+    model.layers[0].down_proj.weight = rows
+    model = shard(model)
+    optimizer = adamw(model)
+    train(model, optimizer, range(1))
+    model.load_state_dict({"layers.0.down_proj.weight": torch.zeros(16, 40)}, strict=False)
+    with raises(NothingToTrainError, "the weight of layers.0.down_proj is all zeros"):
+        train(model, optimizer, range(1))
