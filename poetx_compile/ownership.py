@@ -34,6 +34,7 @@ _owners: Any = WeakTensorKeyDictionary()  # skew parameter → its optimiser, we
 _orphans: Any = WeakTensorKeyDictionary()  # skew parameter that no optimiser holds → its linear
 _looked: weakref.WeakKeyDictionary[Optimizer, _Look] = weakref.WeakKeyDictionary()
 _version = 0
+_steps = 0
 _watching = False
 
 take_over: Callable[[Optimizer, list[nn.Linear]], Any] | None = None
@@ -93,6 +94,11 @@ def held(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
     return [(m, layers[m]) for m in found if owner(layers[m].skew_in) is None]
 
 
+def steps() -> int:
+    """How many steps the optimisers of this process have taken since the first `prepare`."""
+    return _steps
+
+
 def _watch() -> None:
     global _watching
     if not _watching:
@@ -147,6 +153,8 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     backward (of another model, or because two optimisers step after each backward) says nothing
     new.
     """
+    global _steps
+    _steps += 1
     idle = _count_gradients()
     if not idle:
         return
