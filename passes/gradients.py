@@ -123,7 +123,7 @@ def _is_result(node: fx.Node) -> bool:
 
 
 def _is_handed_on(node: fx.Node) -> bool:
-    """Whether a node gives a tensor that there was: an entry of a tuple, a cast to its own dtype."""
+    """Whether a node gives a tensor that was there: an entry of a tuple, a cast to its dtype."""
     given = tree_leaves([n.meta.get(graphs.VALUE) for n in node.all_input_nodes])
     return any(node.meta.get(graphs.VALUE) is value for value in given)
 

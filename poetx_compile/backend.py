@@ -16,6 +16,7 @@ from poetx_compile.adoption import Adopter
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, EffectiveWeightError
 from poetx_compile.kept import Compiler, FoldKeeper
+from poetx_compile.looking import look_first
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
 from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_with_id
 from poetx_compile.partition import Partitioner, partitioner_for
@@ -100,7 +101,8 @@ def compile_graph(
     _announce_static(extra)
     if states is None and parsed.stage == "inductor" and record.applied("adopt_linear"):
         parsed = dataclasses.replace(parsed, stage=PROVISIONAL)
-    return bind(compile_it(graph, [*example_inputs, *extra]))
+    compiled = bind(compile_it(graph, [*example_inputs, *extra]))
+    return look_first(gm, example_inputs, compiled) if states is None else compiled
 
 
 def rewrite(

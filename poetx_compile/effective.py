@@ -5,8 +5,8 @@ a plain parameter are made to hold here:
 
 - **Reading it again costs nothing** where nothing can have changed: in evaluation mode
   (`model.eval()`) without gradients the weight is kept, until one of the tensors it is made of gets
-  another version, `model.train()` or `eval()` is called, or any optimiser steps. Meanwhile each
-  layer holds its weight twice (`POETXConfig.keep_in_eval` turns that off).
+  another version or other memory, `model.train()` or `eval()` is called, or any optimiser steps.
+  Meanwhile each layer holds its weight twice (`POETXConfig.keep_in_eval` turns that off).
 - **Writing it in place stores it**, with the rotations back at the identity, as assigning
   `linear.weight = value` does: `torch.nn.init`, `linear.reset_parameters()`,
   ``linear.weight.data.copy_(…)``.
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_map_only
 
@@ -38,7 +38,9 @@ _GIVEN_TO_COMPILED_CODE = (
     "linear.weight inside of it, or give it linear.weight.clone()"
 )
 
-_kept: WeakKeyDictionary[OrthogonalEquivalence, tuple[Sources, Tensor]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[OrthogonalEquivalence, tuple[Sources, Tensor, list[Tensor]]] = (
+    WeakKeyDictionary()
+)
 _watching = False
 
 
@@ -50,6 +52,8 @@ def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
     if keep and (kept := _kept.get(e)) is not None and kept[0].are_those_of(e, stored):
         return EffectiveWeight.of(kept[1], kept[0])
     e.check_layout()
+    if e.holds(stored) and not (torch.is_grad_enabled() and e.trains):
+        e.check_stored(stored)
     sources = Sources(e, stored)
     if records:
         weight = e.effective(stored, e.skew_in, e.skew_out)
@@ -57,7 +61,8 @@ def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version
             weight = e.effective(stored, e.skew_in, e.skew_out)
     if keep and e.holds(stored):
-        _kept[e] = sources, weight
+        # With the memory it was made of: another tensor shall not get the same address.
+        _kept[e] = sources, weight, [t.detach() for t in _tensors(e, stored)]
         _watch_optimisers()
     return EffectiveWeight.of(weight, sources)
 
@@ -76,19 +81,19 @@ def _watch_optimisers() -> None:
 
 
 class Sources:
-    """What an effective weight was made of: a layer's state, its tensors and their versions."""
+    """What an effective weight was made of: a layer's state, its tensors, and theirs."""
 
     def __init__(self, equivalence: OrthogonalEquivalence, stored: Tensor):
         self.equivalence = weakref.ref(equivalence)
         self._tensors = [weakref.ref(t) for t in _tensors(equivalence, stored)]
-        self._versions = [_version(t) for t in _tensors(equivalence, stored)]
+        self._states = [state_of(t) for t in _tensors(equivalence, stored)]
 
     def are_those_of(self, equivalence: OrthogonalEquivalence, stored: Tensor) -> bool:
         """Whether the same tensors are in force, and none has been written since."""
         now = _tensors(equivalence, stored)
         return all(
-            reference() is tensor and version == _version(tensor)
-            for reference, version, tensor in zip(self._tensors, self._versions, now, strict=True)
+            reference() is tensor and state == state_of(tensor)
+            for reference, state, tensor in zip(self._tensors, self._states, now, strict=True)
         )
 
     def store(self, weight: Tensor) -> None:
@@ -101,16 +106,24 @@ class Sources:
             )
         with torch.no_grad():
             stored.copy_(e.right_inverse(weight))
-        self._versions = [_version(t) for t in _tensors(e, stored)]
+        self._states = [state_of(t) for t in _tensors(e, stored)]
 
 
 def _tensors(e: OrthogonalEquivalence, stored: Tensor) -> tuple[Tensor, ...]:
     return stored, e.skew_in, e.skew_out, e.perm_in.pair, e.perm_out.pair, e.layout
 
 
-def _version(tensor: Tensor) -> int | None:
-    """The version of a tensor; inference tensors have none."""
-    return None if tensor.is_inference() else tensor._version
+def state_of(tensor: Tensor) -> tuple[int | None, int | None]:
+    """What changes when a tensor is written, or given other memory: its version and its address.
+
+    Inference tensors have no version; those of fake modes, of other subclasses and of `torch.func`
+    have no address.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    if not plain or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return version, None
+    return version, tensor.data_ptr()
 
 
 class EffectiveWeight(Tensor):

@@ -53,7 +53,7 @@ class UnownedRotationsError(POETXError, RuntimeError):
 
 
 class AdoptionError(POETXError, RuntimeError):
-    """A model that nobody prepared cannot be served as it is."""
+    """A model that nobody prepared cannot be served as it is, or an optimiser cannot train it."""
 
 
 class RewriteError(POETXError, RuntimeError):

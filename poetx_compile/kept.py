@@ -29,6 +29,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from poetx_compile.effective import state_of
 from poetx_compile.parametrization import own_rotations
 from poetx_compile.passes import graphs
 from poetx_compile.passes.hoist_folds import HoistFolds, Reads
@@ -57,13 +58,13 @@ class Kept(NamedTuple):
     gradients: bool
     tensors: list[Any]
     """Weak references."""
-    states: list[tuple[int, int]]
+    states: list[tuple[int | None, int | None]]
     weights: Sequence[Tensor]
 
     @classmethod
     def of(cls, recipe: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Kept:
         """`weights` as `recipe` makes them of `tensors`, now."""
-        states = [_state(t) for t in tensors]
+        states = [state_of(t) for t in tensors]
         return cls(
             recipe, torch.is_grad_enabled(), [weakref.ref(t) for t in tensors], states, weights
         )
@@ -74,15 +75,10 @@ class Kept(NamedTuple):
             self.recipe == recipe
             and self.gradients == torch.is_grad_enabled()
             and all(
-                reference() is tensor and state == _state(tensor)
+                reference() is tensor and state == state_of(tensor)
                 for reference, state, tensor in zip(self.tensors, self.states, tensors, strict=True)
             )
         )
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written, or given other memory."""
-    return tensor._version, tensor.data_ptr()
 
 
 def _unseen(skews: Sequence[Any], others: Sequence[Any]) -> str | None:

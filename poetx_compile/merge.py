@@ -32,6 +32,7 @@ from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     check_alone,
     check_layouts,
+    check_stored_weights,
     prepared_linears,
     stored_weight,
 )
@@ -78,6 +79,7 @@ def merge(model: nn.Module) -> None:
     check_whole(e for _, e in layers)
     check_alone(e for _, e in layers)
     check_layouts([e for _, e in layers])
+    check_stored_weights([(e, stored_weight(m)) for m, e in layers])
     _check_finite([skew for _, e in layers for skew in (e.skew_in, e.skew_out)])
     for _, equivalence in layers:
         equivalence.interrupted = True
@@ -173,6 +175,7 @@ def _merge_layer(
     rows, columns = indices[e.perm_out], indices[e.perm_in]
     write(stored, rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
     e.write_layout()
+    e.seal(stored)
 
 
 @without_autocast

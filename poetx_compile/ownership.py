@@ -45,6 +45,7 @@ _owners: Any = WeakTensorKeyDictionary()  # skew parameter → its optimiser, we
 _orphans: Any = WeakTensorKeyDictionary()  # skew parameter that no optimiser holds → its linear
 _looked: weakref.WeakKeyDictionary[Optimizer, _Look] = weakref.WeakKeyDictionary()
 _version = 0
+_steps = 0
 _watching = False
 
 take_over: Callable[[Optimizer, list[nn.Linear]], Any] | None = None
@@ -120,6 +121,11 @@ def _layers_of(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivale
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     found = dict.fromkeys(m for p in parameters if (m := module_of.get(p)) is not None)
     return [(m, layers[m]) for m in found]
+
+
+def steps() -> int:
+    """How many steps the optimisers of this process have taken since the first `prepare`."""
+    return _steps
 
 
 def watch() -> None:
@@ -216,6 +222,8 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     backward (of another model, or because two optimisers step after each backward) says nothing
     new.
     """
+    global _steps
+    _steps += 1
     idle = _count_gradients()
     if not idle:
         return

@@ -24,7 +24,8 @@ from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype
 from poetx_compile.permutation import Permutation
-from poetx_compile.shards import is_sharded
+from poetx_compile.seal import Seal
+from poetx_compile.shards import groups_of, is_sharded, local, reduce_over
 from poetx_compile.wrappers import check_reduced
 
 INTERRUPTED = (
@@ -52,6 +53,13 @@ OVERWRITTEN = (
     "wrote into the model's tensors: an average of them (EMA, AveragedModel) means nothing across "
     "a merge, average poetx.plain_state_dict(model) instead; and a checkpoint that was read into "
     "the tensors of model.state_dict() has to be given to model.load_state_dict as well"
+)
+WRITTEN = (
+    "the stored weight of a prepared layer was written by something else than this package, and "
+    "its rotations are not zero. An average of parameters (SWA, EMA, a Polyak target) means "
+    "nothing across a merge, which gives them other coordinates: average effective weights, "
+    "poetx.plain_state_dict(model), in a plain model. A new weight is written to linear.weight, a "
+    "checkpoint goes through load_state_dict"
 )
 
 _alive: WeakValueDictionary[int, OrthogonalEquivalence] = WeakValueDictionary()
@@ -96,6 +104,7 @@ class OrthogonalEquivalence(nn.Module):
         adopted: the compiler made it, not `prepare`.
         written: the weight has been stored since an optimiser last looked at it.
         takes_stored: the weight given to `right_inverse` is in its stored form already.
+        loads: how often a state was loaded; rotations are others then than an optimiser made them.
     """
 
     layout: Tensor
@@ -111,7 +120,9 @@ class OrthogonalEquivalence(nn.Module):
         self.interrupted = False
         self.adopted = False
         self.takes_stored = False
+        self.loads = 0
         self._layout_version: int | None = None
+        self._seal: Seal | None = None
         dtype = rotation_dtype(weight.dtype)
 
         def zeros(blocks: int, b: int) -> nn.Parameter:
@@ -218,6 +229,7 @@ class OrthogonalEquivalence(nn.Module):
             stored = self.permuted(weight)
             self.skew_in.zero_()
             self.skew_out.zero_()
+        self._seal = None
         return stored
 
     def permuted(self, weight: Tensor) -> Tensor:
@@ -271,6 +283,15 @@ class OrthogonalEquivalence(nn.Module):
             check_layouts([self])
             self._layout_version = version
 
+    def seal(self, stored: Tensor) -> None:
+        """Note what the stored weight is: this package has just written it, or trusts it."""
+        self._seal = Seal.of(stored)
+
+    def check_stored(self, stored: Tensor) -> None:
+        """`check_stored_weights` of this layer, where it can be looked at now."""
+        if _readable(stored):
+            check_stored_weights([(self, stored)])
+
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
         # Rotations in half precision drift by tens of per cent (docs/numerics.md): a move to
         # another device is followed, a cast below fp32 is not, nor one of the layout.
@@ -287,6 +308,7 @@ class OrthogonalEquivalence(nn.Module):
                 self.skew_in.zero_()
                 self.skew_out.zero_()
                 self.write_layout()
+            self._seal = None
         self._announce()  # torch may be told to make new parameters
         return applied
 
@@ -294,6 +316,12 @@ class OrthogonalEquivalence(nn.Module):
         if self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
         self.check_layout()
+        parent = prefix[:-1].rpartition(".")[
+            0
+        ]  # the list of parametrizations, which is saved first
+        stored = destination.get(f"{parent}.original" if parent else "original")
+        if stored is not None:
+            self.check_stored(stored)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -307,6 +335,8 @@ class OrthogonalEquivalence(nn.Module):
             if permutation.pair.is_meta:
                 permutation.settle(self.skew_in.device)
         self._announce()  # `assign=True` has made new parameters
+        self._seal = None
+        self.loads += 1
         if prefix + "layout" in state_dict:
             self._layout_version = None
             self.check_layout()
@@ -359,6 +389,49 @@ def check_layouts(equivalences: Sequence[OrthogonalEquivalence]) -> None:
                 raise IncompatibleStateError(
                     OVERWRITTEN.format(saved=values, here=e.layout_values())
                 )
+
+
+@torch.no_grad()
+def check_stored_weights(layers: Sequence[tuple[OrthogonalEquivalence, Tensor]]) -> None:
+    """Raise `IncompatibleStateError` where something else has written a stored weight.
+
+    Without rotations any weight is one: such a layer, and one that was not looked at before, is
+    taken as it is.
+    """
+    by_device: dict[torch.device, list[tuple[OrthogonalEquivalence, Tensor, Tensor]]]
+    by_device = defaultdict(list)
+    for e, stored in layers:
+        broken = None if e._seal is None else e._seal.broken(stored)
+        if broken is None:
+            e.seal(stored)
+            broken = torch.zeros((), dtype=torch.bool, device=stored.device)
+        if not stored.is_meta:
+            by_device[broken.device].append((e, stored, broken))
+    groups = groups_of(stored for _, stored in layers)
+    for looked in by_device.values():
+        flags = reduce_over(groups, torch.stack([b for _, _, b in looked]).int(), "max").tolist()
+        for (e, stored, _), flag in zip(looked, flags, strict=True):  # alike in every process
+            if not flag:
+                continue
+            turned = (local(e.skew_in).any() | local(e.skew_out).any()).int()
+            if reduce_over(groups, turned, "max").item():
+                raise IncompatibleStateError(WRITTEN)
+            e.seal(stored)
+
+
+def check_stored_of(tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """`check_stored_weights` of the layers that (stored weight, `skew_in`) belong to."""
+    layers = {id(e.skew_in): e for e in _alive.values()}
+    found = [(layers.get(id(skew)), stored) for stored, skew in tensors if _readable(stored)]
+    check_stored_weights([(e, s) for e, s in found if e is not None and e.holds(s)])
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be read, by this process alone."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return False
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (capturing or torch._C._len_torch_dispatch_stack())
 
 
 def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, OrthogonalEquivalence]]:

@@ -32,6 +32,7 @@ from poetx_compile.loading import guard_loads, unguard_loads
 from poetx_compile.ownership import enrol
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
+    check_stored_weights,
     equivalence_of,
     prepared_linears,
     stored_weight,
@@ -189,6 +190,7 @@ def register(
     stored_weight(module).requires_grad_(False)
     stored_weight(module).grad = None
     equivalence.written = not has_values(weight)  # else it has just been looked at
+    equivalence.seal(stored_weight(module))
     enrol(module, equivalence)
 
 
@@ -238,6 +240,7 @@ def merge_and_unload(model: M) -> M:
     layers = list(prepared_linears(plain))
     if any(is_sharded(stored_weight(m), e.skew_in, e.skew_out) for _, m, e in layers):
         raise ParallelismError(SHARDED_EXPORT)
+    check_stored_weights([(e, stored_weight(m)) for _, m, e in layers])
     for _, module, equivalence in layers:
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         module.weight.requires_grad_(equivalence.trains)

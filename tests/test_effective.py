@@ -144,6 +144,38 @@ def test_what_is_kept_is_never_stale(change: str) -> None:
     assert not torch.equal(actual, before)
 
 
+def _data(tensor: Tensor) -> None:
+    tensor.data = tensor.detach() * 1.002
+
+
+def _data_three_times(tensor: Tensor) -> None:
+    """The second may be where the first was, were it not kept with the weight."""
+    for _ in range(3):
+        _data(tensor)
+
+
+@torch.no_grad()
+def _set(tensor: Tensor) -> None:
+    with torch.autograd._unsafe_preserve_version_counter(tensor):
+        tensor.set_(tensor * 1.002)
+
+
+@pytest.mark.parametrize("write", [_data, _data_three_times, _set])
+@pytest.mark.parametrize("which", ["skew_in", "skew_out", "stored"])
+def test_what_is_kept_notices_other_memory_without_a_version(write, which: str) -> None:
+    model = prepared(nn.Linear(12, 12)).eval()
+    e, x = equivalence_of(model), torch.randn(3, 12)
+    tensor = stored_weight(model) if which == "stored" else getattr(e, which)
+    version = tensor._version
+    with torch.no_grad():
+        before = model(x)
+        write(tensor)
+        assert tensor._version == version
+        after = model(x)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, copy.deepcopy(model).train()(x))
+
+
 @pytest.mark.parametrize("freed_by", ["train", "eval", "step", "deletion"])
 def test_what_is_kept_is_freed(freed_by: str) -> None:
     model = prepared(TinyLM(layers=1)).eval()

@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
 import poetx_compile as poetx
-from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
+from poetx_compile.errors import ConfigError, UnownedRotationsError
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.optim.takeover import FOLLOWS, RATIO
 from poetx_compile.parametrization import prepared_linears, stored_weight
@@ -332,17 +332,6 @@ OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
     "SGD fused": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, fused=True),
 }
-REFUSED = {
-    "ASGD": ("averages", lambda p: torch.optim.ASGD(p)),
-    "LBFGS": ("history", lambda p: torch.optim.LBFGS(p)),
-    "Muon": ("POETXMuon", lambda p: torch.optim.Muon([x for x in p if x.ndim == 2])),
-    "SparseAdam": ("sparse", lambda p: torch.optim.SparseAdam(p)),
-}
-
-
-def test_every_optimiser_of_torch_is_tried() -> None:
-    found = {n for n, c in vars(torch.optim).items() if isinstance(c, type) and n != "Optimizer"}
-    assert found <= {n.split()[0] for n in OPTIMISERS} | set(REFUSED)
 
 
 def regress(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
@@ -384,22 +373,6 @@ def test_every_optimiser_trains_the_rotations_and_merges(name: str, how: str) ->
         for value in state.values():
             if isinstance(value, torch.Tensor) and value.ndim > 0:
                 assert value.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_optimisers_that_cannot_train_rotations_are_refused_with_the_reason(name: str) -> None:
-    model = MLP()
-    reason, build = REFUSED[name]
-    optimizer = build(list(model.parameters()))
-    with pytest.raises(AdoptionError, match=rf"torch\.optim\.{name} cannot .*{reason}"):
-        poetx.adopt(optimizer, model, CONFIG)
-
-
-def test_adagrad_is_built_after_prepare() -> None:
-    model = MLP()
-    optimizer = torch.optim.Adagrad(model.parameters())
-    with pytest.raises(AdoptionError, match=r"Adagrad makes its state .*prepare\(model\)"):
-        poetx.adopt(optimizer, model, CONFIG)
 
 
 def test_adafactor_moves_rotations_as_far_as_it_moves_weights() -> None:

@@ -18,6 +18,7 @@ process measures its own blocks, and one number is reduced over all of them.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import MutableMapping, Sequence
 from typing import Any
 
@@ -105,6 +106,8 @@ class AngleGuard:
         if pending is None:
             return
         angle = pending.read()
+        if not math.isfinite(angle):
+            return  # nothing is known, and no merge can help; perhaps a checkpoint is loaded
         turn = (angle - pending.known) / pending.travel
         if pending.age == 1 and turn * pending.travel > self._limit and not self._warned:
             self._warned = True
@@ -121,6 +124,13 @@ class AngleGuard:
     def forget(self) -> None:
         """Drop the measurement under way: another state has been loaded."""
         self._pending = None
+
+    def start_anew(self, ledger: Ledger, step: int) -> None:
+        """Measure now, and wait: the rotations are not those that the steps so far have made."""
+        self.forget()
+        angle = _Measurement(self._skews, ledger, step).read()
+        if math.isfinite(angle):
+            ledger.update({ANGLE: angle, ANGLE_STEP: step, TRAVEL: 0.0})
 
     def _should_measure(self, ledger: Ledger, step: int, lr: float) -> bool:
         age = step - ledger[ANGLE_STEP]

@@ -24,6 +24,7 @@ from poetx_compile.optim.angle import ANGLE, AngleGuard
 from poetx_compile.optim.blocks import sides
 from poetx_compile.optim.follow import follow_all
 from poetx_compile.optim.groups import BLOCK, RULE, prepared_config
+from poetx_compile.optim.probe import Probed, probe, reset_state
 from poetx_compile.optim.rates import RateWatch
 from poetx_compile.optim.regroup import drop_weights, regroup
 from poetx_compile.ownership import own
@@ -31,6 +32,7 @@ from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     PreparedLayers,
     check_alone,
+    check_stored_weights,
     prepared_linears,
     revision,
     stored_weight,
@@ -52,7 +54,7 @@ def attach(
 
     After every `merge_interval` optimiser steps, or earlier where the angle guard says so, all
     rotations are merged and start again at zero; the skew parameters' optimiser state is kept or
-    zeroed (`POETXConfig.moments`). Steps are counted where `optimizer.step` really ran: gradient
+    fresh again (`POETXConfig.moments`). Steps count where `optimizer.step` really ran: gradient
     accumulation and steps that a `GradScaler` skips do not count. The counters are in the param
     groups of the skew parameters, hence in `optimizer.state_dict()`. The frozen weights leave the
     groups, now and whenever something adds them.
@@ -67,21 +69,32 @@ def attach(
         The schedule, to look at.
 
     Raises:
+        AdoptionError: `optimizer` cannot train rotations, with the reason: it is tried on small
+            parameters (`poetx_compile.optim.probe`).
         ConfigError: the optimiser is attached already; the model is not prepared, or prepared with
-            another configuration; or layers outside of it share permutations with it.
+            another configuration; layers outside of it share permutations with it; or the state of
+            a parameter cannot be reset.
         UnownedRotationsError: skew parameters that no group of the optimiser holds.
         ParallelismError: the model is sharded in a way in which rotations cannot train.
         IncompatibleStateError: processes prepared the model differently.
     """
     model = unwrap_compiled(model)
     config = prepared_config(model, config)
-    check_processes(model)
     if schedule_of(optimizer) is not None:
         raise ConfigError(
             "this optimiser is attached already: POETXAdamW and POETXMuon attach themselves, "
             "any other optimiser is attached once"
         )
-    schedule = MergeSchedule(optimizer, model, config)
+    skews = [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
+    return attach_probed(optimizer, model, config, probe(optimizer, skews, config.moments))
+
+
+def attach_probed(
+    optimizer: Optimizer, model: nn.Module, config: POETXConfig, probed: Probed
+) -> MergeSchedule:
+    """`attach` of an optimiser that is known to train rotations."""
+    check_processes(model)
+    schedule = MergeSchedule(optimizer, model, config, probed)
     setattr(optimizer, _ATTRIBUTE, schedule)
     # Where Dynamo compiles `optimizer.step`, the hooks stay out of its graphs.
     optimizer.register_step_pre_hook(torch.compiler.disable(schedule._before_step))
@@ -107,8 +120,8 @@ class MergeSchedule:
         early_merges: those of them that the angle guard asked for.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, config: POETXConfig):
-        self._model, self._config = model, config
+    def __init__(self, optimizer: Optimizer, model: nn.Module, config: POETXConfig, probed: Probed):
+        self._model, self._config, self._probed = model, config, probed
         self._optimizer = weakref.ref(optimizer)
         self._ledger: dict[str, Any] = _fresh()
         self._loaded: dict[str, Any] | None = None
@@ -119,6 +132,7 @@ class MergeSchedule:
         self._guard: AngleGuard | None = None
         self._rates = RateWatch()
         self.merges = self.early_merges = 0
+        self._restored = self._stepped = False
         self._take(optimizer, [(m, e) for _, m, e in prepared_linears(model)])
 
     @property
@@ -174,6 +188,7 @@ class MergeSchedule:
                 "that this optimiser trains"
             )
         check_alone(e for _, e in layers)
+        self._loads = sum(e.loads for _, e in layers)
         self._layers, self._skews, self._revision = layers, skews, revision()
         self._weights = {stored_weight(module) for module, _ in layers}
         drop_weights(optimizer, layers)
@@ -227,6 +242,14 @@ class MergeSchedule:
         self._check_layers()
         self._settle(optimizer)
         follow_all(optimizer)
+        loads = sum(e.loads for _, e in self._layers)
+        if loads != self._loads and self._guard is not None and not self._restored:
+            ledger = dict(self._ledger)
+            self._guard.start_anew(ledger, ledger[STEP])
+            self._ledger = ledger
+        if loads != self._loads or not self._stepped:  # what DDP or a checkpoint has put there
+            check_stored_weights([(e, stored_weight(m)) for m, e in self._layers])
+        self._loads, self._restored, self._stepped = loads, False, True
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _skipped(optimizer):
@@ -294,6 +317,7 @@ class MergeSchedule:
         return state_dict | {"param_groups": groups + rest}
 
     def _after_load(self, optimizer: Optimizer) -> None:
+        self._restored = True
         if self._loaded is not None:
             self._ledger, self._loaded = self._loaded, None
         if self._guard is not None:
@@ -306,8 +330,7 @@ class MergeSchedule:
         self._check_layers(thoroughly=True)  # also layers that were replaced by others
         merge(self._model)
         if self._config.moments == "reset":
-            for skew in self._skews:
-                _reset_state(optimizer.state.get(skew, {}))
+            reset_state(optimizer, self._skews, self._probed.reset)
         ledger[LAST_MERGE] = ledger[STEP]
         if self._guard is not None:
             self._guard.merged(ledger, ledger[STEP])
@@ -357,12 +380,3 @@ def _skipped(optimizer: Optimizer) -> bool:
     """
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
-
-
-def _reset_state(state: dict[str, Any]) -> None:
-    """Zero an optimiser's state of one parameter in place, its step counter included."""
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            value.zero_()
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            state[key] = 0

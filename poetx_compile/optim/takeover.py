@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,8 +21,9 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
 from poetx_compile.optim.follow import FOLLOWS
 from poetx_compile.optim.groups import BLOCK, RATIO, ensure_prepared, prepared_config
+from poetx_compile.optim.probe import Probed, probe
 from poetx_compile.optim.regroup import regroup
-from poetx_compile.optim.schedule import MergeSchedule, attach, schedule_of
+from poetx_compile.optim.schedule import MergeSchedule, attach_probed, schedule_of
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     PreparedLayers,
@@ -34,25 +34,6 @@ from poetx_compile.parametrization import (
 )
 
 log = logging.getLogger("poetx_compile")
-
-_NOT_FOR_ROTATIONS: tuple[tuple[str, str], ...] = (
-    (
-        "Muon",
-        "it orthogonalises matrices, and packed skew parameters are none: build "
-        "poetx_compile.POETXMuon(model), or give torch.optim.Muon only what stays dense",
-    ),
-    (
-        "LBFGS",
-        "its history is of one vector of all parameters, and means nothing after a merge: use an "
-        "optimiser that treats parameters one by one",
-    ),
-    ("SparseAdam", "it takes sparse gradients, and those of rotations are dense: use Adam"),
-    (
-        "ASGD",
-        "it averages parameters over steps, and rotations start again at zero at each merge: use "
-        "SGD",
-    ),
-)
 
 
 def adopt(
@@ -84,7 +65,7 @@ def adopt(
 
     Raises:
         AdoptionError: `optimizer` cannot train rotations (Muon, L-BFGS and others), with the
-            reason.
+            reason: it is tried on small parameters, as in `attach`.
         UnownedRotationsError: it does not hold the weights of all layers of `model`: give `adopt`
             the part of the model that it trains.
     """
@@ -109,10 +90,11 @@ def take_over(
     layers = [(m, e) for m, e in layers if ownership.owner(e.skew_in) is not optimizer]
     if schedule is not None and not layers:
         return schedule
-    _check(optimizer, layers, schedule, poetx_lr)
+    probed = _check(optimizer, layers, schedule, poetx_lr)
     regroup(optimizer, layers, poetx_lr, whole=True, census=census)
     if schedule is None:
-        schedule = attach(optimizer, PreparedLayers(m for m, _ in layers))
+        taken = PreparedLayers(m for m, _ in layers)
+        schedule = attach_probed(optimizer, taken, prepared_config(taken), probed)
     else:
         schedule.extend(m for m, _ in layers)
     _tell(optimizer, layers)
@@ -139,36 +121,34 @@ def _check(
     layers: list[tuple[nn.Linear, OrthogonalEquivalence]],
     schedule: MergeSchedule | None,
     poetx_lr: float | None,
-) -> None:
+) -> Probed:
     """Raise before anything is changed."""
-    kind = type(optimizer)
+    kind = type(optimizer).__name__
     if poetx_lr is not None and not poetx_lr >= 0:
         raise ConfigError(f"poetx_lr = {poetx_lr!r} is not allowed: use None, or a number ≥ 0")
-    for name, reason in _NOT_FOR_ROTATIONS:
-        if isinstance(optimizer, getattr(torch.optim, name, ())):
-            raise AdoptionError(f"torch.optim.{name} cannot train rotations: {reason}")
     held = {p for group in optimizer.param_groups for p in group["params"]}
     missing = [
         m for m, e in layers if e.trains and not {stored_weight(m), e.skew_in, e.skew_out} & held
     ]
     if missing:
         raise UnownedRotationsError(
-            f"{kind.__name__} holds the weights of {len(layers) - len(missing)} of {len(layers)} "
+            f"{kind} holds the weights of {len(layers) - len(missing)} of {len(layers)} "
             "prepared layers: give adopt the part of the model whose parameters it was built from"
         )
     before = [] if schedule is None else schedule.equivalences
-    prepared_config(
-        PreparedLayers(m for m, _ in layers), None if schedule is None else schedule.config
-    )
+    taken = PreparedLayers(m for m, _ in layers)
+    config = prepared_config(taken, None if schedule is None else schedule.config)
     check_alone([*before, *(e for _, e in layers)])
-    # Torch's Adagrad, and whoever does as it does: a new parameter would have no state.
-    if isinstance(optimizer, torch.optim.Adagrad):
+    tensors = {t for m, e in layers for t in (stored_weight(m), e.skew_in, e.skew_out)}
+    probed = probe(optimizer, tensors, config.moments)
+    if probed.early:
         late = [e for _, e in layers if not {e.skew_in, e.skew_out} & set(optimizer.state)]
         if late:
             raise AdoptionError(
-                f"{kind.__name__} makes its state when it is built, and was built before the model "
+                f"{kind} makes its state when it is built, and was built before the model "
                 "had rotations: call poetx_compile.prepare(model) before building it"
             )
+    return probed
 
 
 def _tell(optimizer: Optimizer, layers: list[tuple[nn.Linear, OrthogonalEquivalence]]) -> None:
