@@ -16,6 +16,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, NothingToTrainError
 from poetx_compile.parametrization import equivalence_of
 from poetx_compile.shards import is_sharded
+from poetx_compile.wrappers import user_name
 
 PREPARED = "already prepared"
 """The one reason that is no refusal: the layer is trained through rotations."""
@@ -40,21 +41,18 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` of the model under every name it has (a shared one has several)."""
+    """Every `nn.Linear` of the model under every name it has (a shared one has several).
+
+    The names are the user's, without wrappers of compiled parts.
+    """
     return {
-        name: module
+        user_name(name): module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear)
     }
 
 
-def user_name(name: str) -> str:
-    """A module's name without the wrappers of parts that were compiled one by one."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
-
-
 def _name_matches(name: str, pattern: str) -> bool:
-    name = user_name(name)
     return name == pattern or name.endswith("." + pattern)
 
 
@@ -62,7 +60,7 @@ def _targeted(name: str, target: str | Sequence[str] | None) -> bool:
     if target is None or target == "all-linear":
         return True
     if isinstance(target, str):
-        return re.fullmatch(target, user_name(name)) is not None
+        return re.fullmatch(target, name) is not None
     return any(_name_matches(name, pattern) for pattern in target)
 
 
@@ -182,7 +180,8 @@ def other_weights(model: nn.Module) -> Iterator[OtherWeight]:
     buffers of its own) counts as one.
     """
     seen: set[int] = set()
-    for module_name, module in model.named_modules():
+    for name, module in model.named_modules():
+        module_name = user_name(name)
         if isinstance(module, nn.Linear) or ".parametrizations." in f".{module_name}.":
             continue
         weights = {
@@ -215,7 +214,7 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners[id(parameter)].append(name)
+                owners[id(parameter)].append(user_name(name))
     return owners
 
 
@@ -235,6 +234,6 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 def _is_router(model: nn.Module, name: str) -> bool:
     """A linear that is, or sits beside, the experts of a mixture: a rotation would mix experts."""
     parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+    parent = unwrap_compiled(model.get_submodule(parent_name))
     beside_experts = "experts" in parent._modules and child in _ROUTER_NAMES
     return beside_experts or (bool(name) and "router" in type(parent).__name__.lower())
