@@ -79,8 +79,8 @@ class Folded(GraphPass[fx.Node]):
     def decide(self, site: fx.Node) -> str:
         if other := sides.reader_other_than_linear(site):
             raise Refusal(f"the weight is read by {other}, not by F.linear")
-        if any(graphs.in_transform(u) for u in site.users):
-            raise Refusal("inside a torch.func transform")
+        if reason := sides.refusal_of_calls(self.contexts, site):
+            raise Refusal(reason)
         if len({sides.compute_dtype(linear) for linear in site.users}) != 1:
             raise Refusal("its calls compute in several dtypes")
         both = [side for side in sides.sides_of(site) if side.blocks]
@@ -108,8 +108,8 @@ class Folded(GraphPass[fx.Node]):
         return detail
 
     def _costs(self, site: fx.Node) -> tuple[cost.Choice, ...]:
-        """The costs of both forms for each side with a rotation; of a weight for linears alone."""
-        if sides.reader_other_than_linear(site):
+        """The costs of both forms for each side with a rotation, where there is a choice."""
+        if sides.reader_other_than_linear(site) or sides.refusal_of_calls(self.contexts, site):
             return ()
         inputs = [graphs.shape_of(graphs.linear_arguments(linear)[0]) for linear in site.users]
         dtype = next((sides.compute_dtype(linear) for linear in site.users), None)

@@ -56,6 +56,7 @@ def clone(gm: fx.GraphModule, _memo: dict[int, fx.GraphModule] | None = None) ->
     for old, new in mapping.items():
         if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        new.meta.pop("grapharg", None)  # refers weakly to the parameter: torch could not swap it
         if new.op in ("call_function", "call_method"):
             new.meta.setdefault(VALUE, None)  # called for an effect: never evaluated again
     copy = fx.GraphModule(gm, graph, gm.__class__.__name__)
@@ -137,6 +138,7 @@ def layer_of(node: fx.Node) -> Layer:
     path = re.sub(_FRAME, "", path)
     path = re.sub(r"_modules\['([^']*)'\]", r"\1", path)
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
+    path = re.sub(r"(?<![^.])_orig_mod(?![^.])", "", path)  # of a part that is compiled by itself
     path = re.sub(r"\.{2,}", ".", path).strip(".")
     name = re.sub(r"\.?parametrizations\.weight\.\d+$", "", path) or "(root)"
     module_id = key.split("@")[0]

@@ -53,8 +53,8 @@ class InputCentric(GraphPass[fx.Node]):
             raise Refusal(LEAVES)
         if other:
             raise Refusal(f"weight-centric: the weight is read by {other}, not by F.linear")
-        if any(graphs.in_transform(u) for u in site.users):
-            raise Refusal("weight-centric: inside a torch.func transform")
+        if reason := sides.refusal_of_calls(self.contexts, site):
+            raise Refusal(f"weight-centric: {reason}")
         return "input_centric"
 
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:

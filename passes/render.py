@@ -89,6 +89,7 @@ def belongs_to_a_module(placeholder: str) -> bool:
 def input_name(placeholder: str) -> str:
     """``l_self_modules_q_…_weight_modules_0_parameters_skew_in_`` → ``q.skew_in``."""
     parts = _MEMBER.split(placeholder.strip("_"))
+    parts = [part.removesuffix("_orig_mod") for part in parts]  # of a part compiled by itself
     head, *path = parts
     for noise in (["pair"], ["parametrizations", "weight"]):
         for i in range(len(path) - len(noise) + 1):

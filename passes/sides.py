@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contexts import Contexts
@@ -146,6 +147,33 @@ def reader_other_than_linear(equivalence: fx.Node) -> str | None:
                 continue
         return getattr(user.target, "__name__", str(user.target))
     return None
+
+
+def refusal_of_calls(contexts: Contexts, equivalence: fx.Node) -> str | None:
+    """Why a linear over this weight must stay one of torch's, if there is a reason."""
+    for linear in equivalence.users:
+        operands = graphs.linear_arguments(linear)
+        values = [n.meta.get(graphs.VALUE) for n in operands if isinstance(n, fx.Node)]
+        if kinds := {type(v).__name__ for v in values if is_traceable_wrapper_subclass(v)}:
+            return f"an operand is a {kinds.pop()}, which the rotations do not know"
+        if graphs.in_transform(linear):
+            return "inside a torch.func transform"
+        # Tracing lets these pass, and torch raises when it runs: so must what replaces it.
+        with contexts.of(linear).entered():
+            dtypes = [_autocast_dtype(v) for v in values if isinstance(v, torch.Tensor)]
+        if len(set(dtypes)) > 1:
+            shown = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            return f"F.linear does not take the dtypes {shown} together"
+    return None
+
+
+def _autocast_dtype(operand: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear gets an operand here, from autocast where that is on."""
+    device, castable = operand.device.type, (torch.float32, *NARROW)
+    known = torch.amp.is_autocast_available(device)  # not of meta tensors
+    if operand.dtype in castable and known and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return operand.dtype
 
 
 def describe(equivalence: fx.Node) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from poetx_compile.eligibility import (
     linears,
     name_refusal,
     refusals,
-    user_name,
 )
 from poetx_compile.errors import AdoptionError, ConfigError
 from poetx_compile.options import differing
@@ -38,7 +38,7 @@ from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linear
 from poetx_compile.passes.adopt_linear import AdoptLinear, Slot, StateSpec
 from poetx_compile.permutation import Permutation
 from poetx_compile.shards import is_sharded
-from poetx_compile.wrappers import PREPARE_FIRST, active_ddp, wrapper_name
+from poetx_compile.wrappers import PREPARE_FIRST, active_ddp, user_name, wrapper_name
 
 log = logging.getLogger("poetx_compile")
 
@@ -46,7 +46,7 @@ MANY_CALLS = 16
 """Calls without a backward after which a model is told to run its first pass over and over."""
 
 _states: Any = WeakTensorKeyDictionary()  # weight → state, until the state is in a module
-_declined: Any = WeakTensorKeyDictionary()  # weight → why prepare left it alone
+_declined: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why prepare left it alone
 _ripe: Any = WeakTensorKeyDictionary()  # weight → what a backward that went through it tells
 
 
@@ -60,14 +60,20 @@ def release(weight: Tensor) -> OrthogonalEquivalence | None:
     return _states.pop(weight, None)
 
 
-def decline(weight: Tensor, reason: str) -> None:
-    """Note that `prepare` left this weight alone: compiled graphs must not adopt it."""
-    _declined[weight] = reason
+def decline(module: nn.Module, reason: str) -> None:
+    """Note that `prepare` left this linear alone: compiled graphs must not adopt its weight."""
+    _declined[module] = reason
 
 
-def declined(weight: Tensor) -> str | None:
-    """Why compiled graphs must not adopt a weight, or ``None``."""
-    return _declined.get(weight)
+def _declined_for(weight: Tensor) -> str | None:
+    """Why `prepare` left the linear alone that has this weight."""
+    modules = _declined.items()  # no dictionary by weights: torch cannot swap a referenced tensor
+    return next((why for m, why in modules if m._parameters.get("weight") is weight), None)
+
+
+def declined(module: nn.Module) -> str | None:
+    """Why compiled graphs must not adopt the weight of a linear, or ``None``."""
+    return _declined.get(module)
 
 
 class Ripe(NamedTuple):
@@ -114,7 +120,7 @@ class Judge:
         self._roots: dict[int, dict[int, tuple[str, str | None]]] = {}
 
     def __call__(self, weight: Tensor) -> Verdict:
-        if (reason := _declined.get(weight)) is not None:
+        if (reason := _declined_for(weight)) is not None:
             return Verdict(reason)
         owners = self.census.owners(weight)
         if len(owners) > 1:  # one of them may be garbage that nobody has collected yet
@@ -161,7 +167,7 @@ class Judge:
             wrapper = wrapper_name(outer) or wrapper
         if wrapper is not None:
             raise AdoptionError(
-                f"{user_name(name)} was not prepared and is under {wrapper}, which would not see "
+                f"{name} was not prepared and is under {wrapper}, which would not see "
                 f"rotations that the compiler adds: {PREPARE_FIRST}"
             )
 
@@ -286,8 +292,8 @@ class Adopter:
             extra: list[Tensor] = []
             permutations: dict[int, Permutation] = {}
             inputs = list(args)
-            for index, layer in zeros:
-                _keep_dense(args[index], layer)
+            if zeros:
+                _keep_dense({args[index]: layer for index, layer in zeros})
             for slot in slots:
                 weight = args[slot.index]
                 inputs[slot.index] = weight.detach()  # its hooks would be called with None
@@ -297,7 +303,7 @@ class Adopter:
                     or state.skew_in.device != weight.device
                     or state.config is not config
                 ):
-                    if (reason := _declined.get(weight)) is not None:
+                    if (reason := _declined_for(weight)) is not None:
                         raise reused(slot.layer, reason)
                     state = self._state(slot, weight, permutations)
                 tensors = _tensors(state)
@@ -328,13 +334,18 @@ class Adopter:
         return run
 
 
-def _keep_dense(weight: Tensor, layer: str) -> None:
-    """A weight that was all zeros when its code was compiled trains densely, and goes on so when it
-    is none any more; the code may have been made for another instance."""
-    if weight not in _declined:
+def _keep_dense(weights: dict[Tensor, str]) -> None:
+    """Weights that were all zeros when their code was compiled train densely, and go on so when
+    they are none any more; the code may have been made for another instance."""
+    known = {id(module._parameters.get("weight")) for module in _declined}
+    if not (new := [weight for weight in weights if id(weight) not in known]):
+        return
+    census = Census()
+    for weight in new:
         if not is_all_zeros(weight):
-            raise reused_dense(layer)
-        decline(weight, ZEROS)
+            raise reused_dense(weights[weight])
+        for module in census.owners(weight):
+            decline(module, ZEROS)
 
 
 def reused_dense(layer: str) -> AdoptionError:

@@ -6,10 +6,10 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile import collector, passes
 from poetx_compile.adoption import Adopter
@@ -62,6 +62,9 @@ def poetx_backend(
         ParallelismError: a model that was prepared after it was given to DDP.
     """
     parsed = BackendOptions.parse(mode, options)
+    # Of a backend that is registered Dynamo drops what refers to parameters weakly, in the end of
+    # this call: `torch.utils.swap_tensors` refuses them otherwise.
+    torch._dynamo.lookup_backend("poetx")
     _warn_at_the_limit()
     with collector.paused():
         return compile_graph(gm, example_inputs, parsed)
@@ -146,7 +149,7 @@ def rewrite(
     keeper = None
     if options.keep_folded == "step":
         _check_may_keep(config)
-        own = None if states is None else WeakTensorKeyDictionary()
+        own: Any = None if states is None else WeakKeyDictionary()
         keeper = FoldKeeper(gm, example_inputs, options.cuda_graphs, compile_folds, own)
     rest = passes.pipeline(
         variant=config.variant,

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from poetx_compile.eligibility import unwrap_compiled
 from poetx_compile.errors import CheckpointError
 from poetx_compile.files import write_atomically
+from poetx_compile.loading import fit_names
+from poetx_compile.wrappers import user_name
 
 _FORMAT = "poetx_compile checkpoint 1"
 _PLAIN = (Tensor, str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device)
@@ -50,7 +52,7 @@ def save_checkpoint(
     """
     value = {
         "format": _FORMAT,
-        "model": dict(_state(model)),
+        "model": {user_name(key): tensor for key, tensor in _state(model).items()},
         "optimizer": None if optimizer is None else _state(optimizer),
         "extra": extra,
     }
@@ -82,7 +84,9 @@ def load_checkpoint(
     if optimizer is not None and value["optimizer"] is None:
         raise CheckpointError(f"{os.fspath(path)} holds no state of an optimiser")
     if model is not None:
-        unwrap_compiled(model).load_state_dict(value["model"])
+        model, state = unwrap_compiled(model), dict(value["model"])
+        fit_names(state, model)
+        model.load_state_dict(state)
     if optimizer is not None:
         optimizer.load_state_dict(value["optimizer"])
     return dict(value["extra"])

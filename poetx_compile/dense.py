@@ -64,7 +64,7 @@ def _tell(optimizer: Optimizer, held: set[torch.Tensor]) -> None:
         found = {n: m for n, m in linears(root).items() if id(m) in inside}
         plain = {n: m for n, m in found.items() if equivalence_of(m) is None and m.weight in held}
         reasons = refusals(root, config)
-        reasons |= {n: why for n, m in plain.items() if (why := declined(m.weight)) is not None}
+        reasons |= {n: why for n, m in plain.items() if (why := declined(m)) is not None}
         zeros += [user_name(n) for n in plain if reasons[n] == ZEROS]
         if dense := [user_name(n) for n in plain if reasons[n] is None]:
             log.warning(

@@ -85,21 +85,21 @@ class Sources:
 
     def __init__(self, equivalence: OrthogonalEquivalence, stored: Tensor):
         self.equivalence = weakref.ref(equivalence)
-        self._tensors = [weakref.ref(t) for t in _tensors(equivalence, stored)]
-        self._states = [state_of(t) for t in _tensors(equivalence, stored)]
+        self._tensors = _tensors(equivalence, stored)  # a weak reference would forbid swap_tensors
+        self._states = [state_of(t) for t in self._tensors]
 
     def are_those_of(self, equivalence: OrthogonalEquivalence, stored: Tensor) -> bool:
         """Whether the same tensors are in force, and none has been written since."""
         now = _tensors(equivalence, stored)
         return all(
-            reference() is tensor and state == state_of(tensor)
-            for reference, state, tensor in zip(self._tensors, self._states, now, strict=True)
+            before is tensor and state == state_of(tensor)
+            for before, state, tensor in zip(self._tensors, self._states, now, strict=True)
         )
 
     def store(self, weight: Tensor) -> None:
         """Make `weight` the layer's effective weight, unless it has got another one since."""
-        e, stored = self.equivalence(), self._tensors[0]()
-        if e is None or stored is None or not self.are_those_of(e, stored):
+        e, stored = self.equivalence(), self._tensors[0]
+        if e is None or not self.are_those_of(e, stored):
             raise EffectiveWeightError(
                 "this effective weight was written in place after its layer had got another one "
                 "(a step, a merge, a load): read linear.weight again and write that, or assign it"
@@ -162,7 +162,7 @@ class EffectiveWeight(Tensor):
             return _set_flag(*args, **kwargs)
         # Tensors of another kind decide what happens. Functions written in Python name plain ones.
         if any(t is not cls and t is not Tensor for t in types):
-            args, kwargs = tree_map_only(EffectiveWeight, _plain, (args, kwargs))
+            args, kwargs = tree_map_only(EffectiveWeight, plain, (args, kwargs))
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             if func in _REPLACED:
@@ -175,10 +175,10 @@ class EffectiveWeight(Tensor):
             return _still_followed(func, out, followed[0]) if followed else out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain(self).__reduce_ex__(protocol)
+        return plain(self).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(_plain(self), memo)
+        return copy.deepcopy(plain(self), memo)
 
 
 _SAME_MEMORY = (Tensor.data.__get__, Tensor.detach, torch.detach)  # type: ignore[attr-defined]
@@ -200,7 +200,8 @@ def _follow(tensor: Tensor, sources: Sources, whole: Tensor) -> EffectiveWeight:
     return followed
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Tensor) -> Tensor:
+    """An effective weight as a tensor that stores nothing."""
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(Tensor)
 

@@ -17,6 +17,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, NothingToTrainError
 from poetx_compile.parametrization import equivalence_of
 from poetx_compile.shards import is_sharded
+from poetx_compile.wrappers import user_name
 
 PREPARED = "already prepared"
 """The one reason that is no refusal: the layer is trained through rotations."""
@@ -44,21 +45,18 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every `nn.Linear` of the model under every name it has (a shared one has several)."""
+    """Every `nn.Linear` of the model under every name it has (a shared one has several).
+
+    The names are the user's, without wrappers of compiled parts.
+    """
     return {
-        name: module
+        user_name(name): module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear)
     }
 
 
-def user_name(name: str) -> str:
-    """A module's name without the wrappers of parts that were compiled one by one."""
-    return name.replace("_orig_mod.", "").removesuffix("._orig_mod")
-
-
 def _name_matches(name: str, pattern: str) -> bool:
-    name = user_name(name)
     return name == pattern or name.endswith("." + pattern)
 
 
@@ -66,7 +64,7 @@ def _targeted(name: str, target: str | Sequence[str] | None) -> bool:
     if target is None or target == "all-linear":
         return True
     if isinstance(target, str):
-        return re.fullmatch(target, user_name(name)) is not None
+        return re.fullmatch(target, name) is not None
     return any(_name_matches(name, pattern) for pattern in target)
 
 
@@ -201,7 +199,8 @@ def other_weights(model: nn.Module) -> Iterator[OtherWeight]:
     buffers of its own) counts as one.
     """
     seen: set[int] = set()
-    for module_name, module in model.named_modules():
+    for name, module in model.named_modules():
+        module_name = user_name(name)
         if isinstance(module, nn.Linear) or ".parametrizations." in f".{module_name}.":
             continue
         weights = {
@@ -234,7 +233,7 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners[id(parameter)].append(name)
+                owners[id(parameter)].append(user_name(name))
     return owners
 
 
@@ -254,7 +253,9 @@ def _output_embeddings(model: nn.Module) -> set[int]:
 def _is_router(model: nn.Module, name: str) -> bool:
     """A linear that chooses among experts, or a part of what does: a rotation would mix experts."""
     path = name.split(".") if name else []
-    parents = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    parents = [
+        unwrap_compiled(model.get_submodule(".".join(path[:depth]))) for depth in range(len(path))
+    ]
     if parents and "router" in type(parents[-1]).__name__.lower():
         return True
     return any(_routes(parent, child) for parent, child in zip(parents, path, strict=True))

@@ -41,7 +41,7 @@ class DivergedError(POETXError, ArithmeticError):
 
 
 class EffectiveWeightError(POETXError, RuntimeError):
-    """An effective weight was written too late, or is an argument of compiled code."""
+    """An effective weight was written too late, is an argument of compiled code, or cannot go."""
 
 
 class StaleOptimizerError(POETXError, RuntimeError):

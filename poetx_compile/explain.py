@@ -227,7 +227,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     for module in in_place:
         module._compiled_call_impl = None
     try:
-        yield
+        with _no_weak_references():
+            yield
     finally:
         torch.compiler.reset()
         for module, call in in_place.items():
@@ -237,6 +238,15 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 buffers[name] = buffer
                 if not torch.equal(buffer, value):  # batch norm writes past the version counter
                     buffer.copy_(value)
+
+
+def _no_weak_references() -> contextlib.AbstractContextManager[None]:
+    """Let Dynamo drop its weak references to parameters, which `torch.utils.swap_tensors` refuses,
+    as it does for registered backends. Torch 2.11 has no such setting."""
+    settings = torch._dynamo.config
+    if not hasattr(settings, "invalidate_compile_context_weakrefs"):
+        return contextlib.nullcontext()
+    return settings.patch(invalidate_compile_context_weakrefs=True)
 
 
 def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> list[ExplainRow]:

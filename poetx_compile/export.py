@@ -13,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from poetx_compile import ops
-from poetx_compile.eligibility import unwrap_compiled, user_name
+from poetx_compile.eligibility import unwrap_compiled
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layout import Layout
 from poetx_compile.parametrization import side_blocks
+from poetx_compile.wrappers import user_name
 
 _NAMES = ("original", "0.skew_in", "0.skew_out", "0.layout")
 _KEY = re.compile(rf"(.*?)parametrizations\.weight\.({'|'.join(map(re.escape, _NAMES))})")

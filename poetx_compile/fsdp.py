@@ -18,7 +18,7 @@ from poetx_compile.parametrization import (
     stored_weight,
 )
 from poetx_compile.shards import groups_of, is_sharded, reduce_over
-from poetx_compile.wrappers import is_fsdp_module, reshard, wrapper_of
+from poetx_compile.wrappers import is_fsdp_module, reshard, user_name, wrapper_of
 
 _HELPER = "poetx_compile.fully_shard_rotations(module)"
 
@@ -143,9 +143,9 @@ def check_processes(model: nn.Module) -> None:
             if len(dtypes) > 1 and not rotations.isdisjoint(trained):
                 shown = " and ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
                 raise ParallelismError(
-                    f"the FSDP2 group of {name or 'the model'} trains parameters in {shown}: call "
-                    f"{_HELPER} before fully_shard(module), so that the rotations get a group of "
-                    "their own"
+                    f"the FSDP2 group of {user_name(name) or 'the model'} trains parameters in "
+                    f"{shown}: call {_HELPER} before fully_shard(module), so that the rotations "
+                    "get a group of their own"
                 )
     _check_alike(layers)
 

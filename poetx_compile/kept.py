@@ -16,9 +16,9 @@ outside of an optimiser's step: `forget` is for these.
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,10 +27,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.effective import state_of
-from poetx_compile.parametrization import own_rotations
+from poetx_compile.parametrization import equivalence_with_rotation
 from poetx_compile.passes import graphs
 from poetx_compile.passes.hoist_folds import HoistFolds, Reads
 
@@ -47,7 +46,7 @@ STAND_INS = (
     "given to torch.func.functional_call)"
 )
 
-_kept: Any = WeakTensorKeyDictionary()
+_kept: Any = WeakKeyDictionary()
 _watching = False
 
 
@@ -56,8 +55,7 @@ class Kept(NamedTuple):
 
     recipe: str
     gradients: bool
-    tensors: list[Any]
-    """Weak references."""
+    tensors: Sequence[Tensor]
     states: list[tuple[int | None, int | None]]
     weights: Sequence[Tensor]
 
@@ -65,9 +63,7 @@ class Kept(NamedTuple):
     def of(cls, recipe: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Kept:
         """`weights` as `recipe` makes them of `tensors`, now."""
         states = [state_of(t) for t in tensors]
-        return cls(
-            recipe, torch.is_grad_enabled(), [weakref.ref(t) for t in tensors], states, weights
-        )
+        return cls(recipe, torch.is_grad_enabled(), tensors, states, weights)
 
     def are_those_of(self, recipe: str, tensors: Sequence[Tensor]) -> bool:
         """Whether `recipe` would give the same again."""
@@ -75,8 +71,8 @@ class Kept(NamedTuple):
             self.recipe == recipe
             and self.gradients == torch.is_grad_enabled()
             and all(
-                reference() is tensor and state == state_of(tensor)
-                for reference, state, tensor in zip(self.tensors, self.states, tensors, strict=True)
+                before is tensor and state == state_of(tensor)
+                for before, state, tensor in zip(self.tensors, self.states, tensors, strict=True)
             )
         )
 
@@ -90,8 +86,8 @@ def _unseen(skews: Sequence[Any], others: Sequence[Any]) -> str | None:
             return f"it reads a {type(tensor).__name__}, whose values may change unseen"
         if tensor.is_inference():
             return "it reads a tensor made in inference mode, which counts no versions"
-    own = own_rotations()
-    return None if all(id(skew) in own for skew in skews) else STAND_INS
+    own = all(equivalence_with_rotation(skew) is not None for skew in skews)
+    return None if own else STAND_INS
 
 
 def _watch_optimisers() -> None:
@@ -164,24 +160,27 @@ class FoldKeeper:
         recipe, positions = module.code, sorted(reads.all)
         # Not in Dynamo's context: these inputs have constant sizes, and nothing to guard.
         with torch._guards.tracing(None), torch.no_grad():
-            fold = self.compile_folds(module, [self.inputs[i] for i in positions])
+            # Stand-ins: compiling leaves weak references, with which torch swaps no parameter.
+            fold = self.compile_folds(module, [self.inputs[i].detach() for i in positions])
         del self.inputs, self.graph_pass  # neither inputs nor graphs are kept alive
         if registry is _kept:
             _watch_optimisers()
 
         def weights_of(args: Sequence[Any]) -> Sequence[Tensor]:
-            tensors, key = [args[i] for i in positions], args[reads.skews[0]]
-            found = registry.get(key)
+            tensors = [args[i] for i in positions]
+            layer = equivalence_with_rotation(args[reads.skews[0]])
+            found = None if layer is None else registry.get(layer)
             if found is not None and found.are_those_of(recipe, tensors):
                 return found.weights
             del found
-            registry.pop(key, None)  # the old weights go before the new ones come
+            if layer is not None:
+                registry.pop(layer, None)  # the old weights go before the new ones come
             # Inference tensors could not be kept for a backward.
             with torch.inference_mode(False), torch.no_grad():
                 weights = fold(*tensors)
             # Another instance that shares this code may be one to fold for at each call.
-            if _unseen(*([args[i] for i in part] for part in reads)) is None:
-                registry[key] = Kept.of(recipe, tensors, weights)
+            if layer is not None and not _unseen(*([args[i] for i in part] for part in reads)):
+                registry[layer] = Kept.of(recipe, tensors, weights)
             return weights
 
         return lambda *args: compiled(*args, *weights_of(args))

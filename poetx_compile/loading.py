@@ -28,12 +28,12 @@ from poetx_compile.ops.precision import rotation_dtype
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     equivalence_of,
-    prepared_linears,
     share_permutations_with,
     stored_weight,
 )
 from poetx_compile.permutation import Permutation
 from poetx_compile.shards import shard_like
+from poetx_compile.wrappers import user_name
 
 CONVERT = (
     "What was trained is kept by loading poetx.plain_state_dict(state) instead: the effective "
@@ -66,13 +66,36 @@ def _hooks(module: nn.Module) -> dict[int, Any]:
 
 def _holders(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of `model` that are prepared layers or hold some."""
-    holders = {}
-    for name, _, _ in prepared_linears(model):
-        path = name.split(".") if name else []
-        for depth in range(len(path) + 1):
-            module = model.get_submodule(".".join(path[:depth]))
-            holders[id(module)] = module
-    yield from holders.values()
+    found: dict[nn.Module, bool] = {}
+
+    def holds(module: nn.Module) -> bool:
+        if module not in found:
+            found[module] = isinstance(module, nn.Linear) and equivalence_of(module) is not None
+            for child in module.children():
+                found[module] |= holds(child)
+        return found[module]
+
+    holds(model)
+    yield from (module for module, held in found.items() if held)
+
+
+def fit_names(state: State, model: nn.Module, prefix: str = "") -> None:
+    """Rename what was saved with other parts of the model compiled than are compiled now.
+
+    ``torch.compile`` of a part puts ``_orig_mod`` into the names of all that is in it.
+    """
+    here = {user_name(name): name for name, _ in model.named_modules(remove_duplicate=False)}
+    if not any("_orig_mod" in name for name in (*here.values(), *state)):
+        return
+    start = user_name(prefix)
+    for key in list(state):
+        path = user_name(key).removeprefix(start).split(".")
+        if not user_name(key).startswith(start):
+            continue
+        depth = next(d for d in reversed(range(len(path))) if ".".join(path[:d]) in here)
+        name = ".".join([*filter(None, [here[".".join(path[:depth])]]), *path[depth:]])
+        if (name := prefix + name) not in state:
+            state[name] = state.pop(key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +129,11 @@ class _Layer:
 def _before_load(
     module: nn.Module, state: State, prefix: str, metadata: Any, strict: bool, *_: Any
 ) -> None:
+    fit_names(state, module, prefix)
     load = _Load(module, state, prefix)
     if load.problems:
-        raise IncompatibleStateError(
-            "nothing has been loaded:\n  " + "\n  ".join(dict.fromkeys(load.problems))
-        )
+        problems = (problem.replace("_orig_mod.", "") for problem in dict.fromkeys(load.problems))
+        raise IncompatibleStateError("nothing has been loaded:\n  " + "\n  ".join(problems))
     for equivalence in load.equivalences:
         equivalence.interrupted = True  # until its tensors have been written
     for permutation, (seed, draw) in load.draws.items():

@@ -25,7 +25,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.census import Census
 from poetx_compile.eligibility import linears
@@ -41,8 +40,9 @@ from poetx_compile.shards import groups_of, local, reduce_over
 log = logging.getLogger("poetx_compile")
 
 _linears: weakref.WeakSet[nn.Linear] = weakref.WeakSet()  # enrolled, and still prepared or not
-_owners: Any = WeakTensorKeyDictionary()  # skew parameter → its optimiser, weakly
-_orphans: Any = WeakTensorKeyDictionary()  # skew parameter that no optimiser holds → its linear
+_Layers = weakref.WeakKeyDictionary[OrthogonalEquivalence, Any]
+_owners: _Layers = weakref.WeakKeyDictionary()  # layer → its optimiser, weakly; id of its skew_in
+_orphans: _Layers = weakref.WeakKeyDictionary()  # layer → its linear; sides no optimiser holds
 _looked: weakref.WeakKeyDictionary[Optimizer, _Look] = weakref.WeakKeyDictionary()
 _version = 0
 _steps = 0
@@ -71,7 +71,6 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
     """Watch over the rotations of a layer that has just been prepared."""
     global _version
     _version += 1
-    skews = equivalence.skew_in, equivalence.skew_out
     _linears.add(module)
     if stored_weight(module)._backward_hooks:
         log.warning(
@@ -79,23 +78,28 @@ def enrol(module: nn.Linear, equivalence: OrthogonalEquivalence) -> None:
             "and rotations are trained in its place. Register hooks after poetx_compile.prepare",
             list(stored_weight(module).shape),
         )
-    _orphans.update(dict.fromkeys(skews, weakref.ref(module)))
+    _orphans[equivalence] = weakref.ref(module), set(_sides(equivalence))
     watch()
 
 
-def own(skews: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
-    """Note that `optimizer` merges these skew parameters, and trains those that it holds."""
+def own(equivalences: Iterable[OrthogonalEquivalence], optimizer: Optimizer) -> None:
+    """Note that `optimizer` merges these layers, and trains those of their rotations it holds."""
     held = {p for group in optimizer.param_groups for p in group["params"]}
-    for skew in skews:
-        _owners[skew] = weakref.ref(optimizer)
-        if skew in held:
-            _orphans.pop(skew, None)
+    for e in equivalences:
+        _owners[e] = weakref.ref(optimizer), id(e.skew_in)
+        if e in _orphans:
+            _, sides = _orphans[e]
+            sides -= {side for side, skew in _sides(e).items() if skew in held}
 
 
-def owner(skew: nn.Parameter) -> Optimizer | None:
-    """The live optimiser that trains and merges a skew parameter."""
-    reference = _owners.get(skew)
-    return None if reference is None else reference()
+def _sides(equivalence: OrthogonalEquivalence) -> dict[str, nn.Parameter]:
+    return {"in": equivalence.skew_in, "out": equivalence.skew_out}
+
+
+def owner(equivalence: OrthogonalEquivalence) -> Optimizer | None:
+    """The live optimiser that trains and merges the rotations of a layer, as they are now."""
+    reference, skew_in = _owners.get(equivalence, (None, None))
+    return reference() if reference is not None and skew_in == id(equivalence.skew_in) else None
 
 
 def enrolled() -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
@@ -110,7 +114,7 @@ def prepared_by_hand(optimizer: Optimizer) -> bool:
 
 def held(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
     """The enrolled layers without an owner of which `optimizer` holds a parameter, in its order."""
-    return [(m, e) for m, e in _layers_of(optimizer) if owner(e.skew_in) is None]
+    return [(m, e) for m, e in _layers_of(optimizer) if owner(e) is None]
 
 
 def _layers_of(optimizer: Optimizer) -> list[tuple[nn.Linear, OrthogonalEquivalence]]:
@@ -162,8 +166,8 @@ def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     _check_weights([(m, e) for m, e in _layers_of(optimizer) if e.written and e.trains])
     if by_hand:
-        for skew in (s for _, e in by_hand for s in (e.skew_in, e.skew_out)):
-            _orphans.pop(skew, None)
+        for _, e in by_hand:
+            _orphans.pop(e, None)
         log.warning(
             "%s trains the rotations of %d layer(s) and never merges them: call "
             "poetx_compile.attach(optimizer, model)",
@@ -211,7 +215,7 @@ def _name(module: nn.Linear) -> str:
     return next((n for n, m in linears(root).items() if m is module and n), "(root)")
 
 
-_gradients: Any = WeakTensorKeyDictionary()  # skew parameter → its last gradient, and how many
+_gradients: _Layers = weakref.WeakKeyDictionary()  # layer → last gradient and how many, by side
 
 
 def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -231,8 +235,8 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     layers = dict.fromkeys(m for layer in idle if (m := layer()) is not None)
     states = [e for m in layers if (e := equivalence_of(m)) is not None]
     by_hand = [e for e in states if not e.adopted]
-    for skew in (s for e in by_hand for s in (e.skew_in, e.skew_out)):
-        _orphans.pop(skew, None)
+    for e in by_hand:
+        _orphans.pop(e, None)
     if by_hand:
         log.warning(
             "the rotations of %d prepared layer(s) had gradients at two steps of %s, but no "
@@ -254,13 +258,15 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _count_gradients() -> list[weakref.ref[nn.Linear]]:
     """The layers that no optimiser holds and that have had gradients at two steps."""
     idle = []
-    for parameter, reference in list(_orphans.items()):
-        if parameter.grad is None:
-            continue
-        now = id(parameter.grad), parameter.grad._version
-        last, count = _gradients.get(parameter, (None, 0))
-        if last != now:
-            _gradients[parameter] = now, count + 1
-            if count:
-                idle.append(reference)
+    for e, (reference, sides) in list(_orphans.items()):
+        seen = _gradients.setdefault(e, {})
+        for side, skew in _sides(e).items():
+            if side not in sides or skew.grad is None:
+                continue
+            now = id(skew.grad), skew.grad._version
+            last, count = seen.get(side, (None, 0))
+            if last != now:
+                seen[side] = now, count + 1
+                if count:
+                    idle.append(reference)
     return idle

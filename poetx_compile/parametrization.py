@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from poetx_compile.ops.precision import rotation_dtype
 from poetx_compile.permutation import Permutation
 from poetx_compile.seal import Seal
 from poetx_compile.shards import groups_of, is_sharded, local, reduce_over
-from poetx_compile.wrappers import check_reduced
+from poetx_compile.wrappers import check_reduced, user_name
 
 INTERRUPTED = (
     "a merge or a load was cut off by an exception: some layers have it behind them, some not. "
@@ -35,8 +35,9 @@ INTERRUPTED = (
 
 NOT_GATHERED = (
     "the weight of a sharded layer was read outside of the forward of the module that was given to "
-    "fully_shard: poetx_compile.diagnostics.effective_weight(linear) gathers it. (If the layer is "
-    "split by tensor parallelism: that is not supported, leave it out of the plan.)"
+    "fully_shard. With `from poetx_compile.diagnostics import effective_weight`, "
+    "effective_weight(linear) gathers it. (If the layer is split by tensor parallelism: that is "
+    "not supported, leave it out of the plan.)"
 )
 NOT_ASSIGNED = (
     "the weight of a sharded layer cannot be assigned: model.load_state_dict({'name.weight': "
@@ -64,6 +65,11 @@ WRITTEN = (
 
 _alive: WeakValueDictionary[int, OrthogonalEquivalence] = WeakValueDictionary()
 """Every parametrization by its id, which is what a compiled graph knows of the module."""
+
+_by_rotation: WeakValueDictionary[int, OrthogonalEquivalence] = WeakValueDictionary()
+"""Every parametrization by the ids of its own skew parameters. Never by weak references to them:
+`torch.utils.swap_tensors`, by which torch moves and casts tensor subclasses (and everything, with
+``set_swap_module_params_on_conversion``), refuses a tensor that has any."""
 
 _revision = 0
 
@@ -146,13 +152,16 @@ class OrthogonalEquivalence(nn.Module):
         _note_change()
         self.written = True
         _alive[id(self)] = self
-        self._own_skew, self._own_layout = ref(self.skew_in), ref(self.layout)
+        self._own = id(self.skew_in), id(self.layout)
+        _by_rotation.update({id(skew): self for skew in (self.skew_in, self.skew_out)})
         effective.forget(self)
 
     def retire(self) -> None:
         """The weight is a plain one again; whoever still holds this state holds nothing."""
         _note_change()
         _alive.pop(id(self), None)
+        for skew in (self.skew_in, self.skew_out):
+            _by_rotation.pop(id(skew), None)
         effective.forget(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -199,7 +208,7 @@ class OrthogonalEquivalence(nn.Module):
 
     def holds(self, stored: Tensor) -> bool:
         """Whether parameters of this layer's own are in force: no stand-ins, none just gathered."""
-        ours = isinstance(stored, nn.Parameter) and self._own_skew() is self.skew_in
+        ours = isinstance(stored, nn.Parameter) and self._own[0] == id(self.skew_in)
         return ours and not (stored.is_inference() or self.skew_in.is_inference())
 
     @property
@@ -276,7 +285,7 @@ class OrthogonalEquivalence(nn.Module):
 
         It is read, which waits for the device, only after it was written.
         """
-        if self._own_layout() is not self.layout:
+        if self._own[1] != id(self.layout):
             return  # the stand-in of a functional call
         version = None if self.layout.is_inference() else self.layout._version
         if version is None or version != self._layout_version:
@@ -354,10 +363,10 @@ def equivalence_with_id(module_id: int | None) -> OrthogonalEquivalence | None:
     return None if module_id is None else _alive.get(module_id)
 
 
-def own_rotations() -> set[int]:
-    """The ids of all skew parameters of prepared layers, without stand-ins and gathered ones."""
-    own = [e for e in _alive.values() if e._own_skew() is e.skew_in]
-    return {id(skew) for e in own for skew in (e.skew_in, e.skew_out)}
+def equivalence_with_rotation(skew: Tensor) -> OrthogonalEquivalence | None:
+    """The parametrization whose own parameter `skew` is: no stand-in, and not just gathered."""
+    e = _by_rotation.get(id(skew))
+    return e if e is not None and (skew is e.skew_in or skew is e.skew_out) else None
 
 
 def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
@@ -435,10 +444,13 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, OrthogonalEquivalence]]:
-    """(name, module, parametrization) of every prepared linear of `model`, each once."""
+    """(name, module, parametrization) of every prepared linear of `model`, each once.
+
+    The names are the user's, without wrappers of compiled parts.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and (equivalence := equivalence_of(module)) is not None:
-            yield name, module, equivalence
+            yield user_name(name), module, equivalence
 
 
 def share_permutations_with(

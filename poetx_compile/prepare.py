@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from poetx_compile import effective
 from poetx_compile.adoption import adopted_state, decline, release
 from poetx_compile.config import POETXConfig, differences
 from poetx_compile.eligibility import (
@@ -39,11 +40,11 @@ from poetx_compile.parametrization import (
     trained_parameters,
 )
 from poetx_compile.permutation import Permutation
-from poetx_compile.prepared_class import share_class
+from poetx_compile.prepared_class import own_class, share_class
 from poetx_compile.report import LayerRow, PrepareReport
 from poetx_compile.shards import is_sharded
 from poetx_compile.sharing import Groups
-from poetx_compile.wrappers import PREPARE_FIRST, wrapper_of
+from poetx_compile.wrappers import PREPARE_FIRST, user_name, wrapper_of
 
 log = logging.getLogger("poetx_compile")
 M = TypeVar("M", bound=nn.Module)
@@ -181,11 +182,10 @@ def register(
     equivalence.train(module.training)
     weight = module.weight
     equivalence.takes_stored = as_it_is
-    with _unchanged(weight) if as_it_is else contextlib.nullcontext():
+    own_class(module)
+    with _set_in_place(), _unchanged(weight) if as_it_is else contextlib.nullcontext():
         parametrize.register_parametrization(module, "weight", equivalence, unsafe=True)
     equivalence.takes_stored = False
-    # Of the class that torch has just made, and that the first of its kind hands on.
-    type(module).register_parameter = _register_parameter  # type: ignore[method-assign, assignment]
     share_class(module)
     stored_weight(module).requires_grad_(False)
     stored_weight(module).grad = None
@@ -194,22 +194,21 @@ def register(
     enrol(module, equivalence)
 
 
+@contextlib.contextmanager
+def _set_in_place() -> Iterator[None]:
+    """Let torch set a parametrized tensor even where it is told to swap: that is refused as long as
+    a graph holds the tensor, and compiled code is settled while others do."""
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+
+
 def _unchanged(weight: Tensor) -> contextlib.AbstractContextManager[None]:
     """Torch sets a parametrized tensor to its stored form even where that is the tensor itself."""
     return torch.autograd._unsafe_preserve_version_counter(weight)
-
-
-def _register_parameter(module: nn.Linear, name: str, parameter: nn.Parameter | None) -> None:
-    """`nn.Module.register_parameter`, with a reason where tensor parallelism calls it.
-
-    It takes the names of all parameters of a linear for names of its own.
-    """
-    if "." in name:
-        raise ParallelismError(
-            "a prepared linear cannot be split by tensor parallelism, which would cut its blocks: "
-            "leave it out of the plan, or exclude it from prepare (exclude_modules)"
-        )
-    nn.Module.register_parameter(module, name, parameter)
 
 
 def config_of(model: nn.Module) -> POETXConfig | None:
@@ -242,13 +241,16 @@ def merge_and_unload(model: M) -> M:
         raise ParallelismError(SHARDED_EXPORT)
     check_stored_weights([(e, stored_weight(m)) for _, m, e in layers])
     for _, module, equivalence in layers:
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        own_class(module)
+        with torch.no_grad():
+            stored_weight(module).copy_(effective.plain(module.weight))
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         module.weight.requires_grad_(equivalence.trains)
         # The weight comes back as the last parameter; optimiser states and others go by position.
         for name in [name for name in module._parameters if name != "weight"]:
             module._parameters[name] = module._parameters.pop(name)
         # The model is compiled again at its next call: that must not start all over by itself.
-        decline(module.weight, "merged and unloaded: prepare the model to train rotations again")
+        decline(module, "merged and unloaded: prepare the model to train rotations again")
         equivalence.retire()
     unguard_loads(plain)
     forget()  # an optimiser that is still there would keep the folded weights alive
@@ -346,7 +348,7 @@ def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:
                 reasons[name],
             )
         if isinstance(weight, nn.Parameter):
-            decline(weight, reasons[name])
+            decline(module, reasons[name])
     if dropped:
         torch.compiler.reset()
 
@@ -364,7 +366,8 @@ def _rows(
     others: dict[str, list[OtherWeight]] = defaultdict(list)
     for weight in other_weights(model):
         others[weight.module].append(weight)
-    for name, _ in model.named_modules(remove_duplicate=False):
+    names = (user_name(name) for name, _ in model.named_modules(remove_duplicate=False))
+    for name in dict.fromkeys(names):
         if name in found:
             yield _row(name, found[name], reasons[name])
         for w in others.pop(name, ()):

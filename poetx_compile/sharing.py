@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import trained_by, user_name
+from poetx_compile.eligibility import trained_by
 from poetx_compile.errors import ConfigError
 from poetx_compile.parametrization import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.permutation import Permutation
@@ -203,7 +203,7 @@ def _matches(
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(name, what precedes the match) of the linears whose names end in `parts`."""
     for name in found:
-        path = tuple(user_name(name).split("."))
+        path = tuple(name.split("."))
         prefix, end = path[: -len(parts)], path[-len(parts) :]
         if len(end) == len(parts) and all(map(fnmatch.fnmatchcase, end, parts)):
             yield name, prefix

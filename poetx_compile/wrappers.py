@@ -1,4 +1,4 @@
-"""Wrappers that spread a model over processes: which are there, and what their order asks for."""
+"""Wrappers: those that spread a model over processes, and names without those of compiled parts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ PREPARE_FIRST = (
     "poetx_compile.prepare(model) comes first, then DistributedDataParallel(model) or "
     "fully_shard(...), then the optimiser"
 )
+
+
+def user_name(name: str) -> str:
+    """A name without the wrappers of what was compiled by itself, wherever they are in it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def is_fsdp_module(module: nn.Module) -> bool:

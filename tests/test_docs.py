@@ -239,9 +239,9 @@ def test_every_message_is_in_troubleshooting(kind: str) -> None:
     assert not missing, "docs/troubleshooting.md has no row for\n" + "\n".join(missing)
 
 
-def _reasons() -> Iterator[tuple[str, str]]:
-    """(where, template) of every reason for which `prepare` leaves a linear alone."""
-    path = ROOT / "poetx_compile" / "eligibility.py"
+def _reasons(file: str) -> Iterator[tuple[str, str]]:
+    """(where, template) of every reason for which the functions of a file refuse something."""
+    path = ROOT / file
     for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(function, ast.FunctionDef) and "refusal" in function.name:
             for node in ast.walk(function):
@@ -255,7 +255,9 @@ def _reasons() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("where", ["passes", "prepare"])
 def test_every_refusal_is_explained(where: str) -> None:
-    known = list(_messages("Refusal") if where == "passes" else _reasons())
+    known = list(_reasons("poetx_compile/eligibility.py"))
+    if where == "passes":
+        known = [*_messages("Refusal"), *_reasons("passes/sides.py")]
     entries = _entries("docs/how-to/debug-a-refusal.md")
     assert known
     missing = [f"{at}: {text}" for at, text in known if not any(e.search(text) for e in entries)]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from poetx_compile.errors import ConfigError
-from poetx_compile.optim.schedule import schedule_of
+from poetx_compile.optim.schedule import schedule_of, unwrap_optimizer
 
 
 def clip_grad_norm_(
@@ -40,6 +40,7 @@ def clip_grad_norm_(
     Raises:
         ConfigError: the optimiser does not merge, or an argument is out of range.
     """
+    optimizer = unwrap_optimizer(optimizer)
     schedule = schedule_of(optimizer)
     if schedule is None:
         raise ConfigError(

@@ -61,7 +61,7 @@ def attach(
 
     Args:
         optimizer: any `torch.optim.Optimizer` that holds every trainable skew parameter
-            (`param_groups` makes such groups).
+            (`param_groups` makes such groups), or Accelerate's wrapper of one.
         model: the prepared model, compiled or not.
         config: ``None``, or the configuration of `prepare`.
 
@@ -71,14 +71,14 @@ def attach(
     Raises:
         AdoptionError: `optimizer` cannot train rotations, with the reason: it is tried on small
             parameters (`poetx_compile.optim.probe`).
-        ConfigError: the optimiser is attached already; the model is not prepared, or prepared with
-            another configuration; layers outside of it share permutations with it; or the state of
-            a parameter cannot be reset.
+        ConfigError: `optimizer` is none, or attached already; the model is not prepared, or
+            prepared with another configuration; layers outside of it share permutations with it;
+            or the state of a parameter cannot be reset.
         UnownedRotationsError: skew parameters that no group of the optimiser holds.
         ParallelismError: the model is sharded in a way in which rotations cannot train.
         IncompatibleStateError: processes prepared the model differently.
     """
-    model = unwrap_compiled(model)
+    optimizer, model = unwrap_optimizer(optimizer), unwrap_compiled(model)
     config = prepared_config(model, config)
     if schedule_of(optimizer) is not None:
         raise ConfigError(
@@ -108,8 +108,27 @@ def attach_probed(
 
 
 def schedule_of(optimizer: Optimizer) -> MergeSchedule | None:
-    """The schedule that `attach` gave an optimiser, or ``None``."""
-    return getattr(optimizer, _ATTRIBUTE, None)
+    """The schedule that `attach` gave an optimiser, or the one that it wraps; or ``None``."""
+    return getattr(unwrap_optimizer(optimizer), _ATTRIBUTE, None)
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """The optimiser itself, behind wrappers whose groups and state are its own (Accelerate's).
+
+    Raises:
+        ConfigError: `optimizer` is something else.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, Optimizer) and all(
+        getattr(optimizer, name, None) is getattr(inner, name) for name in ("param_groups", "state")
+    ):
+        return unwrap_optimizer(inner)
+    if not hasattr(optimizer, "_optimizer_step_pre_hooks"):  # a wrapper may be one in name alone
+        raise ConfigError(
+            f"a {type(optimizer).__name__} is no optimiser of torch: give the "
+            "torch.optim.Optimizer itself, not what wraps it"
+        )
+    return optimizer
 
 
 class MergeSchedule:
@@ -200,7 +219,7 @@ class MergeSchedule:
 
     def _settled(self, optimizer: Optimizer) -> None:
         """Skew parameters are in their groups."""
-        own(self._skews, optimizer)
+        own(self.equivalences, optimizer)
         for group in self._groups(optimizer):
             for key, value in self._placeholders().items():
                 group.setdefault(key, value)
@@ -330,7 +349,9 @@ class MergeSchedule:
         self._check_layers(thoroughly=True)  # also layers that were replaced by others
         merge(self._model)
         if self._config.moments == "reset":
-            reset_state(optimizer, self._skews, self._probed.reset)
+            # A ZeroRedundancyOptimizer has the state of its shard in an optimiser of its own.
+            inner = getattr(optimizer, "optim", optimizer)
+            reset_state(inner, self._skews, self._probed.reset)
         ledger[LAST_MERGE] = ledger[STEP]
         if self._guard is not None:
             self._guard.merged(ledger, ledger[STEP])

@@ -23,7 +23,12 @@ from poetx_compile.optim.follow import FOLLOWS
 from poetx_compile.optim.groups import BLOCK, RATIO, ensure_prepared, prepared_config
 from poetx_compile.optim.probe import Probed, probe
 from poetx_compile.optim.regroup import regroup
-from poetx_compile.optim.schedule import MergeSchedule, attach_probed, schedule_of
+from poetx_compile.optim.schedule import (
+    MergeSchedule,
+    attach_probed,
+    schedule_of,
+    unwrap_optimizer,
+)
 from poetx_compile.parametrization import (
     OrthogonalEquivalence,
     PreparedLayers,
@@ -69,6 +74,7 @@ def adopt(
         UnownedRotationsError: it does not hold the weights of all layers of `model`: give `adopt`
             the part of the model that it trains.
     """
+    optimizer = unwrap_optimizer(optimizer)
     model = ensure_prepared(model, config)
     return take_over(optimizer, [m for _, m, _ in prepared_linears(model)], poetx_lr=poetx_lr)
 
@@ -87,7 +93,7 @@ def take_over(
             "it from poetx_compile.param_groups over all of them, or another one for these"
         )
     layers = [(m, e) for m in linears if (e := equivalence_of(m)) is not None]
-    layers = [(m, e) for m, e in layers if ownership.owner(e.skew_in) is not optimizer]
+    layers = [(m, e) for m, e in layers if ownership.owner(e) is not optimizer]
     if schedule is not None and not layers:
         return schedule
     probed = _check(optimizer, layers, schedule, poetx_lr)

@@ -264,7 +264,7 @@ def test_reused_code_meets_a_weight_that_prepare_left_alone(monkeypatch):
     for layer in layers:
         layer.compile(backend=poetx.poetx_backend, fullgraph=True, options=OPTIONS)
     layers[0](torch.randn(2, 12))
-    adoption.decline(layers[1].up.weight, "for the test")
+    adoption.decline(layers[1].up, "for the test")
     with pytest.raises(AdoptionError, match=r"poetx_compile\.prepare on every instance"):
         layers[1](torch.randn(2, 12))
     assert len(calls) == 1, "the second instance reused the code of the first"
