@@ -159,7 +159,7 @@ def refusal_of_calls(contexts: Contexts, equivalence: fx.Node) -> str | None:
         if graphs.in_transform(linear):
             return "inside a torch.func transform"
         # Tracing lets these pass, and torch raises when it runs: so must what replaces it.
-        with contexts.of(linear).entered():
+        with contexts.of(linear).casting():
             dtypes = [_autocast_dtype(v) for v in values if isinstance(v, torch.Tensor)]
         if len(set(dtypes)) > 1:
             shown = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

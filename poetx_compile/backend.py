@@ -62,12 +62,22 @@ def poetx_backend(
         ParallelismError: a model that was prepared after it was given to DDP.
     """
     parsed = BackendOptions.parse(mode, options)
-    # Of a backend that is registered Dynamo drops what refers to parameters weakly, in the end of
-    # this call: `torch.utils.swap_tensors` refuses them otherwise.
-    torch._dynamo.lookup_backend("poetx")
+    _register()
     _warn_at_the_limit()
     with collector.paused():
         return compile_graph(gm, example_inputs, parsed)
+
+
+def _register() -> None:
+    """Be a backend that Dynamo knows, installed or not.
+
+    Of such a one it drops what refers to parameters weakly at the end of a compilation, which
+    `torch.utils.swap_tensors` refuses.
+    """
+    if "poetx" in torch._dynamo.list_backends(exclude_tags=()):
+        torch._dynamo.lookup_backend("poetx")  # the entry point, which may not be loaded yet
+    else:
+        torch._dynamo.register_backend(poetx_backend, name="poetx")
 
 
 def _warn_at_the_limit() -> None:
