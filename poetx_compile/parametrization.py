@@ -307,7 +307,7 @@ class OrthogonalEquivalence(nn.Module):
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
             dtype = rotation_dtype(moved.dtype) if t.is_floating_point() else t.dtype
-            return moved if moved.dtype == dtype else t.to(moved.device)
+            return moved if moved.dtype == dtype else t.to(moved.device, dtype)
 
         was_meta = self.skew_in.is_meta
         applied = super()._apply(keep_precision, recurse)

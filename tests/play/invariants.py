@@ -1,0 +1,257 @@
+"""What must hold whatever has been done, and how it is found out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import poetx_compile as poetx
+from poetx_compile import merge as merge_module
+from poetx_compile.optim import schedule as schedule_module
+from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linears, stored_weight
+from tests import references
+from tests.play.world import PRODUCTS, Copy, World, loss_of
+from tests.tolerances import relative_error, tolerance
+
+
+class Broken(AssertionError):
+    """Something that must hold does not."""
+
+
+def require(condition: Any, message: str) -> None:
+    if not condition:
+        raise Broken(message)
+
+
+def close(actual: Tensor, expected: Tensor, allowed: float, what: str, scale: float = 0.0) -> None:
+    """Equal within `allowed`, relative to the norm of `expected` or to `scale`, if that is more."""
+    require(actual.shape == expected.shape, f"{what}: {actual.shape}, expected {expected.shape}")
+    require(torch.isfinite(actual).all(), f"{what}: not finite")
+    error = relative_error(actual, expected)
+    norm = expected.detach().double().norm().item() or 1.0
+    error *= norm / max(norm, scale)
+    require(error <= allowed, f"{what}: relative error {error:.3g} exceeds {allowed:.3g}")
+
+
+def same(actual: Any, expected: Any, what: str, but: Collection[str] = ()) -> None:
+    """The same values, bit for bit, through dicts and lists."""
+    if isinstance(expected, Mapping):
+        require(set(actual) - set(but) == set(expected) - set(but), f"{what}: other keys")
+        for key in expected:
+            if key not in but:
+                same(actual[key], expected[key], f"{what}.{key}")
+    elif isinstance(expected, list | tuple):
+        require(len(actual) == len(expected), f"{what}: {len(actual)} for {len(expected)} items")
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            same(a, e, f"{what}.{i}")
+    elif isinstance(expected, Tensor):
+        require(isinstance(actual, Tensor) and actual.dtype == expected.dtype, f"{what}: dtype")
+        equal = torch.equal(actual, expected) or (actual.isnan() & expected.isnan()).all()
+        require(equal, f"{what}: changed by {relative_error(actual, expected):.3g}")
+    else:
+        require(actual == expected, f"{what}: {actual} is not {expected}")
+
+
+# --- what a copy is -------------------------------------------------------------------------------
+
+
+def state(copy: Copy) -> dict[str, Any]:
+    """All that a copy is made of, as clones: tensors, optimiser, what takes gradients."""
+    saved = copy.optimizer.state_dict()
+    moments = {
+        i: {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+        for i, values in saved["state"].items()
+    }
+    groups = [
+        {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+        for group in saved["param_groups"]
+    ]
+    return {
+        "model": {k: v.clone() for k, v in copy.model.state_dict().items()},
+        "optimizer": {"state": moments, "groups": groups},
+        "requires_grad": {n: p.requires_grad for n, p in copy.model.named_parameters()},
+        "draws": copy.draws(),
+    }
+
+
+def plain_state(copy: Copy) -> dict[str, Tensor]:
+    """The tensors of the plain model, as clones."""
+    return {k: v.clone() for k, v in poetx.plain_state_dict(copy.model).items()}
+
+
+@contextlib.contextmanager
+def unchanged(world: World, but: Collection[str] = ()) -> Iterator[None]:
+    """Nothing that a copy is made of changes, but these parts of `state`."""
+    before = [state(copy) for copy in world.copies]
+    unsettled = world.unsettled
+    yield
+    for copy, then in zip(world.copies, before, strict=True):
+        if copy is world.compiled and unsettled != world.unsettled:
+            continue  # adopted in between
+        same(state(copy), then, f"{copy.name}", but)
+
+
+def no_gradients_where_none_belong(copy: Copy, trained: bool = False) -> None:
+    """Frozen parameters have none; if `trained`, the others have one each."""
+    stores = {id(stored_weight(m)) for _, m, _ in copy.layers()}
+    for name, p in copy.model.named_parameters():
+        if id(p) in stores or not p.requires_grad:
+            require(p.grad is None, f"{copy.name}: {name} has a gradient and should have none")
+        elif trained and p.numel():
+            require(p.grad is not None, f"{copy.name}: {name} trains and has no gradient")
+            require(torch.isfinite(p.grad).all(), f"{copy.name}: gradient of {name} not finite")
+
+
+# --- the naive layer ------------------------------------------------------------------------------
+
+
+def naive_weight(linear: nn.Linear, e: OrthogonalEquivalence) -> tuple[Tensor, Tensor, Tensor]:
+    """The effective weight by dense matrices in fp64, and the two skew parameters it is made of."""
+    skews = [s.detach().double().requires_grad_() for s in (e.skew_in, e.skew_out)]
+    g_in, g_out = (
+        references.cayley(skew, b, e.order)
+        for skew, b in zip(skews, (e.block_in, e.block_out), strict=True)
+    )
+    stored = stored_weight(linear).detach().double()
+    pairs = e.perm_in.pair, e.perm_out.pair
+    return references.effective_weight(stored, g_in, g_out, *pairs), skews[0], skews[1]
+
+
+# --- after each action ----------------------------------------------------------------------------
+
+
+def check(world: World) -> None:
+    """Compiled is eager is plain: states, outputs, gradients."""
+    eager, compiled = world.copies
+    for copy in world.copies:
+        no_gradients_where_none_belong(copy)
+    if not world.unsettled:
+        same(state(compiled), state(eager), "compiled")
+    require(
+        eager.model.training == compiled.model.training, "one copy trains, the other is evaluated"
+    )
+    allowed = PRODUCTS * tolerance(world.dtype)
+    plain = world.plain().to(world.dtype).train(eager.model.training)
+    plain.load_state_dict(poetx.plain_state_dict(eager.model))
+    tokens = world.batch()
+    for name, linear, e in eager.layers():
+        weight, _, _ = naive_weight(linear, e)
+        own = plain.get_submodule(name).weight
+        close(own, weight, tolerance(world.dtype), f"effective weight of {name}")
+    with torch.no_grad():
+        expected = plain(tokens)
+        for copy in world.copies:
+            close(copy.run(tokens), expected, allowed, f"outputs of {copy.name}, no_grad")
+    trains = any(p.requires_grad for p in eager.model.parameters())
+    if world.unsettled or not trains:
+        return
+    expected_loss = loss_of(plain(tokens), tokens)
+    gradients = dict(
+        zip(
+            (n for n, _ in plain.named_parameters()),
+            torch.autograd.grad(expected_loss, list(plain.parameters())),
+            strict=True,
+        )
+    )
+    expected_of = _expected_gradients(eager, gradients)
+    scale = 1e-3 * max(g.norm().item() for g in gradients.values())
+    for copy in world.copies:
+        loss = loss_of(copy.run(tokens), tokens)
+        close(loss, expected_loss, allowed, f"loss of {copy.name}")
+        named = {n: p for n, p in copy.model.named_parameters() if p.requires_grad and p.numel()}
+        taken = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for (name, _), gradient in zip(named.items(), taken, strict=True):
+            what = f"gradient of {name}, {copy.name}"
+            if name not in expected_of:  # the frozen weight
+                require(gradient is None, f"{what}: there is one")
+                continue
+            require(gradient is not None, f"{what}: there is none")
+            close(gradient, expected_of[name], 2 * allowed, what, scale)
+
+
+def _expected_gradients(eager: Copy, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of the prepared model from those of the plain one."""
+    layers = {name: (linear, e) for name, linear, e in eager.layers()}
+    expected = {}
+    for name, gradient in gradients.items():
+        owner = name.removesuffix(".weight")
+        if owner not in layers:
+            expected[name] = gradient
+            continue
+        linear, e = layers[owner]
+        weight, skew_in, skew_out = naive_weight(linear, e)
+        skews = [skew for skew in (skew_in, skew_out) if skew.numel()]
+        taken = list(torch.autograd.grad(weight, skews, gradient.double()))
+        taken = [taken.pop(0) if skew.numel() else skew for skew in (skew_in, skew_out)]
+        for side, value in zip(("in", "out"), taken, strict=True):
+            expected[f"{owner}.parametrizations.weight.0.skew_{side}"] = value
+    return expected
+
+
+# --- merges ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watched_merges() -> Iterator[None]:
+    """Check every merge that an optimiser asks for."""
+    with mock.patch.object(schedule_module, "merge", checked_merge):
+        yield
+
+
+def checked_merge(model: nn.Module) -> None:
+    """Merge, and check what it did to each layer.
+
+    A plane that Q turns by θ is scaled by ``|1 − (iθ)^(k+1)|``, off 1 by ``δ ≤ θ^(k+1)``, which the
+    polar factor takes out on either side: ``‖W' − W‖ ≤ (2δ + δ²) ‖S‖`` and the rounding.
+    """
+    layers = list(prepared_linears(model))
+    before = []
+    for _, linear, e in layers:
+        weight, skew_in, skew_out = naive_weight(linear, e)
+        before.append((weight.detach(), _merged(linear, e), _delta(e, skew_in, skew_out), e.draw))
+    merge_module.merge(model)
+    for (name, linear, e), (weight, expected, delta, draw) in zip(layers, before, strict=True):
+        what = f"{name} after a merge"
+        rounding = tolerance(stored_weight(linear).dtype)
+        require(e.draw == draw + 1, f"{what}: draw {e.draw} after {draw}")
+        require(not e.skew_in.any() and not e.skew_out.any(), f"{what}: rotations are left")
+        after, _, _ = naive_weight(linear, e)
+        bound = rounding + 2 * delta + delta**2
+        moved = ((after - weight).norm() / stored_weight(linear).double().norm()).item()
+        require(moved <= bound, f"{what}: weight moved by {moved:.3g}, bound {bound:.3g}")
+        close(after, expected, rounding, what)
+
+
+def _rotated(e: OrthogonalEquivalence) -> bool:
+    """Whether merges make the rotations orthogonal first."""
+    return e.merge_rotation == "polar" and e.order is not None
+
+
+def _merged(linear: nn.Linear, e: OrthogonalEquivalence) -> Tensor:
+    """The effective weight with the rotations' polar factors, by singular value decompositions."""
+    factors = []
+    for skew, b in ((e.skew_in, e.block_in), (e.skew_out, e.block_out)):
+        g = references.cayley(skew.detach().double(), b, e.order)
+        if _rotated(e):
+            u, _, vh = torch.linalg.svd(g)
+            g = u @ vh
+        factors.append(g)
+    stored = stored_weight(linear).detach().double()
+    return references.effective_weight(stored, *factors, e.perm_in.pair, e.perm_out.pair)
+
+
+def _delta(e: OrthogonalEquivalence, skew_in: Tensor, skew_out: Tensor) -> float:
+    if not _rotated(e):
+        return 0.0
+    norms = [0.0]
+    for skew, b in ((skew_in, e.block_in), (skew_out, e.block_out)):
+        if skew.numel():
+            q = references.unpack(skew.detach(), b)
+            norms.append(torch.linalg.matrix_norm(q, ord=2).max().item())
+    assert e.order is not None
+    return max(norms) ** (e.order + 1)
