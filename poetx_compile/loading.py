@@ -134,6 +134,9 @@ def _before_load(
     if load.problems:
         problems = (problem.replace("_orig_mod.", "") for problem in dict.fromkeys(load.problems))
         raise IncompatibleStateError("nothing has been loaded:\n  " + "\n  ".join(problems))
+    if not prefix and any(equivalence.interrupted for equivalence in load.equivalences):
+        # Dynamo leaves a frame uncompiled for good once tracing it has met the refusal.
+        torch.compiler.reset()
     for equivalence in load.equivalences:
         equivalence.interrupted = True  # until its tensors have been written
     for permutation, (seed, draw) in load.draws.items():

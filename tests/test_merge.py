@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -301,6 +302,30 @@ def test_a_cut_off_merge_is_refused_everywhere_until_a_checkpoint_is_loaded(
     assert_close(compiled(x), expected)
     merge(model)
     assert {e.draw for _, _, e in prepared_linears(model)} == {3}
+
+
+def test_a_model_is_compiled_again_once_a_checkpoint_ends_a_cut_off_merge(
+    monkeypatch: pytest.MonkeyPatch, graphs: Callable[[], int]
+) -> None:
+    model, x = Siblings(), torch.randn(8, 48)
+    poetx.prepare(model, config())
+    compiled = torch.compile(model, backend="poetx", options={"stage": "eager"})
+    expected = compiled(x)
+    checkpoint = {k: v.clone() for k, v in model.state_dict().items()}
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            _break_second_layer(patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                merge(model)
+        with pytest.raises(InterruptedMergeError):
+            compiled(x)
+        before = graphs()
+        model.load_state_dict(checkpoint)
+        assert torch.equal(compiled(x), expected)
+        assert graphs() == before + 1
+        model.load_state_dict(checkpoint)  # nothing was cut off: the code stays
+        compiled(x)
+        assert graphs() == before + 1
 
 
 _OTHER_PROCESS = """

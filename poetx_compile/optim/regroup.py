@@ -81,12 +81,17 @@ def regroup(
 
 
 def drop_weights(optimizer: Optimizer, layers: Layers) -> None:
-    """Take the frozen weights of `layers` out of all groups, with the moments of dense training."""
-    weights: set[Tensor] = {stored_weight(module) for module, _ in layers}
+    """Take the frozen weights of `layers` out of all groups, with the moments of dense training.
+
+    The empty skew parameters of sides of size 1 go as well: an optimiser that was built before the
+    model had rotations has none, and the states of both fit each other.
+    """
+    gone: set[Tensor] = {stored_weight(module) for module, _ in layers}
+    gone.update(skew for _, e in layers for skew in (e.skew_in, e.skew_out) if not skew.numel())
     for group in optimizer.param_groups:
-        _drop(group, weights)
-    for weight in weights:
-        optimizer.state.pop(weight, None)
+        _drop(group, gone)
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
 
 
 def _drop(group: dict[str, Any], gone: set[Tensor]) -> None:

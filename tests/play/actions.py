@@ -399,7 +399,10 @@ def write_in_vain(world: World, *, layer: str, how: str) -> None:
                 with raises(ValueError, "another shape assigned"):
                     linear.weight = torch.zeros(2, 3)
             elif how == "merged":
-                with raises(EffectiveWeightError, "a weight written after a merge"), torch.no_grad():
+                with (
+                    raises(EffectiveWeightError, "a weight written after a merge"),
+                    torch.no_grad(),
+                ):
                     weights[i].mul_(2)
     if how == "stale":
         for copy in world.copies:
@@ -470,7 +473,9 @@ def _selected(model: nn.Module, what: str) -> list[nn.Parameter]:
     if what == "rotations of q":
         what = "q.parametrizations.weight.0.skew_"
     stores = {n for n in named if n.endswith("original")}
-    return [p for n, p in named.items() if own.get(what, what) in n and n not in stores and p.numel()]
+    return [
+        p for n, p in named.items() if own.get(what, what) in n and n not in stores and p.numel()
+    ]
 
 
 PARTS = ("rotations of q", "biases", "embedding", "norm")
@@ -566,7 +571,7 @@ def compile_again(world: World, *, seed: int, reset: bool) -> None:
     with unchanged(world):
         if reset:
             torch._dynamo.reset()
-        world.options = draw_options(random.Random(seed))
+        world.options = draw_options(random.Random(seed), world.setup.config)
         world.compile()
 
 

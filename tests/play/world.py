@@ -26,7 +26,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "SGD": {"momentum": 0.9, "nesterov": True},
     "Adam": {"amsgrad": True},
     "AdamW": {"weight_decay": 0.1},
-    "NAdam": {},
+    "Adamax": {},
     "RAdam": {},
     "RMSprop": {},
     "Adagrad": {},
@@ -66,7 +66,11 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for _ in range(2):
-            x = checkpoint(self.block, x, use_reentrant=False) if self.checkpointed else self.block(x)
+            x = (
+                checkpoint(self.block, x, use_reentrant=False)
+                if self.checkpointed
+                else self.block(x)
+            )
         return self.lm_head(x)
 
 
@@ -109,7 +113,7 @@ class Setup:
         names = [name for name in names if name.startswith("adopt")] if adopted else names
         return cls(
             config=config,
-            options=draw_options(rng),
+            options=draw_options(rng, config),
             optimizer=rng.choice(names),
             dtype=rng.choice(["float64", "float64", "float32"]),
             adopted=adopted,
@@ -119,13 +123,14 @@ class Setup:
         )
 
 
-def draw_options(rng: random.Random) -> dict[str, Any]:
-    """Options of the backend."""
+def draw_options(rng: random.Random, config: dict[str, Any]) -> dict[str, Any]:
+    """Options of the backend for a model of that configuration."""
     variant = rng.choice(["fast", "fast", "mem"])
+    guarded = config["max_angle"] is not None or config["cayley"] == "exact"
     return {
         "stage": rng.choice(["eager", "eager", "eager", "aot_eager"]),
         "variant": variant,
-        "formulation": rng.choice(["auto", "input_centric", "folded"]),
+        "formulation": rng.choice(["auto", "input_centric"] + ["folded"] * guarded),
         "keep_folded": rng.choice(["call", "step"] if variant == "fast" else ["call"]),
     }
 
@@ -279,12 +284,11 @@ class World:
 @torch.no_grad()
 def _as_adopted(model: nn.Module) -> None:
     """Begin under identity permutations, as the states do that the compiler makes."""
+    weights = {linear: linear.weight.clone() for _, linear, _ in prepared_linears(model)}
     for _, linear, e in prepared_linears(model):
-        weight = linear.weight.clone()
         for permutation in (e.perm_in, e.perm_out):
             permutation.redraw(permutation.seed, 0)
-        stored_weight(linear).copy_(weight)
-    for _, _, e in prepared_linears(model):
+        stored_weight(linear).copy_(weights[linear])
         e.write_layout()
 
 
