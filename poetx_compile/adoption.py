@@ -13,7 +13,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ MANY_CALLS = 16
 """Calls without a backward after which a model is told to run its first pass over and over."""
 
 _states: Any = WeakTensorKeyDictionary()  # weight → state, until the state is in a module
+_bound: WeakSet[OrthogonalEquivalence] = WeakSet()  # states that compiled code looked for
 _declined: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # why prepare left it alone
 _ripe: Any = WeakTensorKeyDictionary()  # weight → what a backward that went through it tells
 
@@ -58,6 +59,11 @@ def adopted_state(weight: Tensor) -> OrthogonalEquivalence | None:
 def release(weight: Tensor) -> OrthogonalEquivalence | None:
     """Take a weight's state out of the registry (into the model, or to drop it)."""
     return _states.pop(weight, None)
+
+
+def bound(equivalence: OrthogonalEquivalence) -> bool:
+    """Whether there is compiled code that adopts the weight of this state, and would again."""
+    return equivalence in _bound
 
 
 def decline(module: nn.Module, reason: str) -> None:
@@ -254,6 +260,8 @@ class Adopter:
         state = self.states.get(weight)
         if state is None:
             state = self.states[weight] = _new_state(slot, weight, self.config, permutations)
+            if self.states is _states:
+                _bound.add(state)
             return state
         if changed := differing(state.config, self.config):
             before, asked = state.config.to_dict(), self.config.to_dict()

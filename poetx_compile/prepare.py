@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from poetx_compile import effective
-from poetx_compile.adoption import adopted_state, decline, release
+from poetx_compile.adoption import adopted_state, bound, decline, release
 from poetx_compile.config import POETXConfig, differences
 from poetx_compile.eligibility import (
     PREPARED,
@@ -252,6 +252,8 @@ def merge_and_unload(model: M) -> M:
         # The model is compiled again at its next call: that must not start all over by itself.
         decline(module, "merged and unloaded: prepare the model to train rotations again")
         equivalence.retire()
+    if any(bound(equivalence) for _, _, equivalence in layers):
+        torch.compiler.reset()  # code that adopted these weights fits them again
     unguard_loads(plain)
     forget()  # an optimiser that is still there would keep the folded weights alive
     return model

@@ -34,6 +34,7 @@ def main() -> int:
         sequences += 1
         try:
             actions += play(sequence)
+            print(".", end="", flush=True)
         except Exception as error:
             failures += 1
             print(f"\nseed {seed}: {type(error).__name__}: {str(error)[:2000]}", flush=True)

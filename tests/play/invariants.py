@@ -96,13 +96,27 @@ def unchanged(world: World, but: Collection[str] = ()) -> Iterator[None]:
         same(state(copy), then, f"{copy.name}", but)
 
 
-def no_gradients_where_none_belong(copy: Copy, trained: bool = False) -> None:
-    """Frozen parameters have none; if `trained`, the others have one each."""
-    stores = {id(stored_weight(m)) for _, m, _ in copy.layers()}
+def stores(copy: Copy) -> set[int]:
+    """The ids of the frozen weights."""
+    return {id(stored_weight(linear)) for _, linear, _ in copy.layers()}
+
+
+def trained(copy: Copy) -> list[nn.Parameter]:
+    """The parameters that take gradients."""
+    frozen = stores(copy)
+    parameters = copy.model.parameters()
+    return [p for p in parameters if p.requires_grad and p.numel() and id(p) not in frozen]
+
+
+def no_gradients_where_none_belong(copy: Copy, after_backward: bool = False) -> None:
+    """Frozen parameters have none, and no group; `after_backward` the others have one each."""
+    frozen = stores(copy)
+    held = {id(p) for group in copy.optimizer.param_groups for p in group["params"]}
+    require(not held & frozen, f"{copy.name}: the optimiser holds frozen weights")
     for name, p in copy.model.named_parameters():
-        if id(p) in stores or not p.requires_grad:
+        if id(p) in frozen or not p.requires_grad:
             require(p.grad is None, f"{copy.name}: {name} has a gradient and should have none")
-        elif trained and p.numel():
+        elif after_backward and p.numel():
             require(p.grad is not None, f"{copy.name}: {name} trains and has no gradient")
             require(torch.isfinite(p.grad).all(), f"{copy.name}: gradient of {name} not finite")
 
@@ -147,8 +161,7 @@ def check(world: World) -> None:
         expected = plain(tokens)
         for copy in world.copies:
             close(copy.run(tokens), expected, allowed, f"outputs of {copy.name}, no_grad")
-    trains = any(p.requires_grad for p in eager.model.parameters())
-    if world.unsettled or not trains:
+    if world.unsettled or not trained(eager):
         return
     expected_loss = loss_of(plain(tokens), tokens)
     gradients = dict(

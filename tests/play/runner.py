@@ -29,7 +29,8 @@ class Call:
     @classmethod
     def parse(cls, text: str) -> Call:
         call = ast.parse(text, mode="eval").body
-        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name), text
+        assert isinstance(call, ast.Call), text
+        assert isinstance(call.func, ast.Name), text
         arguments = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
         return cls(call.func.id, arguments)
 

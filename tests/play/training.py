@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import poetx_compile as poetx
-from tests.play.invariants import close, no_gradients_where_none_belong, require
+from tests.play.invariants import close, no_gradients_where_none_belong, require, trained
 from tests.play.world import PRODUCTS, SHARED, Copy, World, loss_of
 from tests.tolerances import tolerance
 
@@ -29,7 +29,7 @@ def backward(copy: Copy, batches: Sequence[Tensor]) -> Tensor:
 
 def backward_if(copy: Copy, world: World) -> None:
     """A backward, where something trains."""
-    if any(p.requires_grad for p in copy.model.parameters()):
+    if trained(copy):
         backward(copy, [world.batch()])
 
 
@@ -50,7 +50,7 @@ def step(
     def work(copy: Copy) -> Tensor:
         copy.optimizer.zero_grad(set_to_none=not zeros)
         losses.append(backward(copy, batches))
-        no_gradients_where_none_belong(copy, trained=True)
+        no_gradients_where_none_belong(copy, after_backward=True)
         named = {n: p for n, p in copy.model.named_parameters() if p.grad is not None}
         if copy is world.eager:
             gradients.update({n: p.grad.clone() for n, p in named.items()})

@@ -128,7 +128,7 @@ def draw_options(rng: random.Random, config: dict[str, Any]) -> dict[str, Any]:
     variant = rng.choice(["fast", "fast", "mem"])
     guarded = config["max_angle"] is not None or config["cayley"] == "exact"
     return {
-        "stage": rng.choice(["eager", "eager", "eager", "aot_eager"]),
+        "stage": "aot_eager" if rng.random() < 0.15 else "eager",
         "variant": variant,
         "formulation": rng.choice(["auto", "input_centric"] + ["folded"] * guarded),
         "keep_folded": rng.choice(["call", "step"] if variant == "fast" else ["call"]),

@@ -1,4 +1,4 @@
-"""A run whose model the compiler adopted, resumed with a model that was prepared."""
+"""What happens later to a model that the compiler adopted."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
+from poetx_compile.parametrization import prepared_linears
+from tests.tolerances import assert_close
 
 
 def test_a_layer_with_one_output_resumes_with_the_groups_of_its_checkpoint() -> None:
@@ -36,3 +38,21 @@ def test_a_layer_with_one_output_resumes_with_the_groups_of_its_checkpoint() -> 
     step(resumed, other)
     for (name, a), b in zip(model.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_an_unloaded_model_trains_densely_by_the_same_compiled_call() -> None:
+    """The code that adopted its weights meets them again, as plain ones."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 7)), torch.randn(5, 12)
+    run = torch.compile(model, backend="poetx", options={"stage": "eager", "block_size": 4})
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        run(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = run(x)
+    poetx.merge_and_unload(model)
+    assert_close(run(x), expected)
+    run(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not list(prepared_linears(model))

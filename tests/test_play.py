@@ -1,0 +1,157 @@
+"""Random sequences of what users do, played on a compiled, an eager and a plain copy (`tests.play`).
+
+More by hand: ``python -m tests.play --seeds 100-999``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from poetx_compile import effective, kept
+from poetx_compile import merge as merge_module
+from poetx_compile.optim.schedule import MergeSchedule
+from poetx_compile.parametrization import OrthogonalEquivalence, stored_weight
+from tests.play.actions import ACTIONS
+from tests.play.invariants import Broken
+from tests.play.runner import Call, Sequence, play, shrunk
+
+SEEDS = range(8)
+
+FOUND = {
+    # A cast from fp64 to bf16 left the rotations in fp64.
+    "cast to bf16": Sequence.of(
+        "cast(dtype='bfloat16')",
+        "train(steps=1, micro=1, clip=None, closure=False, zeros=False)",
+        config={"block_size": 4},
+    ),
+    # A compiled graph that adopts met the weights of the unloaded model.
+    "adopted and unloaded": Sequence.of(
+        "train(steps=1, micro=1, clip='poetx', closure=False, zeros=False)",
+        "resume(how='save_checkpoint')",
+        "unload()",
+        "train(steps=1, micro=1, clip='torch', closure=False, zeros=False)",
+        config={"block_size": (4, 3), "max_angle": 0.1, "cayley": "exact"},
+        options={"stage": "eager"},
+        optimizer="adopt RAdam",
+        adopted=True,
+    ),
+}
+"""Sequences that failed once, shrunk."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_random_sequence_keeps_all_that_must_hold(seed: int) -> None:
+    assert play(Sequence.drawn(seed, 10)) > 5
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_sequence_that_failed_once_does_not_fail_again(name: str) -> None:
+    assert play(FOUND[name]) == len(FOUND[name].calls)
+
+
+def test_the_seeds_play_every_action() -> None:
+    drawn = {call.name for seed in SEEDS for call in Sequence.drawn(seed, 10).calls}
+    assert drawn == set(ACTIONS)
+
+
+def test_a_sequence_is_read_as_it_is_printed() -> None:
+    for seed in range(20):
+        sequence = Sequence.drawn(seed, 10)
+        assert Sequence.parse(str(sequence)) == sequence
+
+
+# --- planted faults -------------------------------------------------------------------------------
+
+TRAIN = "train(steps=2, micro=1, clip=None, closure=False, zeros=False)"
+EVALUATE = "evaluate(mode='no_grad', training=False, rows=3)"
+
+
+def forget_a_permutation(patch: pytest.MonkeyPatch) -> None:
+    real = merge_module.redraw_all
+
+    def forgetful(permutations: Any) -> Any:
+        indices = real(permutations)
+        first = next(iter(indices))
+        return indices | {first: torch.arange(first.size)}
+
+    patch.setattr(merge_module, "redraw_all", forgetful)
+
+
+def merge_rotations_that_shrink(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(merge_module, "polar_factor", lambda matrix: matrix)
+
+
+def keep_a_weight_that_was_written(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(effective.Sources, "are_those_of", lambda *_: True)
+
+
+def keep_a_fold_that_was_written(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(kept.Kept, "are_those_of", lambda *_: True)
+
+
+def forget_the_counters(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(MergeSchedule, "_after_load", lambda *_: None)
+
+
+def decay_the_frozen_weights(patch: pytest.MonkeyPatch) -> None:
+    real = MergeSchedule._after_step
+
+    def decaying(self: MergeSchedule, *args: Any) -> None:
+        for linear, _ in self._layers:
+            with torch.no_grad():
+                stored_weight(linear).mul_(0.999)
+        real(self, *args)
+
+    patch.setattr(MergeSchedule, "_after_step", decaying)
+
+
+def cut_a_gradient(patch: pytest.MonkeyPatch) -> None:
+    real = OrthogonalEquivalence.effective
+    patch.setattr(
+        OrthogonalEquivalence,
+        "effective",
+        lambda self, stored, skew_in, skew_out: real(self, stored, skew_in.detach(), skew_out),
+    )
+
+
+PLANTED: dict[Any, tuple[str, ...]] = {
+    forget_a_permutation: ("force_a_merge()",),
+    merge_rotations_that_shrink: (TRAIN, "force_a_merge()"),
+    keep_a_weight_that_was_written: (EVALUATE, "write(way='index', layer='q')"),
+    keep_a_fold_that_was_written: (EVALUATE, "write(way='index', layer='q')"),
+    forget_the_counters: (TRAIN, "resume(how='state_dict')"),
+    decay_the_frozen_weights: (TRAIN,),
+    cut_a_gradient: (),
+}
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_a_planted_fault_is_found(plant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence = Sequence.of(
+        *PLANTED[plant],
+        config={"block_size": 4},
+        options={"stage": "eager", "formulation": "folded", "keep_folded": "step"},
+    )
+    play(sequence)
+    plant(monkeypatch)
+    with pytest.raises(Broken):
+        play(sequence)
+
+
+def test_a_failure_is_shrunk_to_the_actions_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_a_weight_that_was_written(monkeypatch)
+    sequence = Sequence.of(
+        "look(what='diagnostics')",
+        EVALUATE,
+        "set_rates(of='all', factor=0.5)",
+        "write(way='index', layer='q')",
+        "freeze(what='norm')",
+        config={"block_size": 4},
+        options={"stage": "eager"},
+    )
+    least = [call.name for call in shrunk(sequence).calls]
+    assert least == ["evaluate", "write"]
+    assert Call.parse(str(sequence.calls[1])) == sequence.calls[1]
