@@ -1,4 +1,4 @@
-"""Random sequences of what users do, played on a compiled, an eager and a plain copy (`tests.play`).
+"""Random sequences of what users do, on a compiled, an eager and a plain copy (`tests.play`).
 
 More by hand: ``python -m tests.play --seeds 100-999``.
 """

@@ -216,7 +216,7 @@ class World:
         poetx.prepare(copy.model, self.config, shared=SHARED if self.setup.shared else ())
 
     def compile(self) -> None:
-        options = dict(self.options)
+        options = {"stage": "eager"} | self.options
         if self.setup.adopted:
             options = self.setup.config | options
         model = self.compiled.model
