@@ -93,7 +93,8 @@ def change_groups(world: World, *, to: str) -> None:
         elif to == "delete":  # as freezing the embedding by leaving it out would
             for i, group in enumerate(groups):
                 if len(groups) > 1 and "poetx_block" not in group:
-                    del groups[i]
+                    for p in groups.pop(i)["params"]:
+                        copy.optimizer.state.pop(p, None)  # torch cannot save it otherwise
                     break
         else:
             for group in groups:
@@ -110,7 +111,7 @@ def change_groups(world: World, *, to: str) -> None:
         world.made_scheduler = None
 
 
-@action(1, "settled", kind=("LambdaLR", "CosineAnnealingLR", "StepLR"))
+@action(2, "settled", kind=("LambdaLR", "CosineAnnealingLR", "StepLR"))
 def schedule_rates(world: World, *, kind: str) -> None:
     arguments: dict[str, Any] = {
         "LambdaLR": {"lr_lambda": lambda step: 1 / (1 + step)},

@@ -128,9 +128,11 @@ def _one_step_as(world: World, old: Copy) -> None:
     same(state(world.eager), state(old), "resumed")
 
 
-@action(1)
+@action(2)
 def unload(world: World) -> None:
     """A plain model again, trained densely by an optimiser that knows nothing of rotations."""
+    if world.setup.adopted:
+        torch._dynamo.reset()  # as the message says where code of another instance adopts
     for copy in world.copies:
         before = plain_state(copy)
         training.backward_if(copy, world)

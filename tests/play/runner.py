@@ -55,6 +55,8 @@ class Sequence:
         without = "dense"  # what is not done to a prepared model, or to one that is not
         for _ in range(length):
             names = [name for name, action in ACTIONS.items() if action.needs != without]
+            if setup.adopted and len(calls) == 1:
+                names = ["train"]  # few actions make sense before
             (name,) = rng.choices(names, [ACTIONS[name].weight for name in names])
             calls.append(Call(name, ACTIONS[name].draw(rng)))
             without = {"unload": "prepared", "prepare_again": "dense"}.get(name, without)

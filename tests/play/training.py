@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 import poetx_compile as poetx
-from tests.play.invariants import close, no_gradients_where_none_belong, require, trained
+from tests.play.invariants import (
+    close,
+    gradient_scale,
+    no_gradients_where_none_belong,
+    require,
+    trained,
+)
 from tests.play.world import PRODUCTS, SHARED, Copy, World, loss_of
 from tests.tolerances import tolerance
 
@@ -56,7 +62,7 @@ def step(
             gradients.update({n: p.grad.clone() for n, p in named.items()})
         else:
             require(named.keys() == gradients.keys(), "compiled: gradients of other parameters")
-            scale = 1e-3 * max(g.norm().item() for g in gradients.values())
+            scale = gradient_scale(gradients, world.dtype)
             for name, p in named.items():
                 what = f"compiled: gradient of {name}"
                 close(p.grad, gradients[name], 2 * allowed, what, scale)
