@@ -135,6 +135,7 @@ def unload(world: World) -> None:
         torch._dynamo.reset()  # as the message says where code of another instance adopts
     for copy in world.copies:
         before = plain_state(copy)
+        trains = {name: e.skew_in.requires_grad for name, _, e in copy.layers()}
         training.backward_if(copy, world)
         require(poetx.merge_and_unload(copy.model) is copy.model, "unloaded: another object")
         same(copy.model.state_dict(), before, f"{copy.name}, unloaded")
@@ -144,7 +145,8 @@ def unload(world: World) -> None:
         for name in ("q", "k", "scale", "o"):
             layer = copy.model.get_submodule(name)
             require(type(layer) is nn.Linear, f"{name}, unloaded: {type(layer)}")
-            require(layer.weight.requires_grad, f"{name}, unloaded: frozen")
+            flag = layer.weight.requires_grad
+            require(flag == trains[name], f"{name}, unloaded: requires_grad={flag}")
     world.new_optimizers("dense")
 
 
@@ -153,6 +155,7 @@ def prepare_again(world: World, *, kind: str, block_size: Any, first: bool) -> N
     """With other blocks; compiled anew, or by the code that there is."""
     world.config = dataclasses.replace(world.config, block_size=block_size)
     for copy in world.copies:
+        copy.model.requires_grad_(True)  # a frozen weight is left as it is
         before = plain_state(copy)
         world.prepare(copy)
         same(plain_state(copy), before, f"{copy.name}, prepared again")
