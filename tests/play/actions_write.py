@@ -132,8 +132,8 @@ def load_plain_weights(world: World, *, part: str) -> None:
 @action(1)
 def load_as_new_parameters(world: World) -> None:
     """``assign=True``: the optimiser of before is refused, and a new one takes over."""
-    if not trained(world.eager):
-        return
+    if world.setup.tied or not trained(world.eager):
+        return  # torch unties what is assigned
     with unchanged(world, but=("optimizer",)):
         for copy in world.copies:
             saved = {k: v.clone() for k, v in copy.model.state_dict().items()}
