@@ -109,6 +109,10 @@ def test_a_cast_to_double_is_followed_both_ways() -> None:
     assert equivalence.skew_in.dtype == torch.float64
     linear.float()
     assert equivalence.skew_in.dtype == torch.float32
+    for cast in (nn.Module.bfloat16, nn.Module.half):  # not of their dtype, nor wider than fp32
+        linear.double()
+        cast(linear)
+        assert equivalence.skew_in.dtype == equivalence.skew_out.dtype == torch.float32
 
 
 def test_the_effective_weight_is_the_ops() -> None:
