@@ -96,7 +96,7 @@ def write_in_vain(world: World, *, layer: str, how: str) -> None:
         for i, copy in enumerate(world.copies):
             linear = copy.model.get_submodule(layer)
             if how == "parameter":
-                with raises(KeyError, "a parameter assigned"):
+                with raises(EffectiveWeightError, "a parameter assigned"):
                     linear.weight = nn.Parameter(torch.zeros_like(linear.weight))
             elif how == "shape":
                 with raises(ValueError, "another shape assigned"):
