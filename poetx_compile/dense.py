@@ -25,6 +25,7 @@ from poetx_compile.backend import poetx_backend
 from poetx_compile.census import Census
 from poetx_compile.config import POETXConfig
 from poetx_compile.eligibility import ZEROS, linears, refusals, user_name
+from poetx_compile.errors import ConfigError
 from poetx_compile.options import BackendOptions
 from poetx_compile.parametrization import equivalence_of, prepared_linears
 from poetx_compile.report import compact
@@ -112,5 +113,8 @@ def _given(module: nn.Module) -> POETXConfig | None:
     if getattr(wrapper, "compiler_fn", None) is not poetx_backend:
         return None
     given = wrapper.kwargs
-    options = BackendOptions.parse(given.get("mode"), given.get("options"))
+    try:
+        options = BackendOptions.parse(given.get("mode"), given.get("options"))
+    except ConfigError:  # raised where that module is called, not by somebody else's step
+        return None
     return POETXConfig.from_dict(options.config)
