@@ -107,6 +107,28 @@ class Contexts:
             self._behind[node] = context
 
 
+def without_inference_mode(root: fx.GraphModule) -> None:
+    """Make inference mode ``no_grad``, in place, which is the same to compiled code.
+
+    AOTAutograd cannot trace the first: any call on torch 2.11, a `detach` on 2.13, and where it
+    fails it leaves the process unusable.
+    """
+    contexts = Contexts(root)
+    modes = (_ENTER_INFERENCE, _EXIT_INFERENCE)
+    marks = [n for m in graphs.nested(root) for n in m.graph.nodes if is_mark(n)]
+    if not any(mark.target in modes for mark in marks):
+        return
+    for mark in reversed(marks):  # an exit reads its entry
+        if mark.target in (*modes, *_SET_GRAD):
+            with mark.graph.inserting_before(mark):
+                records = contexts.of(mark).records
+                new = mark.graph.call_function(torch._C._set_grad_enabled, (records,))
+            new.meta[graphs.VALUE] = None
+            mark.graph.erase_node(mark)
+    for module in graphs.nested(root):
+        module.recompile()
+
+
 def is_mark(node: fx.Node) -> bool:
     """Whether a node is called for what it sets: it has no value and reads none."""
     if node.op != "call_function" or node.meta.get(graphs.VALUE, node) is not None:

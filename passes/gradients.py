@@ -145,7 +145,7 @@ def _records(node: fx.Node, contexts: Contexts) -> bool:
     if any(isinstance(v, torch.Tensor) and v.requires_grad for v in leaves):
         return True
     # The wrappers of a transform do not tell any more.
-    return node.op != "placeholder" and graphs.in_transform(node)
+    return node.op != "placeholder" and contexts.of(node).records and graphs.in_transform(node)
 
 
 def _results(module: fx.GraphModule) -> list[Any]:

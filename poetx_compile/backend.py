@@ -21,6 +21,7 @@ from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
 from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_with_id
 from poetx_compile.partition import Partitioner, partitioner_for
 from poetx_compile.passes import graphs, input_centric
+from poetx_compile.passes.contexts import without_inference_mode
 from poetx_compile.passes.writes import writes_to_weights
 from poetx_compile.settling import settle
 from poetx_compile.wrappers import check_reduced
@@ -266,6 +267,7 @@ def _compile(
 ) -> Callable[..., Any]:
     if options.stage == "eager":
         return graph
+    without_inference_mode(graph)
     partitioner = partitioner_for(config)
     if options.stage == "aot_eager":
         return _aot_eager(graph, inputs, partitioner)

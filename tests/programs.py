@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import poetx_compile as poetx
@@ -237,7 +237,8 @@ class Outcome:
                 if a is not e:
                     found.append(f"{name} is {_kind(a)} and not {_kind(e)}")
                 continue
-            bound = max(tolerance(expected.rounded), 4 * relative_error(e, t))
+            # In bf16 a rotated layer rounds in three places where eager rounds in one.
+            bound = max(tolerance(expected.rounded), 8 * relative_error(e, t))
             if not (error := relative_error(a, t)) <= bound:
                 found.append(f"{name} is off by {error:.2g}, allowed {bound:.2g}")
         return found
@@ -267,6 +268,15 @@ class Trial:
     @property
     def source(self) -> str:
         return self.plain.source
+
+    def runs(self) -> bool:
+        """Whether eager mode runs it: torch may recompute a checkpoint under other autocasts."""
+        model = copy.deepcopy(self.plain)
+        try:
+            Outcome.of(lambda: model(*self.inputs), self.leaves(model))
+        except CheckpointError:
+            return False
+        return True
 
     def failures(self) -> list[str]:
         """What is wrong with any of some ways to compile the program."""
@@ -318,12 +328,8 @@ class Trial:
     def of_compiled(self, **options: Any) -> list[str]:
         """Differences of a compiled model that nobody prepared from itself in eager mode.
 
-        First as it is adopted, then as a prepared one with rotations away from the identity. Not
-        where AOTAutograd traces nothing reliably: it fails at a `detach` in inference mode, and
-        leaves the process broken.
+        First as it is adopted, then as a prepared one with rotations away from the identity.
         """
-        if "inference_mode" in self.source and options.get("stage") == "aot_eager":
-            return []
         model = copy.deepcopy(self.plain)
         torch._dynamo.reset()
         options = {"block_size": 4, **options}
@@ -405,6 +411,8 @@ def main() -> None:
     failed = 0
     for seed in range(first, last):
         trial = Trial(seed)
+        if not trial.runs():
+            continue
         try:
             found = trial.of_compiled(**options) if options else trial.failures()
         except Exception as error:

@@ -13,6 +13,7 @@ SEEDS = range(64)
 def test_random_programs_are_right_prepared_and_adopted(first):
     for seed in range(first, first + 8):
         trial = Trial(seed)
+        assert trial.runs()
         assert trial.failures() == [], trial.source
 
 

@@ -27,6 +27,7 @@ from poetx_compile.memory.attention import as_on_cuda
 from poetx_compile.options import BackendOptions
 from poetx_compile.partition import Partitioner, partitioner_for
 from poetx_compile.passes import graphs, metadata
+from poetx_compile.passes.contexts import without_inference_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ def trace(
             if options is not None:
                 graph, extra, _, _ = rewrite(graph, fakes, options, WeakTensorKeyDictionary())
                 fakes = [*fakes, *extra]
+            without_inference_mode(graph)
             as_on_cuda(graph)
             _partition(graph, fakes, options, found)
         return gm.forward

@@ -178,6 +178,27 @@ def test_marks_that_nobody_knows_are_borders():
     assert a != b
 
 
+def detached(m, x):
+    with torch.inference_mode():
+        t = m.q(x).detach()
+        torch.set_grad_enabled(True)
+        t = m.q(t)
+        torch.set_grad_enabled(False)
+    return m.k(x) * t.clone()
+
+
+def test_inference_mode_that_aot_cannot_trace_is_compiled_as_no_grad():
+    model = prepared(Body(detached).double())
+    x = torch.randn(5, 12, dtype=torch.float64)
+    out, expected = gradients(model, model, x)
+    options = {"stage": "aot_eager"}
+    compiled = torch.compile(model, backend=poetx.poetx_backend, options=options, fullgraph=True)
+    actual_out, actual = gradients(model, compiled, x)
+    torch.testing.assert_close(actual_out, out)
+    torch.testing.assert_close(actual, expected)
+    assert expected["q.parametrizations.weight.0.skew_in"] is None
+
+
 def test_a_new_node_has_the_context_of_its_place():
     root, contexts, _ = contexts_by_module(no_grad)
     inside, outside = [n for n in root.graph.nodes if graphs.is_linear(n)]
