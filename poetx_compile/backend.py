@@ -18,6 +18,7 @@ from poetx_compile.errors import ConfigError, EffectiveWeightError
 from poetx_compile.kept import Compiler, FoldKeeper
 from poetx_compile.looking import look_first
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
+from poetx_compile.outputs import checked
 from poetx_compile.parametrization import OrthogonalEquivalence, equivalence_with_id
 from poetx_compile.partition import Partitioner, partitioner_for
 from poetx_compile.passes import graphs, input_centric
@@ -109,7 +110,7 @@ def compile_graph(
     config = _choice(gm, parsed)
 
     def compile_it(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return _compile(graph, inputs, parsed, config)
+        return checked(graph, _compile(graph, inputs, parsed, config))
 
     graph, extra, bind, record = rewrite(gm, example_inputs, parsed, states, compile_it)
     _announce_static(extra)

@@ -57,7 +57,7 @@ class AdoptionError(POETXError, RuntimeError):
 
 
 class RewriteError(POETXError, RuntimeError):
-    """A graph pass would have changed which parameters receive a gradient."""
+    """Compiling a graph would change, or has changed, what receives a gradient."""
 
 
 class EstimateError(POETXError, RuntimeError):

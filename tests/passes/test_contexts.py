@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
 from poetx_compile.errors import RewriteError
+from poetx_compile.outputs import checked
 from poetx_compile.parametrization import prepared_linears
 from poetx_compile.passes import BatchCayley, InputCentric, Record, graphs, run
 from poetx_compile.passes.contexts import Contexts
@@ -197,6 +198,31 @@ def test_inference_mode_that_aot_cannot_trace_is_compiled_as_no_grad():
     torch.testing.assert_close(actual_out, out)
     torch.testing.assert_close(actual, expected)
     assert expected["q.parametrizations.weight.0.skew_in"] is None
+
+
+def twins(m, x):
+    y = m.q(x)
+    out = torch.layer_norm(y, (12,))
+    with torch.no_grad():
+        again = torch.layer_norm(y, (12,))
+    return again, out
+
+
+def test_an_output_that_torch_takes_the_gradient_of_is_told():
+    model, x = prepared(Body(twins)), torch.randn(3, 12)
+    root = graphs.clone(dynamo_graph(model, x))
+    lost = checked(root, lambda *args: tuple(value.detach() for value in model(x)))
+    with pytest.raises(RewriteError, match=r"output 1 .* Clone one of the two"):
+        lost()
+    right = checked(root, lambda *args: model(x))
+    assert [value.requires_grad for value in right()] == [False, True]
+
+
+def test_cloned_it_keeps_its_gradient():
+    model = prepared(Body(lambda m, x: tuple(value.clone() for value in twins(m, x))))
+    options = {"stage": "aot_eager"}
+    compiled = torch.compile(model, backend=poetx.poetx_backend, options=options)
+    assert [value.requires_grad for value in compiled(torch.randn(3, 12))] == [False, True]
 
 
 def test_a_new_node_has_the_context_of_its_place():
