@@ -44,6 +44,8 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # Not `torch.compiler.disable`, which loads Dynamo: without it nothing has been compiled.
     if torch.compiler.is_compiling() or "torch._dynamo" not in sys.modules or optimizer in _told:
         return
+    if optimizer in ownership.trials:
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if any(p.grad is not None for p in parameters):
         _told.add(optimizer)

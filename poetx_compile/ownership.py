@@ -44,6 +44,9 @@ _Layers = weakref.WeakKeyDictionary[OrthogonalEquivalence, Any]
 _owners: _Layers = weakref.WeakKeyDictionary()  # layer → its optimiser, weakly; id of its skew_in
 _orphans: _Layers = weakref.WeakKeyDictionary()  # layer → its linear; sides no optimiser holds
 _looked: weakref.WeakKeyDictionary[Optimizer, _Look] = weakref.WeakKeyDictionary()
+trials: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Copies of optimisers that `optim.probe` steps: they train nothing."""
+
 _version = 0
 _steps = 0
 _watching = False
@@ -142,6 +145,8 @@ def watch() -> None:
 
 
 def _before_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in trials:
+        return
     if settle is not None and torch._C._current_graph_task_id() == -1:  # in no backward
         settle(late=True)
     if (look := _looked.get(optimizer)) is not None and look.holds(optimizer):
@@ -227,6 +232,8 @@ def _after_any_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     new.
     """
     global _steps
+    if optimizer in trials:
+        return
     _steps += 1
     idle = _count_gradients()
     if not idle:

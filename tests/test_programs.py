@@ -6,7 +6,7 @@ import pytest
 
 from tests.programs import Trial
 
-SEEDS = range(48)
+SEEDS = range(36)
 
 
 @pytest.mark.parametrize("first", SEEDS[::6])
@@ -17,7 +17,7 @@ def test_random_programs_are_right_prepared_and_adopted(first):
         assert trial.failures() == [], trial.source
 
 
-@pytest.mark.parametrize("seed", SEEDS[:6])
+@pytest.mark.parametrize("seed", SEEDS[:4])
 def test_random_programs_are_right_from_the_first_call_on(seed):
     trial = Trial(seed)
     assert trial.of_compiled(stage="eager") == [], trial.source
@@ -26,7 +26,7 @@ def test_random_programs_are_right_from_the_first_call_on(seed):
 @pytest.mark.parametrize(
     "options", [{"variant": "fast"}, {"variant": "mem"}, {"memory_budget": 0.5}], ids=str
 )
-@pytest.mark.parametrize("seed", [2, 3, 11])
+@pytest.mark.parametrize("seed", [2, 11])
 def test_random_programs_are_right_whatever_the_backward_recomputes(seed, options):
     trial = Trial(seed)
     assert trial.of_compiled(stage="aot_eager", **options) == [], trial.source
