@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 import poetx_compile as poetx
 from benchmarks import gate
 from benchmarks.rows import Row, environment, table
-from poetx_compile.merge import merge
-from poetx_compile.shards import whole
+from poetx_compile.distributed.shards import whole
+from poetx_compile.optim.merge import merge
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

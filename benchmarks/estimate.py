@@ -21,7 +21,7 @@ from benchmarks.options import list_of, positive
 from benchmarks.rows import Row, result_path, table, write
 from benchmarks.step import in_process
 from benchmarks.step_worker import DENSE, OPTIMIZERS, POETX, StepCase, untrained
-from poetx_compile.estimate import MIB, MemoryRow
+from poetx_compile.inspect.estimate import MIB, MemoryRow
 
 TOLERANCE = 0.10
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.tolerances import tolerance
+from tests.helpers.tolerances import tolerance
 
 ANGLE = 0.18
 """About the largest angle of the rotations that are checked and timed, below the guard's 0.25."""
@@ -22,7 +22,7 @@ class GateError(AssertionError):
 def check(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> float:
     """``‖actual − expected‖ / ‖expected‖``; `GateError` where it exceeds the table for `dtype`.
 
-    The table is that of the tests, `tests/tolerances.py`.
+    The table is that of the tests, `tests/helpers/tolerances.py`.
     """
     if actual.shape != expected.shape:
         raise GateError(f"{what}: shape {list(actual.shape)}, not {list(expected.shape)}")

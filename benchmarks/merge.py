@@ -13,7 +13,7 @@ import poetx_compile as poetx
 from benchmarks import contenders, floors, gate, options
 from benchmarks.options import Session
 from benchmarks.rows import Row
-from poetx_compile.merge import merge
+from poetx_compile.optim.merge import merge
 
 COLUMNS = (
     "in_features", "out_features", "block_size", "merge_rotation", "permutation", "ms", "floor_ms",

@@ -13,7 +13,7 @@ from benchmarks.gate import GateError
 from benchmarks.options import Session, list_of, positive
 from benchmarks.rows import Row
 from poetx_compile import ops
-from poetx_compile.permutation import draw_permutation
+from poetx_compile.layers.permutation import draw_permutation
 
 COLUMNS = (
     "tokens", "width", "permutation", "ms", "copy_ms", "indexing_ms", "floor_ms", "ratio",

@@ -21,7 +21,7 @@ from benchmarks import options, peer
 from benchmarks.options import fraction, list_of, positive
 from benchmarks.rows import Row, line, result_path, table, write
 from benchmarks.step_worker import DENSE, OPTIMIZERS, PEER, POETX, StepCase
-from poetx_compile.options import CHOICES
+from poetx_compile.compile.options import CHOICES
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,7 +25,7 @@ from benchmarks import gate, peer
 from benchmarks.options import pick_device
 from benchmarks.rows import Row, environment
 from benchmarks.saved import MIB
-from poetx_compile.merge import merge
+from poetx_compile.optim.merge import merge
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import poetx_compile as poetx
-from poetx_compile import errors, kept, options, passes, report
+from poetx_compile import errors, passes
+from poetx_compile.compile import folds as kept
+from poetx_compile.compile import options
 from poetx_compile.integrations import huggingface
+from poetx_compile.layers import report
 from poetx_compile.optim import MergeSchedule
 
 _explain, _estimate, _diagnostics = (  # the functions of these names hide the modules

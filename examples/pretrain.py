@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 
 import poetx_compile as poetx
 from llama import PRESETS, Llama, LlamaConfig
-from poetx_compile.diagnostics import effective_weight, spectrum
 from poetx_compile.errors import POETXError
-from poetx_compile.files import write_atomically
+from poetx_compile.inspect.diagnostics import effective_weight, spectrum
+from poetx_compile.state.files import write_atomically
 from pretraining.batches import window_count
 from pretraining.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from pretraining.corpus import Corpus, load_corpus

@@ -40,7 +40,7 @@ class Recompute(GraphPass[fx.Node]):
     With a budget, what ``mem`` builds again is *ranked*: by the floating point operations of one
     element, and in graph order among equals. Norms, activations and gathers take none; then come
     rotated inputs, folded weights, and products, those over few features first. The partitioner
-    gives up as many of them as it takes (`poetx_compile.partition`).
+    gives up as many of them as it takes (`poetx_compile.compile.partition`).
 
     The earlier passes say which node is what (``meta["poetx_role"]``). The tag is
     `CheckpointPolicy.MUST_RECOMPUTE`, as selective activation checkpointing sets it; AOTAutograd

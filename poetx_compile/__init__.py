@@ -7,17 +7,15 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
-from poetx_compile import dense, ops
-from poetx_compile.backend import poetx_backend
-from poetx_compile.checkpoint import load_checkpoint, save_checkpoint
+from poetx_compile import ops
+from poetx_compile.compile import dense as _dense  # noqa: F401 (looks at optimisers' steps)
+from poetx_compile.compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
-from poetx_compile.diagnostics import diagnostics
-from poetx_compile.estimate import estimate
-from poetx_compile.explain import explain
-from poetx_compile.export import plain_state_dict
-from poetx_compile.fsdp import fully_shard_rotations
+from poetx_compile.inspect.diagnostics import diagnostics
+from poetx_compile.inspect.estimate import estimate
+from poetx_compile.inspect.explain import explain
+from poetx_compile.layers.prepare import merge_and_unload, prepare
+from poetx_compile.layers.sharding import fully_shard_rotations
 from poetx_compile.optim import (
     POETXAdamW,
     POETXMuon,
@@ -26,9 +24,9 @@ from poetx_compile.optim import (
     clip_grad_norm_,
     param_groups,
 )
-from poetx_compile.prepare import merge_and_unload, prepare
-
-dense.watch()
+from poetx_compile.state.checkpoint import load_checkpoint, save_checkpoint
+from poetx_compile.state.plain import plain_state_dict
+from poetx_compile.version import __version__ as __version__
 
 __all__ = [
     "POETXAdamW",

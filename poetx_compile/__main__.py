@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from poetx_compile.command_line import main
+from poetx_compile.inspect.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -183,6 +183,15 @@ def differences(one: POETXConfig, other: POETXConfig) -> list[str]:
     ]
 
 
+COMPILE_TIME = ("variant", "formulation", "memory_budget")
+"""Fields that a compiled graph may choose apart from what `prepare` was given."""
+
+
+def differing(before: POETXConfig, asked: POETXConfig) -> list[str]:
+    """The fields in which two configurations differ, other than the compile-time choices."""
+    return [name for name in differences(before, asked) if name not in COMPILE_TIME]
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

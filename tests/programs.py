@@ -22,16 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import poetx_compile as poetx
 from poetx_compile import passes
-from poetx_compile.backend import rewrite
-from poetx_compile.eligibility import linears
-from poetx_compile.options import BackendOptions
-from poetx_compile.parametrization import prepared_linears
-from poetx_compile.prepare import register
-from tests.tolerances import relative_error, tolerance
+from poetx_compile.compile.options import BackendOptions
+from poetx_compile.compile.rewrite import DryRun, rewrite
+from poetx_compile.layers.eligibility import linears
+from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepare import register
+from tests.helpers.tolerances import relative_error, tolerance
 
 WIDTH, HIDDEN = 6, 9
 LAYERS = 4
@@ -301,15 +300,16 @@ class Trial:
         graph, leaves = captured(model, *self.inputs), self.leaves(model)
         eager, found = self.eager(model, leaves), []
         for options in self.ways():
-            outcome = Outcome.of(_rewritten(*graph, options, WeakTensorKeyDictionary()), leaves)
+            outcome = Outcome.of(_rewritten(*graph, options, DryRun()), leaves)
             found += [f"prepared, {options}: {d}" for d in outcome.differences(*eager)]
         return found
 
     def of_unprepared(self) -> list[str]:
         """Differences of an adopted model from one that has the same states in its linears."""
-        model, states = copy.deepcopy(self.plain), WeakTensorKeyDictionary()
+        model, dry_run = copy.deepcopy(self.plain), DryRun()
+        states = dry_run.adopted
         graph, ways = captured(model, *self.inputs), self.ways()
-        runs = [_rewritten(*graph, options, states) for options in ways]
+        runs = [_rewritten(*graph, options, dry_run) for options in ways]
         _turn(states.values())
         leaves, reference = self.leaves(model), copy.deepcopy(self.plain)
         for name, linear in linears(reference).items():
@@ -406,11 +406,11 @@ def captured(model: nn.Module, *inputs: Any) -> tuple[fx.GraphModule, list[Any]]
 
 
 def _rewritten(
-    graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any], states: Any
+    graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any], dry_run: DryRun
 ) -> Callable[[], Sequence[Tensor]]:
     """A call of Dynamo's graph as the passes leave it."""
-    made, _, bind, _ = rewrite(graph, inputs, BackendOptions.parse(None, options), states)
-    run = bind(made)
+    made = rewrite(graph, inputs, BackendOptions.parse(None, options), dry_run=dry_run)
+    run = made.bind(made.graph)
     return lambda: run(*inputs)
 
 

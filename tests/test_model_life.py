@@ -22,13 +22,13 @@ from poetx_compile.errors import (
     StaleOptimizerError,
     UnownedRotationsError,
 )
-from poetx_compile.merge import merge
+from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim import POETXAdamW, POETXMuon, attach, param_groups
-from poetx_compile.parametrization import equivalence_of, prepared_linears, stored_weight
-from tests.models import TinyLM
-from tests.test_optim_schedule import both, build, skews, train_step
-from tests.test_parametrization import turn
-from tests.tolerances import relative_error, tolerance
+from poetx_compile.optim.merge import merge
+from tests.helpers.models import TinyLM
+from tests.helpers.tolerances import relative_error, tolerance
+from tests.layers.test_parametrization import turn
+from tests.optim.test_schedule import both, build, skews, train_step
 
 TOKENS = torch.arange(12).reshape(2, 6)
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from poetx_compile import effective, kept
-from poetx_compile import merge as merge_module
+from poetx_compile.compile import folds as kept
+from poetx_compile.layers import effective
+from poetx_compile.layers.parametrization import OrthogonalEquivalence, stored_weight
+from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim.schedule import MergeSchedule
-from poetx_compile.parametrization import OrthogonalEquivalence, stored_weight
 from tests.play.actions import ACTIONS
 from tests.play.invariants import Broken
 from tests.play.runner import Call, Sequence, play, shrunk

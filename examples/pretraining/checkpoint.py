@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 import poetx_compile as poetx
-from poetx_compile.checkpoint import read_checkpoint
 from poetx_compile.errors import CheckpointError
+from poetx_compile.state.checkpoint import read_checkpoint
 from pretraining.failure import RunError
 
 NAME = "checkpoint.pt"

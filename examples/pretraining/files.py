@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from poetx_compile.files import write_atomically
+from poetx_compile.state.files import write_atomically
 from pretraining.failure import RunError
 
 

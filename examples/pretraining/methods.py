@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import poetx_compile as poetx
 from llama import Llama, LlamaConfig
-from poetx_compile.diagnostics import diagnostics
+from poetx_compile.inspect.diagnostics import diagnostics
 from pretraining.failure import RunError
 from pretraining.options import Options
 from pretraining.processes import Processes, spread

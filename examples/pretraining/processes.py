@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 import poetx_compile as poetx
 from llama import Llama
-from poetx_compile.shards import is_sharded, shard_like, whole
+from poetx_compile.distributed.shards import is_sharded, shard_like, whole
 from pretraining.failure import RunError
 
 

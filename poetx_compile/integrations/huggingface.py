@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from poetx_compile.backend import poetx_backend
+from poetx_compile.compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import unwrap_compiled
 from poetx_compile.errors import ConfigError, UnownedRotationsError
+from poetx_compile.layers.eligibility import unwrap_compiled
+from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepare import config_of, prepare
 from poetx_compile.optim import MergeSchedule, POETXAdamW, POETXMuon
 from poetx_compile.optim.schedule import schedule_of
-from poetx_compile.parametrization import prepared_linears
-from poetx_compile.prepare import config_of, prepare
 
 _ORIGINAL = "save_original_format"
 """Argument of `save_pretrained` in transformers 5: save under the names of older versions."""

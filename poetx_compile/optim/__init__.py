@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from poetx_compile.optim import watch as _watch  # noqa: F401 (looks at optimisers' steps)
 from poetx_compile.optim.adamw import POETXAdamW
 from poetx_compile.optim.clipping import clip_grad_norm_
 from poetx_compile.optim.groups import param_groups

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx_compile.distributed.shards import groups_of, local, reduce_over
 from poetx_compile.optim.spectral_norm import largest_norms
-from poetx_compile.shards import groups_of, local, reduce_over
 
 UNDERESTIMATE = 1.02
 """The Lanczos estimate may lie this much below the norm."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from poetx_compile.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes of unpacked fp32 blocks in one batch: 256 blocks of 256×256, enough to fill a GPU."""

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from poetx_compile.adoption import adopted_state
 from poetx_compile.config import POETXConfig, differences
-from poetx_compile.eligibility import linears, unwrap_compiled
 from poetx_compile.errors import ConfigError
-from poetx_compile.parametrization import (
+from poetx_compile.layers.eligibility import linears, unwrap_compiled
+from poetx_compile.layers.parametrization import (
     OrthogonalEquivalence,
     equivalence_of,
     prepared_linears,
     stored_weight,
 )
-from poetx_compile.prepare import leave, prepare
+from poetx_compile.layers.prepare import leave, prepare
+from poetx_compile.layers.registry import registry
 
 BLOCK = "poetx_block"
 """Key of a param group that holds skew parameters: their block size."""
@@ -182,7 +182,7 @@ def ensure_prepared(model: nn.Module, config: POETXConfig | None = None) -> nn.M
         # Parts prepared by hand stay the only ones; a graph without them may have adopted more.
         reason = "the model was prepared in parts, and this layer was not"
         rest = {n: m for n, m in linears(model).items() if equivalence_of(m) is None}
-        rest = {n: m for n, m in rest.items() if adopted_state(m.weight) is not None}
+        rest = {n: m for n, m in rest.items() if registry.adopted.get(m.weight) is not None}
         leave(rest, dict.fromkeys(rest, reason))
     prepared_config(model, config)
     return model

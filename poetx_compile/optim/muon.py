@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from poetx_compile.config import POETXConfig
+from poetx_compile.distributed.shards import local
 from poetx_compile.errors import ConfigError
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.ops.precision import without_autocast
@@ -17,7 +18,6 @@ from poetx_compile.optim.adamw import fusible
 from poetx_compile.optim.blocks import by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
-from poetx_compile.shards import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic Newton-Schulz step, from Muon (Jordan et al., 2024): steep at zero, so that five

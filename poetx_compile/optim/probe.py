@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from poetx_compile.distributed.shards import local
 from poetx_compile.errors import AdoptionError, ConfigError
 from poetx_compile.optim.groups import BLOCK
-from poetx_compile.ownership import trials
-from poetx_compile.shards import local
+from poetx_compile.optim.hooks import step_hooks
 
 log = logging.getLogger("poetx_compile")
 
@@ -268,7 +268,7 @@ class _Copy:
             self.optimizer: Optimizer = _copied(optimizer, memo)
         except Exception as error:
             raise _NotCopied(f"{type(error).__name__}: {error}") from error
-        trials.add(self.optimizer)
+        step_hooks.trials.add(self.optimizer)
         if callable(train := getattr(self.optimizer, "train", None)):
             train()  # schedule-free ones want to be told
         self.steps = max(STEPS, min(MOST_STEPS, 1 + _largest_count(optimizer)))

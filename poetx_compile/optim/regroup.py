@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from poetx_compile.census import Census
+from poetx_compile.layers.live_objects import LiveObjects
+from poetx_compile.layers.parametrization import OrthogonalEquivalence, stored_weight
 from poetx_compile.optim.follow import FOLLOWS, GROUP, KEPT, follow, followed, number, ratio_to
 from poetx_compile.optim.groups import BLOCK, RATIO, Rule, rule_of, skew_blocks
-from poetx_compile.parametrization import OrthogonalEquivalence, stored_weight
 
 Layers = Sequence[tuple[nn.Linear, OrthogonalEquivalence]]
 
@@ -31,7 +31,7 @@ def regroup(
     poetx_lr: float | None = None,
     *,
     whole: bool = False,
-    census: Census | None = None,
+    live: LiveObjects | None = None,
 ) -> None:
     """Frozen weights leave the groups; skew parameters move into groups that follow the others.
 
@@ -40,7 +40,7 @@ def regroup(
     Args:
         poetx_lr: rate of the skew parameters; default as in `param_groups`.
         whole: also the other side of a layer of which one side is held.
-        census: the live schedulers, which are told of new groups.
+        live: the live schedulers, which are told of new groups.
     """
     groups = optimizer.param_groups
     before = len(groups)
@@ -76,7 +76,7 @@ def regroup(
     for source, b in sorted(moved, key=lambda key: (key[0], -key[1])):
         _add(optimizer, groups[source], b, moved[source, b], ratios[source, b], rule)
     if len(groups) > before:
-        for scheduler in (census or Census()).schedulers_of(optimizer):
+        for scheduler in (live or LiveObjects()).schedulers_of(optimizer):
             _extend(scheduler, optimizer, before)
 
 

@@ -11,33 +11,33 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poetx_compile.config import POETXConfig
-from poetx_compile.eligibility import unwrap_compiled
+from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.errors import (
     ConfigError,
     IncompatibleStateError,
     StaleOptimizerError,
     UnownedRotationsError,
 )
-from poetx_compile.fsdp import check_processes
-from poetx_compile.merge import check_whole, merge
-from poetx_compile.optim.angle import ANGLE, AngleGuard
-from poetx_compile.optim.blocks import sides
-from poetx_compile.optim.follow import follow_all
-from poetx_compile.optim.groups import BLOCK, RULE, prepared_config
-from poetx_compile.optim.probe import Probed, probe, reset_state
-from poetx_compile.optim.rates import RateWatch
-from poetx_compile.optim.regroup import drop_weights, regroup
-from poetx_compile.ownership import own
-from poetx_compile.parametrization import (
+from poetx_compile.layers.eligibility import unwrap_compiled
+from poetx_compile.layers.parametrization import (
     OrthogonalEquivalence,
     PreparedLayers,
     check_alone,
     check_stored_weights,
     prepared_linears,
-    revision,
     stored_weight,
 )
-from poetx_compile.wrappers import reshard
+from poetx_compile.layers.registry import registry
+from poetx_compile.layers.sharding import check_processes
+from poetx_compile.optim.angle import ANGLE, AngleGuard
+from poetx_compile.optim.blocks import sides
+from poetx_compile.optim.follow import follow_all
+from poetx_compile.optim.groups import BLOCK, RULE, prepared_config
+from poetx_compile.optim.merge import check_whole, merge
+from poetx_compile.optim.ownership import own
+from poetx_compile.optim.probe import Probed, probe, reset_state
+from poetx_compile.optim.rates import RateWatch
+from poetx_compile.optim.regroup import drop_weights, regroup
 
 STEP = "poetx_step"
 LAST_MERGE = "poetx_last_merge"
@@ -208,7 +208,7 @@ class MergeSchedule:
             )
         check_alone(e for _, e in layers)
         self._loads = sum(e.loads for _, e in layers)
-        self._layers, self._skews, self._revision = layers, skews, revision()
+        self._layers, self._skews, self._revision = layers, skews, registry.revision
         self._weights = {stored_weight(module) for module, _ in layers}
         drop_weights(optimizer, layers)
         self._loose = skews & set(_loose_parameters(optimizer))  # as the user has built the groups
@@ -359,7 +359,7 @@ class MergeSchedule:
 
     def _check_layers(self, thoroughly: bool = False) -> None:
         check_whole(e for _, e in self._layers)
-        if self._revision == revision() and not thoroughly:
+        if self._revision == registry.revision and not thoroughly:
             return
         reshard(self._model)  # FSDP2 may have left whole parameters in the place of its own
         here = [e for _, _, e in prepared_linears(self._model)]
@@ -370,7 +370,7 @@ class MergeSchedule:
                 "(prepare, merge_and_unload or load_state_dict(assign=True) was called since, or a "
                 "layer was replaced): build a new optimiser"
             )
-        self._revision = revision()
+        self._revision = registry.revision
 
 
 def _loose_parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:

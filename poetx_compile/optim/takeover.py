@@ -15,12 +15,20 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from poetx_compile import ownership
-from poetx_compile.census import Census
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
+from poetx_compile.layers.live_objects import LiveObjects
+from poetx_compile.layers.parametrization import (
+    OrthogonalEquivalence,
+    PreparedLayers,
+    check_alone,
+    equivalence_of,
+    prepared_linears,
+    stored_weight,
+)
 from poetx_compile.optim.follow import FOLLOWS
 from poetx_compile.optim.groups import BLOCK, RATIO, ensure_prepared, prepared_config
+from poetx_compile.optim.ownership import held, owner
 from poetx_compile.optim.probe import Probed, probe
 from poetx_compile.optim.regroup import regroup
 from poetx_compile.optim.schedule import (
@@ -28,14 +36,6 @@ from poetx_compile.optim.schedule import (
     attach_probed,
     schedule_of,
     unwrap_optimizer,
-)
-from poetx_compile.parametrization import (
-    OrthogonalEquivalence,
-    PreparedLayers,
-    check_alone,
-    equivalence_of,
-    prepared_linears,
-    stored_weight,
 )
 
 log = logging.getLogger("poetx_compile")
@@ -82,7 +82,7 @@ def adopt(
 def take_over(
     optimizer: Optimizer,
     linears: Sequence[nn.Linear],
-    census: Census | None = None,
+    live: LiveObjects | None = None,
     poetx_lr: float | None = None,
 ) -> MergeSchedule:
     """Move the rotations of prepared linears into `optimizer` and attach it to them."""
@@ -93,11 +93,11 @@ def take_over(
             "it from poetx_compile.param_groups over all of them, or another one for these"
         )
     layers = [(m, e) for m in linears if (e := equivalence_of(m)) is not None]
-    layers = [(m, e) for m, e in layers if ownership.owner(e) is not optimizer]
+    layers = [(m, e) for m, e in layers if owner(e) is not optimizer]
     if schedule is not None and not layers:
         return schedule
     probed = _check(optimizer, layers, schedule, poetx_lr)
-    regroup(optimizer, layers, poetx_lr, whole=True, census=census)
+    regroup(optimizer, layers, poetx_lr, whole=True, live=live)
     if schedule is None:
         taken = PreparedLayers(m for m, _ in layers)
         schedule = attach_probed(optimizer, taken, prepared_config(taken), probed)
@@ -107,19 +107,16 @@ def take_over(
     return schedule
 
 
-def take_over_all(census: Census, linears: Iterable[nn.Linear]) -> int:
+def take_over_all(live: LiveObjects, linears: Iterable[nn.Linear]) -> int:
     """Let every live optimiser take over what it holds of `linears`; returns how many it was."""
     wanted = {id(m) for m in linears}
     taken = 0
-    for optimizer in census.optimizers:
-        mine = [m for m, _ in ownership.held(optimizer) if id(m) in wanted]
+    for optimizer in live.optimizers:
+        mine = [m for m, _ in held(optimizer) if id(m) in wanted]
         if mine:
-            take_over(optimizer, mine, census)
+            take_over(optimizer, mine, live)
             taken += len(mine)
     return taken
-
-
-ownership.take_over = take_over
 
 
 def _check(
@@ -132,9 +129,9 @@ def _check(
     kind = type(optimizer).__name__
     if poetx_lr is not None and not poetx_lr >= 0:
         raise ConfigError(f"poetx_lr = {poetx_lr!r} is not allowed: use None, or a number ≥ 0")
-    held = {p for group in optimizer.param_groups for p in group["params"]}
+    inside = {p for group in optimizer.param_groups for p in group["params"]}
     missing = [
-        m for m, e in layers if e.trains and not {stored_weight(m), e.skew_in, e.skew_out} & held
+        m for m, e in layers if e.trains and not {stored_weight(m), e.skew_in, e.skew_out} & inside
     ]
     if missing:
         raise UnownedRotationsError(

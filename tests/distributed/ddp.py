@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile import backend
+from poetx_compile.compile import backend
+from poetx_compile.compile.rewrite import config_in_force
 from poetx_compile.errors import AdoptionError, IncompatibleStateError, ParallelismError
-from poetx_compile.merge import merge
-from poetx_compile.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.optim.merge import merge
 from tests.distributed.training import (
     COMPILED,
     Collectives,
@@ -39,7 +40,7 @@ from tests.distributed.training import (
     turn,
     world,
 )
-from tests.models import TinyLM
+from tests.helpers.models import TinyLM
 
 
 @contextmanager
@@ -48,11 +49,11 @@ def choices() -> Iterator[list[Any]]:
     seen: list[Any] = []
     rewrite = backend.rewrite
 
-    def spy(gm, inputs, options, *rest):
-        result = rewrite(gm, inputs, options, *rest)
-        record = result[3]
+    def spy(gm, inputs, options, **rest):
+        result = rewrite(gm, inputs, options, **rest)
+        record = result.record
         layers = [*record.applied("input_centric"), *record.applied("folded")]
-        seen.append((backend._choice(gm, options).variant, len(layers)))
+        seen.append((config_in_force(gm, options).variant, len(layers)))
         return result
 
     backend.rewrite = spy

@@ -15,16 +15,17 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile import effective, shards
-from poetx_compile.diagnostics import diagnostics, effective_weight
+from poetx_compile.distributed import shards
 from poetx_compile.errors import (
     AdoptionError,
     IncompatibleStateError,
     NothingToTrainError,
     ParallelismError,
 )
-from poetx_compile.merge import merge
-from poetx_compile.parametrization import prepared_linears, stored_weight
+from poetx_compile.inspect.diagnostics import diagnostics, effective_weight
+from poetx_compile.layers import effective
+from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.optim.merge import merge
 from tests.distributed.ddp import choices
 from tests.distributed.training import (
     COMPILED,
@@ -48,8 +49,8 @@ from tests.distributed.training import (
     turn,
     world,
 )
-from tests.models import OddZoo, TinyLM
-from tests.tolerances import assert_close
+from tests.helpers.models import OddZoo, TinyLM
+from tests.helpers.tolerances import assert_close
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
 from poetx_compile.errors import ParallelismError
-from poetx_compile.merge import merge
-from poetx_compile.parametrization import prepared_linears
+from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.optim.merge import merge
 from tests.distributed.ddp import choices
 from tests.distributed.fsdp import Checkpointed
 from tests.distributed.training import (

@@ -8,7 +8,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import poetx_compile as poetx
 from tests.distributed.training import assert_alike, rank, world
-from tests.models import MLP
+from tests.helpers.models import MLP
 
 CONFIG = poetx.POETXConfig(block_size=4, merge_interval=2)
 

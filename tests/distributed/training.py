@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import poetx_compile as poetx
-from poetx_compile import shards
-from poetx_compile.diagnostics import diagnostics
-from poetx_compile.parametrization import prepared_linears
-from tests.models import SwiGLU, TinyLM
-from tests.tolerances import assert_close
+from poetx_compile.distributed import shards
+from poetx_compile.inspect.diagnostics import diagnostics
+from poetx_compile.layers.parametrization import prepared_linears
+from tests.helpers.models import SwiGLU, TinyLM
+from tests.helpers.tolerances import assert_close
 
 COMPILED = {"backend": poetx.poetx_backend, "options": {"stage": "aot_eager"}}
 SEQUENCES = 4

@@ -11,12 +11,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile import adoption
 from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
-from poetx_compile.parametrization import equivalence_of, prepared_linears, stored_weight
-from tests.models import MLP, Attention, Block, SwiGLU, TinyLM
-from tests.passes.graph_of import after, explained
-from tests.tolerances import assert_close
+from poetx_compile.layers.parametrization import (
+    OrthogonalEquivalence,
+    equivalence_of,
+    prepared_linears,
+    stored_weight,
+)
+from poetx_compile.layers.registry import registry
+from poetx_compile.passes.adopt_linear import AdoptLinear
+from tests.helpers.graph_of import after, explained
+from tests.helpers.models import MLP, Attention, Block, SwiGLU, TinyLM
+from tests.helpers.tolerances import assert_close
 
 OPTIONS = {"stage": "aot_eager", "block_size": 8, "verify_passes": True}
 
@@ -27,17 +33,17 @@ def compiled(model: nn.Module, **options):
     )
 
 
-def states(model: nn.Module) -> dict[str, adoption.OrthogonalEquivalence]:
+def states(model: nn.Module) -> dict[str, OrthogonalEquivalence]:
     """The adopted states by name, in the registry still or in their modules."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    found = {n: equivalence_of(m) or adoption.adopted_state(m.weight) for n, m in linears.items()}
+    found = {n: equivalence_of(m) or registry.adopted.get(m.weight) for n, m in linears.items()}
     return {n: s for n, s in found.items() if s is not None and s.adopted}
 
 
 def waiting(model: nn.Module) -> set[str]:
     """The names of those that are in no module yet."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return {n for n, m in linears.items() if adoption.adopted_state(m.weight) is not None}
+    return {n for n, m in linears.items() if registry.adopted.get(m.weight) is not None}
 
 
 class TestGolden(expecttest.TestCase):
@@ -134,7 +140,7 @@ def test_checkpointed_body_is_adopted():
 
 def count_compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    from poetx_compile import backend
+    from poetx_compile.compile import backend
 
     rewrite = backend.rewrite
 
@@ -234,11 +240,11 @@ def test_state_dies_with_its_weight():
 
     model = MLP()
     compiled(model)(torch.randn(3, 12))
-    before = len(adoption._states)
+    before = len(registry.adopted)
     del model
     torch._dynamo.reset()
     gc.collect()
-    assert len(adoption._states) <= before - 2
+    assert len(registry.adopted) <= before - 2
 
 
 def test_the_layers_that_prepare_left_alone_are_not_adopted():
@@ -254,7 +260,7 @@ def test_the_layers_that_prepare_left_alone_are_not_adopted():
             return self.layer(x)
 
     compiled(HeadOnly(model.down_proj))(torch.randn(3, 40)).sum().backward()
-    assert adoption.adopted_state(model.down_proj.weight) is None
+    assert registry.adopted.get(model.down_proj.weight) is None
     assert model.down_proj.weight.grad is not None
 
 
@@ -264,7 +270,7 @@ def test_reused_code_meets_a_weight_that_prepare_left_alone(monkeypatch):
     for layer in layers:
         layer.compile(backend=poetx.poetx_backend, fullgraph=True, options=OPTIONS)
     layers[0](torch.randn(2, 12))
-    adoption.decline(layers[1].up, "for the test")
+    registry.decline(layers[1].up, "for the test")
     with pytest.raises(AdoptionError, match=r"poetx_compile\.prepare on every instance"):
         layers[1](torch.randn(2, 12))
     assert len(calls) == 1, "the second instance reused the code of the first"
@@ -466,7 +472,7 @@ def test_only_what_prepare_can_take_over_is_adopted():
     model = nn.Sequential(Own(), Doubled(16, 16), nn.Linear(16, 16))
     compiled(model)(torch.randn(3, 16)).sum().backward()
     assert set(states(model)) == {"2"}
-    assert adoption.adopted_state(model[0].w) is None
+    assert registry.adopted.get(model[0].w) is None
     assert model[0].w.grad is not None
     assert model[1].weight.grad is not None
 
@@ -594,5 +600,5 @@ def test_compiled_code_keeps_neither_inputs_nor_graphs_alive():
     del x
     gc.collect()
     assert seen() is None
-    alive = [o for o in gc.get_objects() if type(o) is adoption.AdoptLinear]
+    alive = [o for o in gc.get_objects() if type(o) is AdoptLinear]
     assert alive == []

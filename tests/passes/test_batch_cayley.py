@@ -9,8 +9,8 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from tests.models import Block, SwiGLU
-from tests.passes.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.models import Block, SwiGLU
 
 
 class Two(nn.Module):

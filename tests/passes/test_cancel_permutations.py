@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 
 import poetx_compile as poetx
 from llama import Llama, LlamaConfig
-from poetx_compile.merge import merge
+from poetx_compile.layers.permutation import draw_permutation
+from poetx_compile.optim.merge import merge
 from poetx_compile.passes import CancelPermutations, Record, graphs, metadata, run
-from poetx_compile.permutation import draw_permutation
-from tests.models import MLP, Block, SwiGLU, TinyLM
-from tests.passes.graph_of import after, assert_equals_eager, explained, prepared
-from tests.tolerances import assert_close
+from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.models import MLP, Block, SwiGLU, TinyLM
+from tests.helpers.tolerances import assert_close
 
 GATED = ("gate_proj.out", "up_proj.out", "down_proj.in")
 RESIDUAL = (

@@ -8,12 +8,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
+from poetx_compile.compile.outputs import checked
 from poetx_compile.errors import RewriteError
-from poetx_compile.outputs import checked
-from poetx_compile.parametrization import prepared_linears
+from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.passes import BatchCayley, InputCentric, Record, graphs, run
 from poetx_compile.passes.contexts import Contexts
-from tests.passes.graph_of import prepared, turned
+from tests.helpers.graph_of import prepared, turned
 from tests.passes.test_contract import dynamo_graph
 
 

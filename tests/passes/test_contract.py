@@ -9,8 +9,8 @@ from torch import fx, nn
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
 from poetx_compile.passes import NAMES, GraphPass, Record, Refusal, graphs, run
-from tests.models import SwiGLU
-from tests.passes.graph_of import after, prepared
+from tests.helpers.graph_of import after, prepared
+from tests.helpers.models import SwiGLU
 
 
 def dynamo_graph(model: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:

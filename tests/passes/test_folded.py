@@ -9,10 +9,10 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from poetx_compile.merge import merge
-from tests.models import MLP, Block, OddZoo, SwiGLU
-from tests.passes.graph_of import after, assert_equals_eager, explained, prepared
-from tests.tolerances import assert_close
+from poetx_compile.optim.merge import merge
+from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.models import MLP, Block, OddZoo, SwiGLU
+from tests.helpers.tolerances import assert_close
 
 
 def narrow(model: nn.Module) -> nn.Module:

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from tests.models import MLP
-from tests.passes.graph_of import assert_equals_eager, prepared
+from tests.helpers.graph_of import assert_equals_eager, prepared
+from tests.helpers.models import MLP
 
 
 def decorated(forward):

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import poetx_compile as poetx
-from poetx_compile import kept, passes
+from poetx_compile import passes
+from poetx_compile.compile import folds as kept
+from poetx_compile.compile.options import BackendOptions
+from poetx_compile.compile.rewrite import rewrite
 from poetx_compile.passes import graphs, hoist_folds
 from poetx_compile.passes.hoist_folds import HoistFolds, Reads
-from tests.models import SwiGLU
-from tests.passes.graph_of import after, explained, prepared
+from tests.helpers.graph_of import after, explained, prepared
+from tests.helpers.models import SwiGLU
 from tests.passes.test_contract import dynamo_graph
 
 
@@ -233,12 +235,12 @@ def test_fsdp(one_process):
     seen = []
 
     def backend(gm, inputs):
-        options = poetx.options.BackendOptions.parse(
+        options = BackendOptions.parse(
             None, {"formulation": "folded", "block_size": 8, "keep_folded": "step"}
         )
-        graph, _, bind, record = poetx.backend.rewrite(gm, inputs, options)
-        seen.extend(e.detail for e in record.refused("hoist_folds"))
-        return bind(graph)
+        made = rewrite(gm, inputs, options)
+        seen.extend(e.detail for e in made.record.refused("hoist_folds"))
+        return made.bind(made.graph)
 
     fully_shard(model, mesh=mesh)
     torch.compile(model, backend=backend)(torch.randn(3, 16))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from tests.models import MLP, OddZoo, SwiGLU
-from tests.passes.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.models import MLP, OddZoo, SwiGLU
 
 
 class Checkpointed(nn.Module):
@@ -322,13 +322,13 @@ def test_no_dense_weight_gradient_is_formed():
     from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
 
-    from poetx_compile.backend import rewrite
-    from poetx_compile.options import BackendOptions
+    from poetx_compile.compile.options import BackendOptions
+    from poetx_compile.compile.rewrite import rewrite
 
     backwards = []
 
     def backend(gm, inputs):
-        graph, extra, bind, _ = rewrite(gm, inputs, BackendOptions())
+        rewritten = rewrite(gm, inputs, BackendOptions())
 
         def keep(module, _):
             backwards.append(module.graph)
@@ -338,8 +338,8 @@ def test_no_dense_weight_gradient_is_formed():
             fw_compiler=lambda module, _: module.forward,
             bw_compiler=keep,
             partition_fn=min_cut_rematerialization_partition,
-        )(graph, [*inputs, *extra])
-        return bind(compiled)
+        )(rewritten.graph, [*inputs, *rewritten.inputs])
+        return rewritten.bind(compiled)
 
     model = prepared(SwiGLU(width=16, hidden=40))
     torch.compile(model, backend=backend, fullgraph=True)(torch.randn(3, 5, 16)).sum().backward()

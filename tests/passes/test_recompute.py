@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from poetx_compile.backend import rewrite
-from poetx_compile.options import BackendOptions
-from poetx_compile.partition import partitioner_for
-from tests.models import Block, SwiGLU
-from tests.passes.graph_of import explained, prepared
+from poetx_compile.compile.options import BackendOptions
+from poetx_compile.compile.partition import partitioner_for
+from poetx_compile.compile.rewrite import rewrite
+from tests.helpers.graph_of import explained, prepared
+from tests.helpers.models import Block, SwiGLU
 
 
 def saved_activations(model: nn.Module, x: torch.Tensor, variant: str) -> list[tuple[str, tuple]]:
@@ -24,7 +24,7 @@ def saved_activations(model: nn.Module, x: torch.Tensor, variant: str) -> list[t
     saved: list[tuple[str, tuple]] = []
 
     def backend(gm, inputs):
-        graph, extra, bind, _ = rewrite(gm, inputs, BackendOptions(config={"variant": variant}))
+        made = rewrite(gm, inputs, BackendOptions(config={"variant": variant}))
 
         def forward(module, _):
             (results,) = module.graph.find_nodes(op="output")[0].args
@@ -40,8 +40,8 @@ def saved_activations(model: nn.Module, x: torch.Tensor, variant: str) -> list[t
             bw_compiler=lambda module, _: module.forward,
             partition_fn=partitioner_for(poetx.POETXConfig(variant=variant))
             or min_cut_rematerialization_partition,
-        )(graph, [*inputs, *extra])
-        return bind(compiled)
+        )(made.graph, [*inputs, *made.inputs])
+        return made.bind(compiled)
 
     torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
     return saved

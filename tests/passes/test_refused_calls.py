@@ -11,12 +11,12 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile.parametrization import equivalence_of
+from poetx_compile.layers.parametrization import equivalence_of
 from poetx_compile.passes import graphs, sides
 from poetx_compile.passes.contexts import Contexts
-from tests.models import MLP
-from tests.passes.graph_of import explained, prepared
-from tests.tolerances import assert_close
+from tests.helpers.graph_of import explained, prepared
+from tests.helpers.models import MLP
+from tests.helpers.tolerances import assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FORMS = pytest.mark.parametrize("formulation", ["folded", "input_centric"])

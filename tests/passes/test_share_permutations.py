@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from tests.models import Attention, SwiGLU
-from tests.passes.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.models import Attention, SwiGLU
 
 
 class TestGolden(expecttest.TestCase):

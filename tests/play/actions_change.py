@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import poetx_compile as poetx
-from poetx_compile import merge as merge_module
-from poetx_compile.parametrization import prepared_linears
+from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.optim import merge as merge_module
+from tests.helpers.tolerances import tolerance
 from tests.play.invariants import (
     close,
     require,
@@ -20,7 +21,6 @@ from tests.play.invariants import (
 )
 from tests.play.registry import action
 from tests.play.world import OPTIMIZERS, PRODUCTS, RATE, Copy, World, draw_options
-from tests.tolerances import tolerance
 
 PARTS = {
     "rotations": "skew_",

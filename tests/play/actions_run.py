@@ -8,8 +8,9 @@ from unittest import mock
 
 import torch
 
-from poetx_compile import merge as merge_module
 from poetx_compile.errors import InterruptedMergeError
+from poetx_compile.optim import merge as merge_module
+from tests.helpers.tolerances import tolerance
 from tests.play import training
 from tests.play.invariants import (
     checked_merge,
@@ -21,7 +22,6 @@ from tests.play.invariants import (
 )
 from tests.play.registry import action, raises
 from tests.play.world import PRODUCTS, World
-from tests.tolerances import tolerance
 
 
 @action(

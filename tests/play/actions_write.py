@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from poetx_compile.errors import EffectiveWeightError, StaleOptimizerError
+from tests.helpers.tolerances import tolerance
 from tests.play.actions_run import force_a_merge
 from tests.play.invariants import (
     close,
@@ -20,7 +21,6 @@ from tests.play.invariants import (
 )
 from tests.play.registry import action, raises
 from tests.play.world import World
-from tests.tolerances import tolerance
 
 
 def _view(linear: nn.Linear) -> None:

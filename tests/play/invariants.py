@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from poetx_compile import merge as merge_module
+from poetx_compile.layers.parametrization import (
+    OrthogonalEquivalence,
+    prepared_linears,
+    stored_weight,
+)
+from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim import schedule as schedule_module
-from poetx_compile.parametrization import OrthogonalEquivalence, prepared_linears, stored_weight
-from tests import references
+from tests.helpers import references
+from tests.helpers.tolerances import relative_error, tolerance
 from tests.play.world import PRODUCTS, Copy, World, loss_of
-from tests.tolerances import relative_error, tolerance
 
 
 class Broken(AssertionError):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import poetx_compile as poetx
+from tests.helpers.tolerances import tolerance
 from tests.play.invariants import (
     close,
     gradient_scale,
@@ -17,7 +18,6 @@ from tests.play.invariants import (
     trained,
 )
 from tests.play.world import PRODUCTS, SHARED, Copy, World, loss_of
-from tests.tolerances import tolerance
 
 
 def shared(world: World) -> Sequence[Any]:

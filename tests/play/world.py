@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile.parametrization import (
+from poetx_compile.layers.parametrization import (
     OrthogonalEquivalence,
     prepared_linears,
     stored_weight,

@@ -1,0 +1,1 @@
+"""How a model that nobody prepared comes to train through rotations."""

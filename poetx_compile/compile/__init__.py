@@ -1,0 +1,1 @@
+"""From Dynamo's graph through the passes to compiled code."""

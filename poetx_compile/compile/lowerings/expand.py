@@ -1,0 +1,184 @@
+"""`ExpandOps`: opaque ``poetx`` ops → what Inductor compiles, after partitioning.
+
+Before (one node of the forward graph)::
+
+    rotation: f32[16, 256, 256] = poetx.cayley_neumann(skew: f32[16, 32640], 256, 3)
+
+After, on the CPU or wherever no kernel applies: the reference as aten nodes. The packed index
+arithmetic becomes part of the loads of pointwise code, so that only the products and the pointwise
+kernels between them remain::
+
+    index: i64[256, 256] = …            # iota, minimum, maximum: no kernel of its own
+    skew_matrix = where(row < column, index(skew, index), …)      # pointwise kernel 1
+    square      = bmm(skew_matrix, skew_matrix)
+    inner       = …                                               # pointwise kernel 2
+    product     = bmm(square, inner)
+    rotation    = …                                               # pointwise kernel 3
+
+Where a kernel applies the op stays: its lowering (`launches`) makes the kernel's launches of it.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.node import map_arg
+
+from poetx_compile import ops  # noqa: F401  (defines the ops)
+from poetx_compile.compile.lowerings.identity import cache_identity
+from poetx_compile.compile.lowerings.parameters import concatenate_parameters
+from poetx_compile.compile.lowerings.rejoin import rejoin_slices
+from poetx_compile.compile.lowerings.trace import arguments, signature, trace_reference
+from poetx_compile.ops import kernels
+from poetx_compile.ops.block_product import block_product_reference
+from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
+from poetx_compile.ops.fold import fold_weight_reference
+from poetx_compile.ops.folded_linear import folded_linear_reference
+from poetx_compile.ops.permute import permute_columns_reference
+from poetx_compile.ops.rotate import rotate_blocks_reference
+from poetx_compile.ops.rotation_delta import rotation_delta_reference
+from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
+from poetx_compile.ops.tangent import (
+    rotation_tangent_backward_reference,
+    rotation_tangent_reference,
+)
+
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "cayley_neumann": cayley_neumann_reference,
+    "cayley_neumann_backward": cayley_neumann_backward_reference,
+    "rotation_delta": rotation_delta_reference,
+    "rotation_tangent": rotation_tangent_reference,
+    "rotation_tangent_backward": rotation_tangent_backward_reference,
+    "fold_weight": fold_weight_reference,
+    "folded_linear": folded_linear_reference,
+    "rotate_blocks": rotate_blocks_reference,
+    "block_product": block_product_reference,
+    "stacked_block_products": stacked_block_products_reference,
+    "permute_columns": permute_columns_reference,
+}
+"""Ops that are expanded. `cayley_exact` and its backward call a solver: nothing to fuse there."""
+
+_IEEE = {
+    "cayley_neumann",
+    "cayley_neumann_backward",
+    "rotation_delta",
+    "rotation_tangent_backward",
+}
+"""Ops with products of fp32 blocks (see `_needs_ieee`)."""
+
+# Kept from the replaced node: where it came from, and what the partitioner said about it.
+_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "from_node")
+
+
+class ExpandOps(CustomGraphPass):
+    """Inductor ``post_grad_custom_pre_pass`` that expands the ``poetx`` ops of a graph.
+
+    Args:
+        identity: a JSON-able value that decides, beside the sources, what is compiled (the
+            backend passes its options); part of the `uuid`.
+    """
+
+    def __init__(self, identity: Any = None):
+        self.identity = identity
+        json.dumps(identity)  # a value that has no stable text must not reach a cache key
+
+    def uuid(self) -> str:
+        """Identity for Inductor's caches: sources, versions, `identity`, and the fp32 precision."""
+        precision = torch.get_float32_matmul_precision()
+        return cache_identity("ExpandOps", identity=self.identity, precision=precision)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        rejoin_slices(graph)
+        # A model repeats a few shapes hundreds of times: each is traced once a graph.
+        traces: dict[Hashable, fx.GraphModule | None] = {}
+        for node in list(graph.nodes):
+            name = _op_name(node)
+            if name is None:
+                continue
+            args = arguments(node)
+            key = (name, *map(signature, args))
+            if key not in traces:
+                traces[key] = _expansion(name, args)
+            expansion = traces[key]
+            if expansion is not None:
+                _inline(graph, node, expansion)
+        concatenate_parameters(graph)
+
+
+def _expansion(name: str, args: tuple[Any, ...]) -> fx.GraphModule | None:
+    """The graph that replaces op `name` at `args`; ``None`` where the op stays a call."""
+    values = map_arg(args, lambda n: n.meta["val"])
+    if kernels.applies(name, *values):
+        return None  # `launches` takes it from here
+    # The exact transform calls a solver: nothing to fuse there.
+    solves = name == "rotation_delta" and values[2] is None
+    stays = solves or _needs_ieee(name, values)
+    return None if stays else trace_reference(REFERENCES[name], values)
+
+
+def _op_name(node: fx.Node) -> str | None:
+    """The name of the op of namespace ``poetx`` that `node` calls and that can be expanded."""
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return None
+    name = target._schema.name.removeprefix("poetx::")
+    return name if target.namespace == "poetx" and name in REFERENCES else None
+
+
+def _needs_ieee(name: str, values: tuple[Any, ...]) -> bool:
+    """Whether the op has to stay a call to keep its precision.
+
+    The products of the rotations are IEEE fp32 whatever the user allows elsewhere. The op sees to
+    that when it runs; as products of the graph they would follow the user's setting.
+    """
+    exact = torch.get_float32_matmul_precision() == "highest"
+    fp32 = values[0].dtype == torch.float32
+    return name in _IEEE and fp32 and not exact
+
+
+def _inline(graph: fx.Graph, node: fx.Node, expansion: fx.GraphModule) -> None:
+    """Replace `node` by a copy of `expansion` over its arguments."""
+    inputs = [a for a in arguments(node) if isinstance(a, fx.Node)]
+    environment = dict(zip(expansion.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    fake_mode = detect_fake_mode([n.meta["val"] for n in inputs])
+    assert fake_mode is not None, "a post-grad graph carries fake tensors"
+    with graph.inserting_before(node), fake_mode:
+        for inner in expansion.graph.nodes:
+            if inner.op == "placeholder":
+                continue
+            if inner.op == "output":
+                result = environment[inner.args[0]]
+                continue
+            assert inner.op == "call_function", inner.op
+            assert callable(inner.target), inner.target
+            copy = graph.node_copy(inner, environment.__getitem__)
+            copy.meta.update({k: node.meta[k] for k in _INHERITED if k in node.meta})
+            # A value of its own: Inductor tells aliases by the storage of the values.
+            args, kwargs = map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
+            copy.meta["val"] = inner.target(*args, **kwargs)
+            copy.meta.pop("tensor_meta", None)
+            environment[inner] = copy
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    _erase_unused(graph, inputs)
+
+
+def _erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase those of `nodes` that nothing reads any more, and what only they have read.
+
+    A tangent is an argument of `folded_linear` and of nothing that is computed.
+    """
+    for node in nodes:
+        pure = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+        if node.users or not (pure or node.target is operator.getitem):
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        _erase_unused(graph, inputs)

@@ -1,0 +1,1 @@
+"""Tensors and modules spread over processes, without any knowledge of layers."""

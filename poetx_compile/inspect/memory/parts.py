@@ -1,0 +1,58 @@
+"""Bytes of weights and of the optimiser's state, and of what its step needs for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from poetx_compile.layers.parametrization import prepared_linears, stored_weight, trained_parameters
+from poetx_compile.optim.blocks import CHUNK_BYTES
+
+OPTIMIZERS = ("adamw", "muon")
+
+_COUNTER = 4
+"""AdamW counts its steps in an fp32 scalar for each parameter."""
+
+
+def weights(model: nn.Module) -> int:
+    """Parameters, trained or frozen, and buffers, permutations included; shared ones once."""
+    return _bytes((*model.parameters(), *model.buffers()))
+
+
+def optimizer_state(model: nn.Module, optimizer: str) -> int:
+    """AdamW: two moments in the dtype of the parameter; Muon: one for the skew parameters."""
+    muon = _skews(model) if optimizer == "muon" else []
+    rest = set(trained_parameters(model)) - set(muon)
+    return 2 * _bytes(rest) + _COUNTER * len(rest) + _bytes(muon)
+
+
+def step(model: nn.Module, optimizer: str) -> int:
+    """The most that a step of the optimiser allocates and frees again: its merge, or its update.
+
+    AdamW is fused and updates in place. A merge holds one layer twice in fp32 and twice in its
+    dtype; orthogonalised momentum holds the direction of each skew parameter, and some batches of
+    blocks.
+    """
+    layers = [stored_weight(module) for _, module, _ in prepared_linears(model)]
+    merge = max((2 * (4 + w.element_size()) * w.numel() for w in layers), default=0)
+    update = _bytes(_skews(model)) + 4 * CHUNK_BYTES if optimizer == "muon" and layers else 0
+    return max(merge, update)
+
+
+def rotations(model: nn.Module) -> int:
+    """What a step builds of all skew parameters, in the dtype of the weights."""
+    return sum(
+        stored_weight(module).element_size()
+        * (e.blocks_in * e.block_in**2 + e.blocks_out * e.block_out**2)
+        for _, module, e in prepared_linears(model)
+    )
+
+
+def _skews(model: nn.Module) -> list[nn.Parameter]:
+    return [skew for _, _, e in prepared_linears(model) for skew in (e.skew_in, e.skew_out)]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    found = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return int(sum(found.values()))

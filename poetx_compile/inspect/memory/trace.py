@@ -1,0 +1,180 @@
+"""The graphs a training step would run on a GPU, traced without one.
+
+Dynamo traces the model on the meta device. Its graph is then given fake CPU tensors (the meta
+device has neither autocast nor all gradients), goes through our passes, and AOTAutograd traces
+forward and backward, which Inductor's joint passes and torch's partitioner split: the same steps,
+in the same order, as in `torch.compile`. What the split hands from the forward to the backward is
+what training keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch.utils import _pytree as pytree
+
+from poetx_compile.compile.options import BackendOptions
+from poetx_compile.compile.partition import Partitioner, partitioner_for
+from poetx_compile.compile.rewrite import DryRun, rewrite
+from poetx_compile.config import POETXConfig
+from poetx_compile.errors import EstimateError
+from poetx_compile.inspect.memory.attention import as_on_cuda
+from poetx_compile.passes import graphs, metadata
+from poetx_compile.passes.contexts import without_inference_mode
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedGraph:
+    """Forward and backward of one graph of the model, in aten ops and the ops of this package."""
+
+    forward: fx.Graph
+    backward: fx.Graph
+
+
+def trace(
+    step: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    choices: Sequence[BackendOptions | None],
+) -> list[list[TracedGraph]]:
+    """Trace a training step, `step` being on the meta device and returning a loss.
+
+    Args:
+        choices: options of `poetx_backend`, or ``None`` for a model that is trained densely. Dynamo
+            traces once for all of them.
+
+    Returns:
+        For each choice the graphs of the step, in the order they run.
+
+    Raises:
+        EstimateError: Dynamo or AOTAutograd cannot trace it.
+    """
+    traced: list[list[TracedGraph]] = [[] for _ in choices]
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        for options, found in zip(choices, traced, strict=True):
+            graph, fakes = _on_cpu(gm, example_inputs)
+            if options is not None:
+                made = rewrite(graph, fakes, options, dry_run=DryRun())
+                graph, fakes = made.graph, [*fakes, *made.inputs]
+            without_inference_mode(graph)
+            as_on_cuda(graph)
+            _partition(graph, fakes, options, found)
+        return gm.forward
+
+    torch.compiler.reset()
+    try:
+        with torch._dynamo.config.patch(suppress_errors=False), torch.enable_grad():
+            torch.compile(step, backend=backend, dynamic=False)(*inputs, **kwargs)
+    except Exception as error:
+        cause = getattr(error, "inner_exception", error)
+        message = " ".join(str(cause).split())
+        raise EstimateError(
+            "the model cannot be traced on the meta device: give example inputs that its forward "
+            "takes, estimate(model, *inputs, **kwargs), or a loss=... for its output. "
+            f"{type(cause).__name__}: {message[:400]}"
+        ) from error
+    finally:
+        torch.compiler.reset()
+    if not all(traced):
+        raise EstimateError("no part of the step that takes gradients could be traced")
+    return traced
+
+
+class _Partitioner(CustomPartitionerFn):
+    """A partitioner as Inductor calls it, torch's own or ours; keeps what it made."""
+
+    def __init__(self, traced: list[TracedGraph], ours: Partitioner | None):
+        self.traced, self.ours = traced, ours
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        from functorch.compile import min_cut_rematerialization_partition
+
+        if self.ours is not None:
+            forward, backward = self.ours(gm, joint_inputs, **kwargs)
+        else:
+            kwargs = {"compiler": "inductor"} | kwargs
+            forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        self.traced.append(TracedGraph(forward.graph, backward.graph))
+        return forward, backward
+
+    def uuid(self) -> Any:
+        return None
+
+
+def _partition(
+    graph: fx.GraphModule,
+    inputs: list[Any],
+    options: BackendOptions | None,
+    traced: list[TracedGraph],
+) -> None:
+    from torch._inductor.compile_fx import compile_fx
+
+    def stop_here(gm: fx.GraphModule, _: Any, **__: Any) -> Any:
+        return gm.forward
+
+    ours = None if options is None else partitioner_for(POETXConfig.from_dict(options.config))
+    settings: dict[str, Any] = {
+        "custom_partitioner_fn": _Partitioner(traced, ours),
+        "force_disable_caches": True,
+    }
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compile_fx(graph, inputs, inner_compile=stop_here, config_patches=settings)
+
+
+_META, _CPU = torch.device("meta"), torch.device("cpu")
+
+
+def _on_cpu(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of Dynamo's graph over fake CPU tensors, its values evaluated anew.
+
+    Anew, because the dtypes inside of an autocast region are not those of the meta device.
+    """
+    context = TracingContext.get()
+    assert context.fake_mode is not None
+    graph = graphs.clone(gm)
+    nodes = [node for module in graphs.nested(graph) for node in module.graph.nodes]
+    again = [node for node in nodes if _is_evaluated(node)]
+    values: dict[int, tuple[Any, Any]] = {}  # one value stays one, in nested bodies as well
+    with context.fake_mode:
+        for node in nodes:
+            node.args, node.kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda a: _CPU if a == _META else a
+            )
+            if graphs.VALUE in node.meta:
+                value = node.meta[graphs.VALUE]
+                node.meta[graphs.VALUE] = values.setdefault(id(value), (value, _empty(value)))[1]
+        for node in again:
+            del node.meta[graphs.VALUE]
+        with torch.no_grad():  # what stands in for inputs are leaves, and some are written to
+            metadata.refresh(graph)
+        return graph, [_empty(x) for x in example_inputs]
+
+
+def _is_evaluated(node: fx.Node) -> bool:
+    """Whether `metadata.refresh` can give a call its value."""
+    if node.op not in ("call_function", "call_method") or node.meta.get(graphs.VALUE) is None:
+        return False
+    if graphs.in_transform(node) or graphs.bodies(node):
+        return False
+    return all(n.meta.get(graphs.VALUE) is not None for n in node.all_input_nodes)
+
+
+def _empty(value: Any) -> Any:
+    """CPU tensors of the sizes of those in `value`, parameters as parameters."""
+
+    def like(tensor: Tensor) -> Tensor:
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(empty, tensor.requires_grad)
+        return empty.requires_grad_(tensor.requires_grad)
+
+    return pytree.tree_map_only(Tensor, like, value)

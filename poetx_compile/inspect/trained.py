@@ -1,0 +1,120 @@
+"""How much of a model trains through rotations, and which weights train densely."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from poetx_compile.config import POETXConfig
+from poetx_compile.layers.eligibility import linears, other_weights
+from poetx_compile.layers.parametrization import equivalence_of, side_blocks, stored_weight
+from poetx_compile.layers.report import compact
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseWeights:
+    """Weights of one shape that train densely for one reason."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    count: int
+    reason: str
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.shape))
+        return f"{', '.join(self.names)}: {sizes}, {self.count:,} parameters, {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What trains, in numbers of parameters.
+
+    Attributes:
+        total: of the plain model.
+        rotated: of weights that train through rotations.
+        rotations: of these rotations.
+        dense: of everything else that takes gradients.
+        weights: of two dimensions or more that train densely, the largest first.
+    """
+
+    total: int
+    rotated: int
+    rotations: int
+    dense: int
+    weights: tuple[DenseWeights, ...]
+
+    @property
+    def share(self) -> float:
+        """The part of the plain model's parameters that trains through rotations, in per cent."""
+        return 100 * self.rotated / max(self.total, 1)
+
+    def __str__(self) -> str:
+        trainable = self.rotations + self.dense
+        lines = [
+            f"{self.share:.1f} % of {self.total:,} parameters train through rotations, "
+            f"{100 * self.dense / max(self.total, 1):.1f} % densely",
+            f"{trainable:,} trainable parameters, {self.rotations:,} of them rotations",
+        ]
+        lines += [f"  dense: {weights}" for weights in self.weights]
+        return "\n".join(lines)
+
+
+def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> Trained:
+    """What of a model trains, and how.
+
+    Args:
+        config: of the blocks of linears that are not prepared, and are going to be adopted.
+        left: the linears that are neither, by name, and why.
+    """
+    rotated = rotations = total = 0
+    inside: set[int] = set()  # what belongs to rotations
+    dense: list[tuple[str, tuple[int, ...], str]] = []
+    seen: set[int] = set()
+    for name, module in linears(model).items():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if (e := equivalence_of(module)) is not None:
+            weight = stored_weight(module)
+            skews = [skew for skew in (e.skew_in, e.skew_out) if skew.requires_grad]
+            inside |= {id(weight), id(e.skew_in), id(e.skew_out)}
+            rotations += sum(skew.numel() for skew in skews)
+            rotated += weight.numel() if skews else 0
+            total += weight.numel()
+        elif name not in left:
+            inside.add(id(module.weight))
+            rotated += module.weight.numel()
+            total += module.weight.numel()
+            rotations += sum(_packed(*pair) for pair in _sides(module, config))
+        elif isinstance(module.weight, nn.Parameter) and module.weight.requires_grad:
+            dense.append((name or "(root)", tuple(module.weight.shape), left[name]))
+    dense += [(w.name, w.shape, w.reason) for w in other_weights(model) if w.trains]
+    rest = [p for p in model.parameters() if id(p) not in inside and not nn.parameter.is_lazy(p)]
+    return Trained(
+        total + sum(p.numel() for p in rest),
+        rotated,
+        rotations,
+        sum(p.numel() for p in rest if p.requires_grad),
+        tuple(sorted(_grouped(dense), key=lambda weights: -weights.count)),
+    )
+
+
+def _sides(module: nn.Linear, config: POETXConfig) -> Iterator[tuple[int, int]]:
+    yield side_blocks(module.in_features, config.block_in)
+    yield side_blocks(module.out_features, config.block_out)
+
+
+def _packed(blocks: int, b: int) -> int:
+    return blocks * b * (b - 1) // 2
+
+
+def _grouped(dense: list[tuple[str, tuple[int, ...], str]]) -> Iterator[DenseWeights]:
+    alike: dict[tuple[tuple[int, ...], str], list[str]] = {}
+    for name, shape, reason in dense:
+        alike.setdefault((shape, reason), []).append(name)
+    for (shape, reason), names in alike.items():
+        count = len(names) * math.prod(shape)
+        yield DenseWeights(tuple(compact(names)), shape, count, reason)

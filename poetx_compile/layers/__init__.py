@@ -1,0 +1,1 @@
+"""Prepared layers: what is trained, and how a model is prepared for it."""

@@ -1,0 +1,110 @@
+"""`Layout`: what the saved tensors of a prepared weight mean, as the buffer ``layout`` holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx_compile.errors import IncompatibleStateError
+from poetx_compile.layers.permutation import draw_permutation
+
+FORMAT = 2
+SIZE = 10
+"""Entries of the buffer."""
+
+_KINDS = ("random", "chunked")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Everything about a prepared weight that its tensors do not show.
+
+    Attributes:
+        seed, draw, group_in, group_out, kind: of the permutations (`draw_permutation`).
+        order: k of the Cayley-Neumann expansion, ``None`` for the exact transform.
+        block_in, block_out: b of the configuration; a shorter side has one block of its own size.
+    """
+
+    seed: int
+    draw: int
+    group_in: int
+    group_out: int
+    kind: str
+    order: int | None
+    block_in: int
+    block_out: int
+
+    def values(self) -> list[int]:
+        """Format, seed, draw, groups, kind, order (0: exact), block sizes, checksum of these."""
+        groups, blocks = (self.group_in, self.group_out), (self.block_in, self.block_out)
+        kind, order = _KINDS.index(self.kind), self.order or 0
+        values = [FORMAT, self.seed, self.draw, *groups, kind, order, *blocks]
+        return [*values, _checksum(values)]
+
+    def tensor(self) -> Tensor:
+        """The buffer: `values`, int64 [10], on the CPU."""
+        return torch.tensor(self.values(), dtype=torch.int64, device="cpu")
+
+    @classmethod
+    def of(cls, saved: Tensor, name: str) -> Layout:
+        """The layout in a saved buffer; `name` is for the message.
+
+        Raises:
+            IncompatibleStateError: another version of this package saved it, or it was changed.
+        """
+        version, *values = saved.tolist()
+        if version != FORMAT:
+            raise IncompatibleStateError(
+                f"{name} has format {version}, this version of poetx_compile reads {FORMAT}: load "
+                "it with the version that saved it, merge and export"
+            )
+        *values, checksum = values
+        if checksum != _checksum([version, *values]):
+            raise IncompatibleStateError(
+                f"{name} is not as it was saved: if this state is an average, average "
+                "poetx.plain_state_dict(model) instead"
+            )
+        seed, draw, group_in, group_out, kind, order, block_in, block_out = values
+        groups, blocks = (group_in, group_out), (block_in, block_out)
+        return cls(seed, draw, *groups, _KINDS[kind], order or None, *blocks)
+
+    def pair(self, side: str, size: int, device: torch.device) -> Tensor:
+        """The permutation pair of side ``"in"`` or ``"out"``, of `size` coordinates."""
+        return draw_permutation(
+            size,
+            seed=self.seed,
+            draw=self.draw,
+            group=self.group_in if side == "in" else self.group_out,
+            kind=self.kind,
+            block=min(self.block_in, self.block_out),
+        ).to(device)
+
+    def differences(self, other: Layout) -> list[str]:
+        """What a model of layout `self` cannot take over from a checkpoint of layout `other`.
+
+        Seed and draw are no difference: the model takes those of the checkpoint.
+        """
+        mine, theirs = self._shared(), other._shared()
+        return [
+            f"{key} {theirs[key]} was saved, the model has {mine[key]}"
+            for key in mine
+            if mine[key] != theirs[key]
+        ]
+
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "block_size": (self.block_in, self.block_out),
+            "neumann_order": self.order or "none (cayley='exact')",
+            "permutation": self.kind,
+            "permutation groups": (self.group_in, self.group_out),
+        }
+
+
+def _checksum(values: list[int]) -> int:
+    """48 bits: more than an average in floating point, however little it moves, leaves alone."""
+    digest = hashlib.sha256(repr(values).encode()).digest()
+    return int.from_bytes(digest[:6], "little")

@@ -1,0 +1,265 @@
+"""`load_state_dict` of a prepared model: checked as a whole before anything of it is written.
+
+A hook in front of torch's own loading, on every module that holds prepared layers. Three kinds of
+state may meet a prepared layer:
+
+- **its own**, saved by a prepared model: taken over with its permutations, if the layout fits;
+- **a plain weight** (``x.weight``, of a model that was never prepared, or of `plain_state_dict`):
+  stored permuted, with the rotations back at the identity. Where the model is sharded, every
+  process gives the whole weight and keeps its part;
+- **none** (``strict=False``): the layer stays as it is.
+
+What cannot be taken over is refused with every reason, and the model is what it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from poetx_compile.distributed.shards import shard_like
+from poetx_compile.distributed.wrappers import user_name
+from poetx_compile.errors import IncompatibleStateError
+from poetx_compile.layers.layout import Layout
+from poetx_compile.layers.parametrization import (
+    OrthogonalEquivalence,
+    equivalence_of,
+    share_permutations_with,
+    stored_weight,
+)
+from poetx_compile.layers.permutation import Permutation
+from poetx_compile.ops.precision import rotation_dtype
+
+CONVERT = (
+    "What was trained is kept by loading poetx.plain_state_dict(state) instead: the effective "
+    "weights, with rotations that start anew at the identity."
+)
+
+State = dict[str, Any]
+
+
+def guard_loads(model: nn.Module) -> None:
+    """Check and convert what is loaded into the prepared layers of `model`, also through a part."""
+    for module in _holders(model):
+        if not any(hook.hook is _before_load for hook in _hooks(module).values()):
+            module.register_load_state_dict_pre_hook(_before_load)
+
+
+def unguard_loads(model: nn.Module) -> None:
+    """Leave no hook on modules that hold no prepared layer any more."""
+    holders = set(_holders(model))
+    for module in model.modules():
+        if module not in holders:
+            for key, hook in list(_hooks(module).items()):
+                if hook.hook is _before_load:
+                    del _hooks(module)[key]
+
+
+def _hooks(module: nn.Module) -> dict[int, Any]:
+    return module._load_state_dict_pre_hooks  # copies of a module have it too, and no handle of it
+
+
+def _holders(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of `model` that are prepared layers or hold some."""
+    found: dict[nn.Module, bool] = {}
+
+    def holds(module: nn.Module) -> bool:
+        if module not in found:
+            found[module] = isinstance(module, nn.Linear) and equivalence_of(module) is not None
+            for child in module.children():
+                found[module] |= holds(child)
+        return found[module]
+
+    holds(model)
+    yield from (module for module, held in found.items() if held)
+
+
+def fit_names(state: State, model: nn.Module, prefix: str = "") -> None:
+    """Rename what was saved with other parts of the model compiled than are compiled now.
+
+    ``torch.compile`` of a part puts ``_orig_mod`` into the names of all that is in it.
+    """
+    here = {user_name(name): name for name, _ in model.named_modules(remove_duplicate=False)}
+    if not any("_orig_mod" in name for name in (*here.values(), *state)):
+        return
+    start = user_name(prefix)
+    for key in list(state):
+        path = user_name(key).removeprefix(start).split(".")
+        if not user_name(key).startswith(start):
+            continue
+        depth = next(d for d in reversed(range(len(path))) if ".".join(path[:d]) in here)
+        name = ".".join([*filter(None, [here[".".join(path[:depth])]]), *path[depth:]])
+        if (name := prefix + name) not in state:
+            state[name] = state.pop(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One name of a prepared layer, and where a state dict has its tensors."""
+
+    name: str
+    linear: nn.Module
+    equivalence: OrthogonalEquivalence
+
+    @property
+    def plain(self) -> str:
+        return f"{self.name}.weight" if self.name else "weight"
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The layer's saved tensors by their keys."""
+        e = self.equivalence
+        chain = self.linear.parametrizations["weight"]  # type: ignore[index]
+        number = next(i for i, p in enumerate(chain) if p is e)  # type: ignore[arg-type]
+        prefix = f"{self.name}." if self.name else ""
+        prefix += "parametrizations.weight."
+        return {
+            f"{prefix}original": stored_weight(self.linear),
+            f"{prefix}{number}.skew_in": e.skew_in,
+            f"{prefix}{number}.skew_out": e.skew_out,
+            f"{prefix}{number}.layout": e.layout,
+        }
+
+
+def _before_load(
+    module: nn.Module, state: State, prefix: str, metadata: Any, strict: bool, *_: Any
+) -> None:
+    fit_names(state, module, prefix)
+    load = _Load(module, state, prefix)
+    if load.problems:
+        problems = (problem.replace("_orig_mod.", "") for problem in dict.fromkeys(load.problems))
+        raise IncompatibleStateError("nothing has been loaded:\n  " + "\n  ".join(problems))
+    if not prefix and any(equivalence.interrupted for equivalence in load.equivalences):
+        # Dynamo leaves a frame uncompiled for good once tracing it has met the refusal.
+        torch.compiler.reset()
+    for equivalence in load.equivalences:
+        equivalence.interrupted = True  # until its tensors have been written
+    for permutation, (seed, draw) in load.draws.items():
+        permutation.redraw(seed, draw)
+    if equivalence_of(module) is not None:
+        for layer in load.plain:
+            _convert(layer, state)
+
+
+class _Load:
+    """What a state dict does to the prepared layers below a module.
+
+    Attributes:
+        problems: why it cannot be loaded.
+        equivalences: of the layers that it writes.
+        plain: the layers for which it holds a plain weight.
+        draws: seed and draw of the permutations that change.
+    """
+
+    def __init__(self, module: nn.Module, state: State, prefix: str):
+        self.problems: list[str] = []
+        self.equivalences: set[OrthogonalEquivalence] = set()
+        self.plain: list[_Layer] = []
+        self.draws: dict[Permutation, tuple[int, int]] = {}
+        saved: dict[OrthogonalEquivalence, Layout] = {}
+        names: dict[OrthogonalEquivalence, str] = {}
+        for layer in _layers(module, prefix):
+            self._read(layer, state, saved)
+            names.setdefault(layer.equivalence, layer.name)
+        if not self.problems:
+            self._draw(saved, names)
+        self.equivalences.update(saved)
+
+    def _read(self, layer: _Layer, state: State, saved: dict[Any, Layout]) -> None:
+        e, own = layer.equivalence, layer.own
+        found = [key for key in own if key in state]
+        if layer.plain in state and not found:
+            if reason := _unfit(state[layer.plain], layer):
+                self.problems.append(reason)
+            self.plain.append(layer)
+            self.equivalences.add(e)
+        elif found:
+            if missing := [key for key in own if key not in state]:
+                self.problems.append(
+                    f"{layer.name}: the state has {found[0]} and not {', '.join(missing)}, "
+                    "and a part of them means nothing"
+                )
+                return
+            *_, key = own
+            if state[key].is_meta:
+                return
+            layout = Layout.of(state[key], key)
+            if different := e.here.differences(layout):
+                self.problems.append(
+                    f"{layer.name}: {'; '.join(different)}: prepare the same model with the "
+                    f"configuration of the checkpoint and the same `shared`. {CONVERT}"
+                )
+                return
+            for key, tensor in own.items():
+                if state[key].shape != tensor.shape:
+                    self.problems.append(
+                        f"{key}: size mismatch: {list(state[key].shape)} was saved, the model has "
+                        f"{list(tensor.shape)}"
+                    )
+            saved[e] = layout
+
+    def _draw(self, saved: dict[OrthogonalEquivalence, Layout], names: dict[Any, str]) -> None:
+        """Find the permutations that change; all layers of such a one have to change with it."""
+        wanted: dict[Permutation, dict[tuple[int, int], str]] = {}
+        for e, layout in saved.items():
+            for permutation in (e.perm_in, e.perm_out):
+                draws = wanted.setdefault(permutation, {})
+                draws.setdefault((layout.seed, layout.draw), names[e])
+        outside = share_permutations_with(saved)
+        for permutation, draws in wanted.items():
+            first, *others = draws.items()
+            if others:
+                self.problems.append(
+                    f"{first[1]} and {others[0][1]} share a permutation and were saved at "
+                    f"different draws of it, {first[0]} and {others[0][0]} (seed, draw)"
+                )
+            elif first[0] != (permutation.seed, permutation.draw):
+                left = [e for e in outside if permutation in (e.perm_in, e.perm_out)]
+                if left:
+                    known = [names[e] for e in left if e in names]
+                    self.problems.append(
+                        f"{first[1]} was saved at another draw of a permutation than the model "
+                        f"has, and {known[0] if known else f'{len(left)} layer(s)'} sharing it "
+                        "would keep a weight in the old order: load the whole model, or "
+                        "poetx.plain_state_dict of the part's state"
+                    )
+                self.draws[permutation] = first[0]
+
+
+def _layers(module: nn.Module, prefix: str) -> Iterator[_Layer]:
+    """Every prepared layer of `module` under every name it has."""
+    for name, part in module.named_modules(remove_duplicate=False):
+        if isinstance(part, nn.Linear) and (e := equivalence_of(part)) is not None:
+            yield _Layer(f"{prefix}{name}".rstrip("."), part, e)
+
+
+def _unfit(weight: Any, layer: _Layer) -> str | None:
+    """Why a plain weight cannot be stored in a layer, or ``None``."""
+    shape = list(stored_weight(layer.linear).shape)
+    if is_traceable_wrapper_subclass(weight):
+        return (
+            f"{layer.plain} is a {type(weight).__name__}, which cannot be permuted: give the whole "
+            "weight, in every process"
+        )
+    if list(weight.shape) != shape:
+        return f"{layer.plain}: size mismatch: {list(weight.shape)} for a weight of {shape}"
+    return None
+
+
+def _convert(layer: _Layer, state: State) -> None:
+    """Put the prepared form of a plain weight in its place in the state dict."""
+    weight, e = state.pop(layer.plain), layer.equivalence
+    dtype, device = rotation_dtype(weight.dtype), weight.device
+    values = (
+        e.permuted(weight),
+        torch.zeros(e.skew_in.shape, dtype=dtype, device=device),
+        torch.zeros(e.skew_out.shape, dtype=dtype, device=device),
+        e.here.tensor().to(device),
+    )
+    for (key, own), value in zip(layer.own.items(), values, strict=True):
+        state[key] = shard_like(value, own)

@@ -1,0 +1,452 @@
+"""`OrthogonalEquivalence`: the parametrization ``W = R W₀ P`` of one `nn.Linear` weight."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from poetx_compile import ops
+from poetx_compile.config import POETXConfig
+from poetx_compile.distributed.shards import groups_of, is_sharded, local, reduce_over
+from poetx_compile.distributed.wrappers import check_reduced, user_name
+from poetx_compile.errors import (
+    ConfigError,
+    IncompatibleStateError,
+    InterruptedMergeError,
+    ParallelismError,
+)
+from poetx_compile.layers import effective
+from poetx_compile.layers.layout import SIZE, Layout
+from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.registry import registry
+from poetx_compile.layers.seal import Seal
+from poetx_compile.ops.packing import packed_size
+from poetx_compile.ops.permute import pair_index
+from poetx_compile.ops.precision import rotation_dtype
+
+INTERRUPTED = (
+    "a merge or a load was cut off by an exception: some layers have it behind them, some not. "
+    "Load the last checkpoint into the model (load_state_dict) before going on."
+)
+
+NOT_GATHERED = (
+    "the weight of a sharded layer was read outside of the forward of the module that was given to "
+    "fully_shard. With `from poetx_compile.inspect.diagnostics import effective_weight`, "
+    "effective_weight(linear) gathers it. (If the layer is split by tensor parallelism: that is "
+    "not supported, leave it out of the plan.)"
+)
+NOT_ASSIGNED = (
+    "the weight of a sharded layer cannot be assigned: model.load_state_dict({'name.weight': "
+    "tensor}, strict=False) takes whole weights and keeps each process's part"
+)
+CAST = (
+    "a mixed precision policy of FSDP2 cast them. Call "
+    "poetx_compile.fully_shard_rotations(module) before fully_shard(module, mp_policy=...)"
+)
+OVERWRITTEN = (
+    "the saved buffer `layout` of a prepared layer, {saved}, is not that of its permutations, "
+    "{here}. Either this process's permutations are not those of rank 0, whose buffers DDP gave "
+    "it: prepare the model in every process alike, with one configuration and seed. Or something "
+    "wrote into the model's tensors: an average of them (EMA, AveragedModel) means nothing across "
+    "a merge, average poetx.plain_state_dict(model) instead; and a checkpoint that was read into "
+    "the tensors of model.state_dict() has to be given to model.load_state_dict as well"
+)
+WRITTEN = (
+    "the stored weight of a prepared layer was written by something else than this package, and "
+    "its rotations are not zero. An average of parameters (SWA, EMA, a Polyak target) means "
+    "nothing across a merge, which gives them other coordinates: average effective weights, "
+    "poetx.plain_state_dict(model), in a plain model. A new weight is written to linear.weight, a "
+    "checkpoint goes through load_state_dict"
+)
+
+
+def side_blocks(size: int, block_size: int) -> tuple[int, int]:
+    """(number of blocks, b) of a side: a side shorter than b is one block; size 1 has no block."""
+    b = min(size, block_size)
+    return (0, 1) if size < 2 else (size // b, b)
+
+
+class OrthogonalEquivalence(nn.Module):
+    """Parametrization of a weight [n, m] by two block-diagonal rotations under permutations.
+
+    ``W[perm_out][:, perm_in] = D_outᵀ S D_inᵀ``: S is the frozen weight, stored permuted once a
+    merge; the rotations come from the packed skew parameters (POET, arXiv 2603.05500).
+
+    Parameters:
+        skew_in: [blocks_in, b_in(b_in−1)/2], float32 (float64 for a float64 weight); zero is the
+            identity.
+        skew_out: the same of the output side.
+
+    Buffers:
+        layout: int64 [10], saved (`Layout`): the permutations follow from it.
+
+    Attributes:
+        interrupted: a merge or a load of this layer was cut off.
+        adopted: the compiler made it, not `prepare`.
+        written: the weight has been stored since an optimiser last looked at it.
+        takes_stored: the weight given to `right_inverse` is in its stored form already.
+        loads: how often a state was loaded; rotations are others then than an optimiser made them.
+    """
+
+    layout: Tensor
+
+    def __init__(
+        self, weight: Tensor, config: POETXConfig, perm_in: Permutation, perm_out: Permutation
+    ):
+        super().__init__()
+        out_features, in_features = weight.shape
+        self.blocks_in, self.block_in = side_blocks(in_features, config.block_in)
+        self.blocks_out, self.block_out = side_blocks(out_features, config.block_out)
+        self.order = config.order
+        self.interrupted = False
+        self.adopted = False
+        self.takes_stored = False
+        self.loads = 0
+        self._layout_version: int | None = None
+        self._seal: Seal | None = None
+        dtype = rotation_dtype(weight.dtype)
+
+        def zeros(blocks: int, b: int) -> nn.Parameter:
+            packed = torch.zeros(blocks, packed_size(b), dtype=dtype, device=weight.device)
+            return nn.Parameter(packed, requires_grad=blocks > 0)  # FSDP2 reduces no empty gradient
+
+        self.skew_in = zeros(self.blocks_in, self.block_in)
+        self.skew_out = zeros(self.blocks_out, self.block_out)
+        self.perm_in, self.perm_out = perm_in, perm_out
+        self.register_buffer("layout", torch.zeros(SIZE, dtype=torch.int64, device=weight.device))
+        self.configure(config)
+        self.write_layout()
+
+    def configure(self, config: POETXConfig) -> None:
+        """Set the configuration; its blocks, order and permutations are those of this state."""
+        self.config, self.merge_rotation = config, config.merge_rotation
+        self._announce()
+
+    def _announce(self) -> None:
+        """Be found, and let those who look after layers look again."""
+        self.written = True
+        self._own = id(self.skew_in), id(self.layout)
+        registry.announce(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._layout_version = None  # a copy counts its versions anew
+        self._announce()
+
+    def forward(self, stored: Tensor) -> Tensor:
+        """The effective weight [n, m] of the stored one; differentiable in the skew parameters.
+
+        Raises:
+            ParallelismError: the parameters are sharded here and not gathered, or were cast.
+        """
+        if is_sharded(stored, self.skew_in, self.skew_out):
+            raise ParallelismError(NOT_GATHERED)
+        if self.skew_in.dtype not in (torch.float32, torch.float64):
+            raise ParallelismError(f"rotations arrive in {self.skew_in.dtype}: {CAST}")
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.effective(stored, self.skew_in, self.skew_out)
+        check_reduced(self.skew_in, self.skew_out)  # the backend does so with what it compiles
+        if self.interrupted:
+            raise InterruptedMergeError(INTERRUPTED)
+        return effective.read(self, stored)
+
+    def effective(self, stored: Tensor, skew_in: Tensor, skew_out: Tensor) -> Tensor:
+        """The effective weight of tensors that stand for this layer's parameters."""
+        if self.interrupted:
+            raise InterruptedMergeError(INTERRUPTED)
+        # FSDP2 reduces no empty gradient, also after `requires_grad_(True)`.
+        if skew_in.requires_grad and not self.blocks_in:
+            skew_in = skew_in.detach()
+        if skew_out.requires_grad and not self.blocks_out:
+            skew_out = skew_out.detach()
+        return ops.orthogonal_equivalence(
+            stored,
+            skew_in,
+            skew_out,
+            self.perm_in.pair,
+            self.perm_out.pair,
+            self.block_in,
+            self.block_out,
+            self.order,
+        )
+
+    def holds(self, stored: Tensor) -> bool:
+        """Whether parameters of this layer's own are in force: no stand-ins, none just gathered."""
+        ours = isinstance(stored, nn.Parameter) and self._own[0] == id(self.skew_in)
+        return ours and not (stored.is_inference() or self.skew_in.is_inference())
+
+    @property
+    def trains(self) -> bool:
+        """Whether a rotation of this layer takes gradients."""
+        return self.skew_in.requires_grad or self.skew_out.requires_grad
+
+    def train(self, mode: bool = True) -> OrthogonalEquivalence:
+        effective.forget(self)
+        return super().train(mode)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The stored form of a new weight; the rotations go back to the identity.
+
+        Raises:
+            ValueError: a weight of another shape.
+            ParallelismError: the parameters are sharded.
+        """
+        if self.takes_stored:
+            return weight
+        if is_sharded(self.skew_in):
+            raise ParallelismError(NOT_ASSIGNED)
+        if not torch.compiler.is_compiling():  # Dynamo would guard the number
+            registry.changed()
+            self.written = True
+        with torch.no_grad():
+            stored = self.permuted(weight)
+            self.skew_in.zero_()
+            self.skew_out.zero_()
+        self._seal = None
+        return stored
+
+    def permuted(self, weight: Tensor) -> Tensor:
+        """``weight[perm_out][:, perm_in]``, contiguous, on the device of `weight`.
+
+        Raises:
+            ValueError: a weight of another shape.
+        """
+        n, m = shape = (self.perm_out.size, self.perm_in.size)
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"a weight of shape {list(weight.shape)} is not one of {[n, m]}")
+        rows = pair_index(self.perm_out.pair_on(weight.device), 0, n)
+        columns = pair_index(self.perm_in.pair_on(weight.device), 0, m)
+        return weight.detach().index_select(0, rows).index_select(1, columns)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the permutations."""
+        return self.perm_in.seed
+
+    @property
+    def draw(self) -> int:
+        """Which draw of the permutations is in force: 0 is the identity, each merge adds one."""
+        return self.perm_in.draw
+
+    @property
+    def here(self) -> Layout:
+        """The layout in force."""
+        p, q = self.perm_in, self.perm_out
+        blocks = self.config.block_in, self.config.block_out
+        return Layout(p.seed, p.draw, p.group, q.group, p.kind, self.order, *blocks)
+
+    def layout_values(self) -> list[int]:
+        """What the buffer `layout` says of the permutations in force."""
+        return self.here.values()
+
+    def write_layout(self) -> None:
+        """Bring the saved buffer up to date with the permutations."""
+        self.layout.copy_(self.here.tensor())
+        self._layout_version = None if self.layout.is_inference() else self.layout._version
+
+    def check_layout(self) -> None:
+        """Raise `IncompatibleStateError` where something else has written the saved buffer.
+
+        It is read, which waits for the device, only after it was written.
+        """
+        if self._own[1] != id(self.layout):
+            return  # the stand-in of a functional call
+        version = None if self.layout.is_inference() else self.layout._version
+        if version is None or version != self._layout_version:
+            check_layouts([self])
+            self._layout_version = version
+
+    def seal(self, stored: Tensor) -> None:
+        """Note what the stored weight is: this package has just written it, or trusts it."""
+        self._seal = Seal.of(stored)
+
+    def check_stored(self, stored: Tensor) -> None:
+        """`check_stored_weights` of this layer, where it can be looked at now."""
+        if _readable(stored):
+            check_stored_weights([(self, stored)])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
+        # Rotations in half precision drift by tens of per cent (docs/numerics.md): a move to
+        # another device is followed, a cast below fp32 is not, nor one of the layout.
+        def keep_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            dtype = rotation_dtype(moved.dtype) if t.is_floating_point() else t.dtype
+            return moved if moved.dtype == dtype else t.to(moved.device, dtype)
+
+        was_meta = self.skew_in.is_meta
+        applied = super()._apply(keep_precision, recurse)
+        self._layout_version = None
+        if was_meta and not self.skew_in.is_meta:
+            with torch.no_grad():  # `to_empty`: there was no rotation to lose
+                self.skew_in.zero_()
+                self.skew_out.zero_()
+                self.write_layout()
+            self._seal = None
+        self._announce()  # torch may be told to make new parameters
+        return applied
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.interrupted:
+            raise InterruptedMergeError(INTERRUPTED)
+        self.check_layout()
+        parent = prefix[:-1].rpartition(".")[
+            0
+        ]  # the list of parametrizations, which is saved first
+        stored = destination.get(f"{parent}.original" if parent else "original")
+        if stored is not None:
+            self.check_stored(stored)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
+    ):
+        # What does not fit has been refused before anything was written (`loading`).
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing, unexpected, errors
+        )
+        for permutation in (self.perm_in, self.perm_out):
+            if permutation.pair.is_meta:
+                permutation.settle(self.skew_in.device)
+        self._announce()  # `assign=True` has made new parameters
+        self._seal = None
+        self.loads += 1
+        if prefix + "layout" in state_dict:
+            self._layout_version = None
+            self.check_layout()
+            self.interrupted = False
+
+    def extra_repr(self) -> str:
+        return (
+            f"in={self.blocks_in}x{self.block_in}, out={self.blocks_out}x{self.block_out}, "
+            f"order={self.order}, draw={self.draw}"
+        )
+
+
+def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
+    """The parametrization of a prepared linear, or ``None``."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    chain = module.parametrizations["weight"]  # type: ignore[index]
+    for parametrization in chain:  # type: ignore[union-attr]
+        if isinstance(parametrization, OrthogonalEquivalence):
+            return parametrization
+    return None
+
+
+def check_layouts(equivalences: Sequence[OrthogonalEquivalence]) -> None:
+    """Raise `IncompatibleStateError` where a saved layout is not that of the permutations in force.
+
+    DDP gives every process the buffers of rank 0, these among them: a process that was prepared
+    with another seed, or merged when the others did not, finds out without any communication. So
+    does a model whose tensors something else has written.
+    """
+    by_device: dict[torch.device, list[OrthogonalEquivalence]] = defaultdict(list)
+    for equivalence in equivalences:
+        if not equivalence.layout.is_meta:
+            by_device[equivalence.layout.device].append(equivalence)
+    for group in by_device.values():
+        saved = torch.stack([e.layout for e in group]).tolist()
+        for e, values in zip(group, saved, strict=True):
+            if values != e.layout_values():
+                raise IncompatibleStateError(
+                    OVERWRITTEN.format(saved=values, here=e.layout_values())
+                )
+
+
+@torch.no_grad()
+def check_stored_weights(layers: Sequence[tuple[OrthogonalEquivalence, Tensor]]) -> None:
+    """Raise `IncompatibleStateError` where something else has written a stored weight.
+
+    Without rotations any weight is one: such a layer, and one that was not looked at before, is
+    taken as it is.
+    """
+    by_device: dict[torch.device, list[tuple[OrthogonalEquivalence, Tensor, Tensor]]]
+    by_device = defaultdict(list)
+    for e, stored in layers:
+        broken = None if e._seal is None else e._seal.broken(stored)
+        if broken is None:
+            e.seal(stored)
+            broken = torch.zeros((), dtype=torch.bool, device=stored.device)
+        if not stored.is_meta:
+            by_device[broken.device].append((e, stored, broken))
+    groups = groups_of(stored for _, stored in layers)
+    for looked in by_device.values():
+        flags = reduce_over(groups, torch.stack([b for _, _, b in looked]).int(), "max").tolist()
+        for (e, stored, _), flag in zip(looked, flags, strict=True):  # alike in every process
+            if not flag:
+                continue
+            turned = (local(e.skew_in).any() | local(e.skew_out).any()).int()
+            if reduce_over(groups, turned, "max").item():
+                raise IncompatibleStateError(WRITTEN)
+            e.seal(stored)
+
+
+def check_stored_of(tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """`check_stored_weights` of the layers that (stored weight, `skew_in`) belong to."""
+    layers = {id(e.skew_in): e for e in registry.layers()}
+    found = [(layers.get(id(skew)), stored) for stored, skew in tensors if _readable(stored)]
+    check_stored_weights([(e, s) for e, s in found if e is not None and e.holds(s)])
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the values of a tensor can be read, by this process alone."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        return False
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (capturing or torch._C._len_torch_dispatch_stack())
+
+
+def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, OrthogonalEquivalence]]:
+    """(name, module, parametrization) of every prepared linear of `model`, each once.
+
+    The names are the user's, without wrappers of compiled parts.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (equivalence := equivalence_of(module)) is not None:
+            yield user_name(name), module, equivalence
+
+
+def share_permutations_with(
+    equivalences: Iterable[OrthogonalEquivalence],
+) -> list[OrthogonalEquivalence]:
+    """The layers outside of `equivalences` that have a permutation of theirs.
+
+    A merge draws a permutation again for all layers that have it: they are merged together.
+    """
+    inside = set(equivalences)
+    permutations = {p for e in inside for p in (e.perm_in, e.perm_out)}
+    outside = [e for e in registry.layers() if e not in inside]
+    return [e for e in outside if e.perm_in in permutations or e.perm_out in permutations]
+
+
+def check_alone(equivalences: Iterable[OrthogonalEquivalence]) -> None:
+    """Raise `ConfigError` where other layers have permutations of these."""
+    if others := share_permutations_with(equivalences):
+        raise ConfigError(
+            f"{len(others)} layer(s) outside of these share permutations with them, and a merge of "
+            "one is a merge of all: merge the whole model, give the linears that share an input to "
+            "one optimiser, and declare nothing `shared` between parts that have several"
+        )
+
+
+class PreparedLayers(nn.ModuleList):
+    """Prepared linears, of any modules, as one model: for `merge` and what else takes a model."""
+
+
+def stored_weight(module: nn.Module) -> nn.Parameter:
+    """S: the frozen parameter of a prepared linear."""
+    return module.parametrizations["weight"].original  # type: ignore[index, union-attr, return-value]
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `model` that train: unfrozen, and no frozen weight of a prepared layer.
+
+    Those do not train whatever their `requires_grad` says.
+    """
+    stored = {stored_weight(m) for _, m, _ in prepared_linears(model)}
+    return [p for p in model.parameters() if p.requires_grad and p not in stored]

@@ -1,0 +1,425 @@
+"""`prepare` and `merge_and_unload`: into the parametrized form and back to plain `nn.Linear`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from poetx_compile.config import POETXConfig, differences
+from poetx_compile.distributed.shards import is_sharded
+from poetx_compile.distributed.wrappers import PREPARE_FIRST, user_name, wrapper_of
+from poetx_compile.errors import ConfigError, NothingToTrainError, ParallelismError
+from poetx_compile.layers import effective
+from poetx_compile.layers.eligibility import (
+    PREPARED,
+    OtherWeight,
+    check_targets,
+    has_values,
+    linears,
+    other_weights,
+    refusals,
+    trained_by,
+    unwrap_compiled,
+)
+from poetx_compile.layers.loading import guard_loads, unguard_loads
+from poetx_compile.layers.parametrization import (
+    OrthogonalEquivalence,
+    check_stored_weights,
+    equivalence_of,
+    prepared_linears,
+    stored_weight,
+    trained_parameters,
+)
+from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.prepared_class import own_class, share_class
+from poetx_compile.layers.registry import registry
+from poetx_compile.layers.report import LayerRow, PrepareReport
+from poetx_compile.layers.sharing import Groups
+
+log = logging.getLogger("poetx_compile")
+M = TypeVar("M", bound=nn.Module)
+
+SHARDED_EXPORT = (
+    "a sharded model cannot be unloaded in place: gather its state (get_model_state_dict of "
+    "torch.distributed.checkpoint.state_dict, with full_state_dict=True) and give it to "
+    "poetx_compile.plain_state_dict"
+)
+
+_SHAPING = ("block_size", "neumann_order", "cayley", "normalize_rows")
+"""Fields that an adopted state is made with; the others may still be chosen when it is moved."""
+
+
+def prepare(
+    model: nn.Module,
+    config: POETXConfig | None = None,
+    *,
+    shared: Sequence[Sequence[str]] = (),
+) -> PrepareReport:
+    """Parametrize every eligible `nn.Linear` weight of `model` as ``R W₀ P``, in place.
+
+    The weights are frozen and stored permuted; packed skew parameters at zero are trained instead.
+    The outputs do not change (bitwise in eager, unless `config.normalize_rows`). Biases train as
+    before. Calling it again prepares what is new and leaves what is prepared. A weight of zeros,
+    which no rotation changes, stays dense; so do routers and output embeddings.
+
+    Linears of one parent module with the same number of inputs (q, k, v; gate, up) form a group
+    that shares one input permutation. `shared` declares further groups, of either side::
+
+        poetx.prepare(model, config, shared=[("gate_proj.out", "up_proj.out", "down_proj.in")])
+
+    A pattern is the end of a linear's name and the side; ``*`` (as in `fnmatch`) stands for a part
+    of the name that varies. Sides whose names are the same in front of the match form a group: one
+    for each MLP here, one for the whole model with ``"layers.*.mlp.down_proj.out"``. The outputs do
+    not depend on what is shared; `cancel_permutations` removes what then need not be permuted. The
+    groups are saved: a model that resumes from a checkpoint is prepared with the same `shared`.
+
+    Args:
+        model: any module, an `nn.Linear` itself and a compiled model included.
+        config: default `POETXConfig()`, or the configuration of an earlier `prepare`.
+        shared: declarations of sides that share one permutation, each a sequence of patterns.
+
+    Returns:
+        The report: a row for each `nn.Linear`, and for whatever else has weights of two dimensions
+        or more, with its status and the reason.
+
+    Raises:
+        NothingToTrainError: no `nn.Linear` is eligible, or a pattern matched nothing.
+        ConfigError: the model was prepared with another configuration, or sides cannot share: one
+            does not exist, is not trained through rotations, has another size, is in two groups or
+            was prepared without sharing.
+        ParallelismError: the model is wrapped by DDP or FSDP already.
+    """
+    model = unwrap_compiled(model)
+    if config is not None and not isinstance(config, POETXConfig):
+        raise ConfigError(
+            f"config = {config!r} is no POETXConfig: POETXConfig.from_dict makes one of a dict"
+        )
+    earlier = config_of(model)
+    if earlier is not None and config is not None and config != earlier:
+        changed = ", ".join(differences(config, earlier))
+        if all(e.adopted for _, _, e in prepared_linears(model)):
+            raise ConfigError(
+                f"the compiler adopted this model with another configuration (differs in {changed})"
+                ": give these fields to torch.compile(options={...}), or prepare the model before "
+                "its first backward"
+            )
+        raise ConfigError(
+            f"this model was prepared with another configuration (differs in {changed}): "
+            "merge_and_unload(model) first, or leave config out"
+        )
+    found = linears(model)
+    adopted = _adopted(found)
+    config = config or earlier or _config_of_adopted(adopted) or POETXConfig()
+    check_targets(list(found), config)
+    reasons = refusals(model, config)
+    _check_order(model, reasons)
+    fresh = [found[n].weight for n, reason in reasons.items() if reason is None]
+    if config.normalize_rows and any(weight.is_meta for weight in fresh):
+        raise ConfigError(
+            "normalize_rows needs the values of the weights, and there are weights on the meta "
+            "device: materialise and initialise them first, then call prepare"
+        )
+    if not (trained := trained_by(found, reasons)):
+        raise NothingToTrainError(_nothing(model, reasons))
+    # Adopted states hold gradients under identity permutations (draw 0): what joins them has to.
+    groups = Groups(model, config, 0 if adopted else 1, shared, found, reasons)
+    left = {n: r for n, r in reasons.items() if r and id(found[n]) not in trained}
+    leave({name: found[name] for name in left}, left)
+    for name, reason in reasons.items():
+        if reason is None and name in adopted:
+            _move(found[name], name, adopted[name], config, groups.sides(name, found[name]))
+            adopted[name].adopted = False
+        elif reason is None:
+            if config.normalize_rows:
+                _normalize_rows(found[name].weight)
+            perm_in, perm_out = groups.sides(name, found[name])
+            equivalence = OrthogonalEquivalence(found[name].weight, config, perm_in, perm_out)
+            register(found[name], equivalence)
+    guard_loads(model)
+    rows = list(_rows(model, found, reasons))
+    parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
+    unfrozen = [p for p in trained_parameters(model) if not nn.parameter.is_lazy(p)]
+    trainable = sum(p.numel() for p in unfrozen)
+    rotations = sum(e.skew_in.numel() + e.skew_out.numel() for _, _, e in prepared_linears(model))
+    return PrepareReport(rows, trainable, sum(p.numel() for p in parameters) - rotations)
+
+
+def _check_order(model: nn.Module, reasons: dict[str, str | None]) -> None:
+    """Raise where a wrapper came before `prepare` and there is something left to prepare."""
+    wrapper = wrapper_of(model)
+    prepared = PREPARED in reasons.values()
+    if wrapper is not None and (not prepared or None in reasons.values()):
+        raise ParallelismError(
+            f"this model was given to {wrapper} before it was prepared, which would leave its "
+            f"rotations out: {PREPARE_FIRST}"
+        )
+
+
+def register(
+    module: nn.Linear, equivalence: OrthogonalEquivalence, *, as_it_is: bool = False
+) -> None:
+    """Put `equivalence` on a plain linear: its weight is stored permuted and frozen.
+
+    Args:
+        as_it_is: the weight is in stored form, and the rotations stay as they are. No tensor
+            changes, and graphs whose backward is still to come keep what they saved.
+    """
+    equivalence.train(module.training)
+    weight = module.weight
+    equivalence.takes_stored = as_it_is
+    own_class(module)
+    with _set_in_place(), _unchanged(weight) if as_it_is else contextlib.nullcontext():
+        parametrize.register_parametrization(module, "weight", equivalence, unsafe=True)
+    equivalence.takes_stored = False
+    share_class(module)
+    stored_weight(module).requires_grad_(False)
+    stored_weight(module).grad = None
+    equivalence.written = not has_values(weight)  # else it has just been looked at
+    equivalence.seal(stored_weight(module))
+    if stored_weight(module)._backward_hooks:
+        log.warning(
+            "a gradient hook of a weight of shape %s is not called any more: the weight is frozen, "
+            "and rotations are trained in its place. Register hooks after poetx_compile.prepare",
+            list(stored_weight(module).shape),
+        )
+    registry.enrol(module)
+
+
+@contextlib.contextmanager
+def _set_in_place() -> Iterator[None]:
+    """Let torch set a parametrized tensor even where it is told to swap: that is refused as long as
+    a graph holds the tensor, and compiled code is settled while others do."""
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+
+
+def _unchanged(weight: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Torch sets a parametrized tensor to its stored form even where that is the tensor itself."""
+    return torch.autograd._unsafe_preserve_version_counter(weight)
+
+
+def config_of(model: nn.Module) -> POETXConfig | None:
+    """The configuration `model`, or the part of it that is prepared, was prepared with."""
+    for _, _, equivalence in prepared_linears(unwrap_compiled(model)):
+        return equivalence.config
+    return None
+
+
+def merge_and_unload(model: M) -> M:
+    """Turn every prepared linear back into a plain `nn.Linear` with its effective weight, in place.
+
+    Parameter names are the original ones again, the weights train again (but those whose rotations
+    are frozen), and the outputs are those of the prepared model (to the rounding of the weight's
+    dtype). Compiled again, these weights
+    train densely until `prepare` is called. A model that is not prepared is returned as it is.
+
+    Args:
+        model: a prepared model, compiled or not.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ParallelismError: the model is sharded; the message says how to export it.
+    """
+    plain = unwrap_compiled(model)
+    layers = list(prepared_linears(plain))
+    if any(is_sharded(stored_weight(m), e.skew_in, e.skew_out) for _, m, e in layers):
+        raise ParallelismError(SHARDED_EXPORT)
+    check_stored_weights([(e, stored_weight(m)) for _, m, e in layers])
+    for _, module, equivalence in layers:
+        own_class(module)
+        with torch.no_grad():
+            stored_weight(module).copy_(effective.plain(module.weight))
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        module.weight.requires_grad_(equivalence.trains)
+        # The weight comes back as the last parameter; optimiser states and others go by position.
+        for name in [name for name in module._parameters if name != "weight"]:
+            module._parameters[name] = module._parameters.pop(name)
+        # The model is compiled again at its next call: that must not start all over by itself.
+        registry.decline(module, "merged and unloaded: prepare the model to train rotations again")
+        registry.retire(equivalence)
+    if any(registry.in_code(equivalence) for _, _, equivalence in layers):
+        torch.compiler.reset()  # code that adopted these weights fits them again
+    unguard_loads(plain)
+    return model
+
+
+def _adopted(found: dict[str, nn.Linear]) -> dict[str, OrthogonalEquivalence]:
+    """The states that compiled graphs created for linears of this model, by name."""
+    states = {
+        n: registry.adopted.get(m.weight) for n, m in found.items() if equivalence_of(m) is None
+    }
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def _config_of_adopted(adopted: dict[str, OrthogonalEquivalence]) -> POETXConfig | None:
+    configs = [state.config for state in adopted.values()]
+    if any(config != configs[0] for config in configs):
+        raise ConfigError(
+            "parts of this model were compiled with different POET-X options: give prepare (or the "
+            "optimiser) the configuration to use"
+        )
+    return configs[0] if configs else None
+
+
+def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXConfig) -> None:
+    """Move the adopted states of some linears of `model` into them, gradients included.
+
+    Every eligible linear is given the permutations that `prepare` would give it, whether it has a
+    state yet or not: a checkpoint fits a model that was prepared, whatever was adopted first. One
+    that comes late, when layers it shares with have been merged, joins them without its gradients:
+    they are of other coordinates.
+    """
+    found = linears(model)
+    reasons = refusals(model, config)
+    groups = Groups(model, config, 0, (), found, reasons)
+    wanted = {id(module) for module in modules}
+    for name, reason in reasons.items():
+        if reason is not None:
+            continue
+        module = found[name]
+        sides = registry.reserved(module) or groups.sides(name, module)
+        if id(module) not in wanted:
+            registry.reserve(module, sides)
+            continue
+        state = registry.adopted.get(module.weight)
+        assert state is not None
+        sides = tuple(side.to(module.weight.device) for side in sides)
+        if all(side.draw == 0 for side in sides):
+            _move(module, name, state, config, sides)
+        else:
+            registry.release(module.weight)
+            perm_in, perm_out = sides
+            perm_out.redraw(perm_out.seed, perm_in.draw)  # both sides of a layer are at one draw
+            late = OrthogonalEquivalence(module.weight, config, *sides)
+            late.adopted = True
+            register(module, late)
+    guard_loads(model)
+
+
+def _move(
+    module: nn.Linear,
+    name: str,
+    state: OrthogonalEquivalence,
+    config: POETXConfig,
+    sides: tuple[Permutation, ...],
+) -> None:
+    """Make an adopted state the parametrization of its linear, gradients included."""
+    if all(getattr(state.config, f) == getattr(config, f) for f in _SHAPING):
+        state.perm_in, state.perm_out = sides
+        state.configure(config)
+        state.write_layout()
+    elif state.skew_in.grad is None and state.skew_out.grad is None:
+        state = OrthogonalEquivalence(module.weight, config, *sides)
+    else:
+        raise ConfigError(
+            f"{name} was compiled with other POET-X options and holds gradients for them: leave "
+            "config out here, or prepare the model before its first backward"
+        )
+    registry.release(module.weight)
+    register(module, state, as_it_is=True)
+
+
+def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:
+    """Linears that stay as they are, by name: compiled graphs may not adopt their weights either.
+
+    Where one has, its code is dropped (with all compiled code: Dynamo has nothing finer).
+    """
+    dropped = False
+    for name, module in modules.items():
+        weight = module.weight
+        if registry.release(weight) is not None:
+            dropped = True
+            log.warning(
+                "%s was adopted by a compiled graph but is not trained through rotations (%s): its "
+                "weight trains densely from now on",
+                name or "(root)",
+                reasons[name],
+            )
+        if isinstance(weight, nn.Parameter):
+            registry.decline(module, reasons[name])
+    if dropped:
+        torch.compiler.reset()
+
+
+@torch.no_grad()
+def _normalize_rows(weight: Tensor) -> None:
+    rows = weight.double()
+    norm = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+    weight.copy_(rows / norm)
+
+
+def _rows(
+    model: nn.Module, found: dict[str, nn.Linear], reasons: dict[str, str | None]
+) -> Iterator[LayerRow]:
+    others: dict[str, list[OtherWeight]] = defaultdict(list)
+    for weight in other_weights(model):
+        others[weight.module].append(weight)
+    names = (user_name(name) for name, _ in model.named_modules(remove_duplicate=False))
+    for name in dict.fromkeys(names):
+        if name in found:
+            yield _row(name, found[name], reasons[name])
+        for w in others.pop(name, ()):
+            status = "dense" if w.trains else "frozen"
+            yield LayerRow(w.name, w.shape, "-", status, w.reason, is_linear=False)
+
+
+def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
+    shape = (module.out_features, module.in_features)
+    equivalence = equivalence_of(module)
+    if equivalence is None:
+        return LayerRow(name, shape, "-", "skipped", reason or "")
+    e = equivalence
+    notes = [] if reason is None else [reason]
+    left_over = []
+    for side, size, blocks, b in (
+        ("in", module.in_features, e.blocks_in, e.block_in),
+        ("out", module.out_features, e.blocks_out, e.block_out),
+    ):
+        if blocks == 0:
+            notes.append(f"{side} side of size 1 is not rotated")
+        elif blocks * b < size:
+            left_over.append(f"{size - blocks * b} {side}")
+    if left_over:
+        notes.append(f"left over until the next merge: {', '.join(left_over)}")
+    notes += _rank_notes(stored_weight(module))
+    blocks_text = f"{e.blocks_in}x{e.block_in} | {e.blocks_out}x{e.block_out}"
+    return LayerRow(name, shape, blocks_text, "prepared", "; ".join(notes))
+
+
+def _rank_notes(stored: Tensor) -> Iterator[str]:
+    """What rotations, which keep the rank of a weight, will keep of its rows and columns of zeros.
+
+    Permuted ones count alike. Of other weights the rank would cost a decomposition.
+    """
+    if not has_values(stored):
+        return
+    n, m = stored.shape
+    rows, columns = (int(stored.detach().any(dim).sum()) for dim in (1, 0))
+    zeros = [
+        f"{d - k} of {d} {what}"
+        for d, k, what in ((n, rows, "rows"), (m, columns, "columns"))
+        if k < d
+    ]
+    if zeros:
+        yield f"{' and '.join(zeros)} are zeros: the rank stays at most {min(rows, columns)}"
+
+
+def _nothing(model: nn.Module, reasons: dict[str, str | None]) -> str:
+    others = Counter(weight.reason for weight in other_weights(model))
+    lines = [f"  {name or '(root)'}: {reason}" for name, reason in reasons.items()]
+    lines += [f"  {count} weight{'s' * (count > 1)}: {why}" for why, count in others.items()]
+    what = "no nn.Linear of the model is eligible" if reasons else "the model has no nn.Linear"
+    return "\n".join([f"{what}: there is nothing to train through rotations", *lines])

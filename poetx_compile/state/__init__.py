@@ -1,0 +1,1 @@
+"""Plain weights and checkpoints of prepared models."""

@@ -1,0 +1,250 @@
+"""The Triton kernels' arithmetic on the CPU: Triton's interpreter in a process of its own.
+
+The interpreter is chosen when Triton is imported, hence the subprocess. It multiplies bf16 as raw
+16-bit integers, so that products are tested in fp32 and fp16 here and in bf16 on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+PRELUDE = """
+import torch
+import triton.runtime.interpreter as interpreter
+
+# NumPy 2.4 no longer turns an array of one element into an index.
+patch = interpreter._patch_lang_tensor
+def patched(tensor, scope):
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+interpreter._patch_lang_tensor = patched
+
+from importlib import import_module
+from poetx_compile.ops import kernels
+from tests.helpers.tolerances import assert_close
+
+torch.manual_seed(0)
+torch.use_deterministic_algorithms(True)  # empty memory is NaN: an unwritten entry shows
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+def reference(op, module):
+    return getattr(import_module("poetx_compile.ops." + module), op + "_reference")
+
+def check(op, module, *args, dtype=None):
+    actual, expected = kernels.implementation(op)(*args), reference(op, module)(*args)
+    assert actual.dtype == expected.dtype and actual.is_contiguous()
+    assert_close(actual, expected, dtype, what=f"{op} {[getattr(a, 'shape', a) for a in args]}")
+
+def pair(width):
+    permutation = torch.randperm(width)
+    return torch.stack([permutation, permutation.argsort()])
+
+def skew(blocks, b):
+    return 0.3 / b**0.5 * torch.randn(blocks, b * (b - 1) // 2)
+"""
+
+CASES = {
+    "cayley": """
+for b, orders in ((2, (1, 3)), (5, (1, 2, 3, 4, 5, 6)), (33, (3,))):
+    for order in orders:
+        check("cayley_neumann", "cayley", skew(2, b), b, order)
+for b in (2, 7, 33):
+    check("cayley_neumann_backward", "cayley", torch.randn(2, b, b), skew(2, b), b, 3)
+# More than one tile of 64 a side.
+check("cayley_neumann_backward", "cayley", torch.randn(1, 70, 70), skew(1, 70), 70, 3)
+# No matrix of a batch may read its neighbour; a strided gradient is taken as it is.
+check("cayley_neumann_backward", "cayley", torch.randn(3, 6, 6).mT, skew(3, 6), 6, 3)
+""",
+    "cayley_narrow": """
+from poetx_compile.ops.kernels import cayley_narrow, tangent
+from poetx_compile.ops.kernels.narrow import NarrowTiling
+
+# fp32 operands show the algebra; fp16 operands, in place of bf16, that nothing else is rounded.
+small = {"panel": 32, "tile": 64, "tile_k": 32}
+for b, sizes in ((2, {}), (5, {}), (33, {}), (70, {}), (70, small)):
+    for operands, angle in ((torch.float32, 0.03), (torch.float16, 0.25)):
+        # Spectral norms of about `angle`; at 0.03 the truncated series are exact to fp32.
+        packed, grad = angle / 0.6 * skew(2, b), torch.randn(2, b, b)
+        given = {"tiling": NarrowTiling(b, **sizes), "operands": operands}
+
+        def narrow(host, module, *args, less=0.0):
+            wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+            expected = reference(host.__name__, module)(*wide) - less
+            accepted = args[:-1] if host.__name__.startswith("cayley") else args
+            assert_close(host(*accepted, **given) - less, expected, operands, host.__name__)
+
+        narrow(cayley_narrow.cayley_neumann, "cayley", packed, b, 3, less=torch.eye(b))
+        narrow(cayley_narrow.cayley_neumann_backward, "cayley", grad, packed, b, 3)
+        for flipped in (0, 1):
+            narrow(tangent.rotation_tangent_backward, "tangent", grad, packed, b, 3, True, flipped)
+            exact = reference("rotation_delta", "rotation_delta")
+            expected = exact(packed.double(), b, 3, torch.float64, flipped)
+            delta = cayley_narrow.rotation_delta(packed, b, 3, operands, flipped, **given)
+            assert delta.dtype == operands
+            assert_close(delta, expected, operands, "rotation_delta")
+""",
+    "rotate": """
+for dtype in (torch.float32, torch.float16):
+    for tokens, width, b in ((7, 10, 3), (130, 64, 32), (3, 73, 33), (70, 160, 72)):
+        x = torch.randn(tokens, width).to(dtype)
+        rotation = torch.eye(b) + 0.1 * torch.randn(width // b, b, b)
+        for transpose in (False, True):
+            check("rotate_blocks", "rotate", x, rotation, None, None, transpose)
+        check("rotate_blocks", "rotate", x, rotation, pair(width), pair(width), True)
+x = torch.randn(4, 9, 2).mT  # strided, with a leading dimension
+check("rotate_blocks", "rotate", x, torch.randn(2, 3, 3).mT, None, None, False)
+# Gathered and scattered in chunks: inside the product, or (last two) where the runs are too short.
+for dtype in (torch.float32, torch.float16):
+    for tokens, width, b, chunks in ((70, 160, 72, 20), (5, 256, 64, 16), (65, 272, 256, 17),
+                                     (9, 144, 48, 3), (9, 96, 32, 24), (9, 96, 30, 6)):
+        x = torch.randn(tokens, width).to(dtype)
+        rotation = torch.eye(b) + 0.1 * torch.randn(width // b, b, b)
+        for gather, scatter in ((pair(chunks), pair(chunks)), (None, pair(chunks)),
+                                (pair(chunks), None), (pair(chunks), pair(width))):
+            check("rotate_blocks", "rotate", x, rotation, gather, scatter, True)
+    # More than a tile of columns behind the blocks.
+    x, rotation = torch.randn(5, 400).to(dtype), torch.randn(1, 72, 72)
+    check("rotate_blocks", "rotate", x, rotation, pair(25), pair(25), False)
+    check("rotate_blocks", "rotate", x, rotation, None, None, False)
+identity = torch.eye(8).expand(2, 8, 8)
+x = torch.randn(5, 20).half()
+assert torch.equal(kernels.implementation("rotate_blocks")(x, identity, None, None, False), x)
+""",
+    "fold": """
+for rows, width, b in ((160, 64, 72), (256, 96, 128), (7, 10, 3), (200, 66, 65)):
+    for stored in (torch.float16, torch.float32):
+        weight = torch.randn(rows, width).to(stored)
+        sides = [(0.1 * torch.randn(size // b, b, b)).half() for size in (width, rows)]
+        pairs = pair(width), pair(rows)
+        if width >= b:
+            check("fold_weight", "fold", weight, *sides, *pairs, torch.float16)
+            check("fold_weight", "fold", weight, sides[0], None, pairs[0], None, torch.float16)
+        check("fold_weight", "fold", weight, None, sides[1], None, pairs[1], torch.float16)
+delta = (0.1 * torch.randn(2, 72, 72)).half()  # rows in chunks of 8, and a tail
+for order in (None, pair(20)):
+    args = (torch.randn(160, 64).half(), None, delta, None, order, torch.float16)
+    check("fold_weight", "fold", *args)
+weight = torch.randn(200, 32)  # more than a block of rows behind the last one that is rotated
+check("fold_weight", "fold", weight, None, delta[:1], None, pair(200), torch.float16)
+# Columns alone, G - I in shared memory and not.
+for width, b in ((160, 72), (96, 33), (200, 66)):
+    sides = (0.1 * torch.randn(width // b, b, b)).half(), None
+    check("fold_weight", "fold", torch.randn(70, width), *sides, pair(width), None, torch.float16)
+""",
+    "fold_both": """
+from poetx_compile.ops.kernels.fold_both import FoldTiling, _splits, fits, fold_both
+
+def small(blocks, b):
+    return (0.1 * torch.randn(blocks, b, b)).half()
+
+# Tails on both sides; two tiles a block; blocks of two sizes; more than a block of either tail.
+for rows, width, left, right in (
+    (160, 176, (2, 72), (2, 72)),
+    (200, 208, (1, 192), (1, 192)),
+    (264, 144, (1, 256), (2, 72)),
+    (250, 400, (1, 80), (1, 128)),
+):
+    weight = torch.randn(rows, width).half()
+    deltas = small(*right), small(*left).mT
+    assert fits(weight, *deltas)
+    orders = ((None, None), (pair(width), pair(rows)), (pair(width // 16), None),
+              (pair(width // 8), pair(rows // 2)))
+    for perm_in, perm_out in orders:
+        check("fold_weight", "fold", weight, *deltas, perm_in, perm_out, torch.float16)
+    check("fold_weight", "fold", weight.float(), *deltas, None, None, torch.float16)
+    narrower = fold_both(weight, *deltas, None, None, tiling=FoldTiling(64, 64, 2))
+    assert_close(narrower, fold_both(weight, *deltas, None, None))
+# One rounding: without a rotation to the left, that of the product of the rounded matrices.
+weight, delta, zero = torch.randn(144, 80).half(), small(1, 80), torch.zeros(2, 72, 72).half()
+once = (weight.double() @ (torch.eye(80) + delta[0].double()).T).half()
+actual = fold_both(weight, delta, zero, None, None)
+assert (actual != once).float().mean() < 0.01  # sums in fp32 next to a tie
+assert torch.equal(fold_both(weight, zero[:1], zero, None, None), weight)
+assert [_splits(*sizes) for sizes in ((8, 16, 132), (16, 32, 132), (132, 1, 132))] == [16, 8, 1]
+""",
+    "block_product": """
+for dtype in (torch.float32, torch.float16):
+    for tokens, width, b in ((7, 10, 3), (70, 64, 32), (3, 73, 33)):
+        x, y = torch.randn(2, tokens, width).to(dtype)
+        check("block_product", "block_product", x, y, width // b, b, None, pair(width))
+    for tokens, width, b, chunks in ((70, 160, 72, 20), (5, 272, 256, 17), (9, 96, 32, 24)):
+        x, y = torch.randn(2, tokens, width).to(dtype)
+        for gathers in ((pair(chunks), pair(chunks)), (pair(width), pair(chunks))):
+            check("block_product", "block_product", x, y, width // b, b, *gathers)
+from poetx_compile.ops.kernels.block_product import plan
+assert plan(4200, 8, 2, 4, False).splits > 1
+x, y = torch.randn(4200, 8), torch.randn(4200, 8).half()  # two dtypes
+check("block_product", "block_product", x, y, 2, 4, pair(8), None)
+""",
+    "stacked_block_products": """
+from poetx_compile.ops.kernels.block_product import Operands, Plan, planned_block_products
+
+def stacked(tokens, widths, b, gathers, dtype):
+    operands = [torch.randn(tokens, widths[i]).to(dtype) for i in (0, 0, 1, 1)]
+    return *operands, *(width // b for width in widths), b, *gathers
+
+for dtype in (torch.float32, torch.float16):
+    for tokens, widths, b in ((7, (10, 7), 3), (70, (32, 96), 32), (3, (73, 33), 33)):
+        for gathers in ((None, None), (pair(widths[0]), None), tuple(map(pair, widths))):
+            args = stacked(tokens, widths, b, gathers, dtype)
+            check("stacked_block_products", "stacked_block_products", *args)
+    # Gathered in the kernel: on both sides, by two lengths of chunks, on one side alone.
+    for tokens, widths, b, chunks in ((70, (160, 72), 72, (20, 9)), (5, (256, 272), 256, (8, 17)),
+                                      (9, (96, 64), 32, (24, None)), (9, (64, 96), 32, (None, 6))):
+        gathers = [c and pair(c) for c in chunks]
+        args = stacked(tokens, widths, b, gathers, dtype)
+        check("stacked_block_products", "stacked_block_products", *args)
+# Partial sums: the last split is short, or empty.
+x1, y1, x2, y2, *_, gather1, gather2 = args = stacked(
+    70, (64, 96), 32, (pair(4), pair(6)), torch.float16
+)
+products = [Operands(x1, y1, 2, gather1, gather1), Operands(x2, y2, 3, gather2, gather2)]
+expected = reference("stacked_block_products", "stacked_block_products")(*args)
+for splits in (2, 3, 5):
+    actual = planned_block_products(products, 32, Plan(16, 32, 16, 4, 3, splits))
+    assert_close(actual, expected, what=f"{splits} splits")
+""",
+    "permute": """
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32):
+    for shape in ((1, 2), (5, 3, 77), (4, 64), (3, 2, 1)):
+        x = (100 * torch.randn(shape)).to(dtype)
+        for inverse in (False, True):
+            args = (x, pair(shape[-1]), inverse)
+            actual = kernels.implementation("permute_columns")(*args)
+            assert torch.equal(actual, reference("permute_columns", "permute")(*args))
+for dtype in (torch.float32, torch.bfloat16):
+    sizes = ((5, 96, 6), (300, 48, 1), (3, 40000, 2500), (9, 24, 3), (9, 24, 12))
+    for tokens, width, chunks in sizes:
+        x, order = torch.randn(tokens, width).to(dtype), pair(chunks)
+        for inverse in (False, True):
+            actual = kernels.implementation("permute_columns")(x, order, inverse)
+            assert torch.equal(actual, reference("permute_columns", "permute")(x, order, inverse))
+special = torch.tensor([[float("inf"), -0.0, float("nan"), -float("inf")]] * 3).bfloat16()
+order = pair(4)
+actual = kernels.implementation("permute_columns")(special, order, False)
+assert torch.equal(actual.view(torch.int16), special.view(torch.int16)[:, order[0]])
+""",
+}
+
+
+@pytest.mark.parametrize("kernel", CASES)
+def test_kernel_equals_reference(kernel):
+    script = PRELUDE + CASES[kernel]
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,97 @@
+"""The angle guard where rotations are not those that the optimiser's steps have made."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import poetx_compile as poetx
+from poetx_compile.errors import DivergedError
+from poetx_compile.inspect.diagnostics import diagnostics
+from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.optim.angle import ANGLE, TURN, AngleGuard
+
+LIMIT = 0.25
+
+
+def build(rate: float = 0.01) -> tuple[nn.Linear, torch.optim.Optimizer, poetx.optim.MergeSchedule]:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    poetx.prepare(model, poetx.POETXConfig(block_size=4, merge_interval=1000, max_angle=LIMIT))
+    optimizer = torch.optim.SGD(poetx.param_groups(model, lr=rate, poetx_lr=rate))
+    return model, optimizer, poetx.attach(optimizer, model)
+
+
+def step(model: nn.Linear, optimizer: torch.optim.Optimizer, gradient: float = 1.0) -> float:
+    """One step that turns by about the rate; the angle after it."""
+    e = equivalence_of(model)
+    for skew in (e.skew_in, e.skew_out):
+        skew.grad = torch.full_like(skew, gradient)
+    optimizer.step()
+    return diagnostics(model)["angle_max"]
+
+
+def test_a_rollback_of_the_model_alone_leaves_the_guard_as_watchful_as_before() -> None:
+    """After steps that were NaN: what was measured of them is nothing to go by."""
+    model, optimizer, schedule = build()
+    for _ in range(4):
+        step(model, optimizer)
+    saved = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        step(model, optimizer, float("nan"))
+    model.load_state_dict(saved)
+    angles = [step(model, optimizer) for _ in range(60)]
+    assert max(angles) <= 1.03 * LIMIT
+    assert schedule.merges == schedule.early_merges >= 2
+    assert 0 <= schedule.angle <= LIMIT
+
+
+def test_a_load_of_larger_rotations_is_measured_before_the_next_step() -> None:
+    """The model of before a merge, the optimiser of after it, which knows of no angle."""
+    model, optimizer, schedule = build()
+    angle = 0.0
+    while not schedule.merges:
+        saved, angle = copy.deepcopy(model.state_dict()), diagnostics(model)["angle_max"]
+        step(model, optimizer)
+    assert angle > 0.15
+    model.load_state_dict(saved)
+    step(model, optimizer)
+    if schedule.merges == 1:  # the next step may be one too many already
+        assert schedule.angle == pytest.approx(angle, rel=0.03)
+    assert max(step(model, optimizer) for _ in range(30)) <= 1.03 * LIMIT
+
+
+def test_what_is_restored_with_the_optimiser_is_not_measured_again() -> None:
+    """A resumed run decides as the one that went on, in whatever order the two are loaded."""
+    model, optimizer, schedule = build()
+    for _ in range(5):
+        step(model, optimizer)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    angles = [step(model, optimizer) for _ in range(30)]
+    for order in (0, 1), (1, 0):
+        other, other_optimizer, other_schedule = build()
+        for part in order:
+            (other, other_optimizer)[part].load_state_dict(copy.deepcopy(saved[part]))
+        assert [step(other, other_optimizer) for _ in range(30)] == angles
+        assert other_schedule.merges == schedule.merges > 0
+        assert other_optimizer.state_dict() == optimizer.state_dict()
+
+
+def test_rotations_that_stay_nan_are_told_at_the_guards_next_merge() -> None:
+    model, optimizer, _ = build()
+    step(model, optimizer)
+    with pytest.raises(DivergedError):
+        [step(model, optimizer, float("nan")) for _ in range(40)]
+
+
+def test_a_measurement_that_is_not_finite_is_not_entered() -> None:
+    skew = torch.full((1, 6), float("nan"))
+    guard, ledger = AngleGuard([(skew, 4)], LIMIT), AngleGuard.fresh()
+    guard.after_step(ledger, 1, 0.01)
+    assert (ledger[ANGLE], ledger[TURN]) == (0.0, 0.0)
+    skew.fill_(0.01)
+    guard.after_step(ledger, 2, 0.01)
+    assert 0 < ledger[ANGLE] < 0.1

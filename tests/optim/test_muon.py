@@ -1,0 +1,136 @@
+"""`POETXMuon`: the orthogonalised step, its state, and its plumbing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import poetx_compile as poetx
+from poetx_compile.layers.parametrization import equivalence_of, prepared_linears
+from poetx_compile.ops.packing import pack, unpack
+from poetx_compile.optim import POETXMuon, blocks
+from poetx_compile.optim.muon import orthogonalize
+from tests.helpers.models import OddZoo, TinyLM
+from tests.helpers.tolerances import relative_error
+from tests.optim.test_schedule import build, skews, train_step
+
+
+@pytest.mark.parametrize("b", [2, 3, 16, 65])
+def test_orthogonalize_keeps_directions_and_evens_out_lengths(b: int) -> None:
+    m = torch.randn(5, b, b, dtype=torch.float64)
+    m = m - m.mT
+    result = orthogonalize(m)
+    assert relative_error(result, -result.mT) < 1e-12
+    u, sigma, vh = torch.linalg.svd(m)
+    # In the basis of the singular vectors the result is diagonal, with values near 1.
+    values = u.mT @ result @ vh.mT
+    diagonal = values.diagonal(dim1=-2, dim2=-1)
+    assert relative_error(values, torch.diag_embed(diagonal)) < 1e-9
+    large = sigma > 0.02 * sigma.norm(dim=-1, keepdim=True)
+    assert large.any(-1).all()
+    assert (diagonal[large] > 0.65).all()
+    assert (diagonal[large] < 1.25).all()
+    polar = (u * large[..., None, :]) @ vh
+    assert (
+        torch.linalg.matrix_norm((u * (large * diagonal)[..., None, :]) @ vh - polar, 2).max()
+        < 0.35
+    )
+
+
+def test_orthogonalize_zero() -> None:
+    assert not orthogonalize(torch.zeros(2, 8, 8)).any()
+
+
+def test_two_steps_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over batches smaller than a parameter: the split changes nothing."""
+    monkeypatch.setattr(blocks.chunks, "__defaults__", (3 * 4 * 8 * 8,))
+    model = nn.Sequential(nn.Linear(32, 40), nn.Linear(40, 24)).double()
+    poetx.prepare(model, poetx.POETXConfig(block_size=8, max_angle=None))
+    optimizer = POETXMuon(model, poetx_lr=0.03, momentum=0.9)
+    momenta: dict = {}
+    expected: dict = {}
+    for step in range(2):
+        model(torch.randn(16, 32, dtype=torch.float64)).square().mean().backward()
+        for i, skew in enumerate(skews(model)):
+            m = momenta[i] = 0.9 * momenta.get(i, 0) + 0.1 * skew.grad
+            direction = orthogonalize(unpack(0.1 * skew.grad + 0.9 * m, 8))
+            expected[i] = skew.detach() - 0.03 * pack(direction)
+        optimizer.step()
+        optimizer.zero_grad()
+        for i, skew in enumerate(skews(model)):
+            assert relative_error(skew, expected[i]) < 1e-11, (step, i)
+            assert set(optimizer.state[skew]) == {"momentum_buffer"}
+
+
+def test_every_plane_turns_by_about_the_learning_rate() -> None:
+    model, optimizer = build(POETXMuon, poetx_lr=0.02)
+    train_step(model, optimizer)
+    for _, _, e in prepared_linears(model):
+        for skew, b in ((e.skew_in, e.block_in), (e.skew_out, e.block_out)):
+            norms = torch.linalg.matrix_norm(unpack(skew.detach(), b), ord=2)
+            assert (norms > 0.65 * 0.02).all()
+            assert (norms < 1.25 * 0.02).all()
+
+
+def test_it_trains() -> None:
+    torch.manual_seed(0)
+    model, optimizer = build(POETXMuon, lr=5e-3, merge_interval=20, max_angle=0.25)
+    losses = [train_step(model, optimizer, 0).item() for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert optimizer.schedule.merges >= 3
+
+
+def test_sides_of_size_one_and_missing_gradients() -> None:
+    model = OddZoo()
+    poetx.prepare(model, poetx.POETXConfig(block_size=4, exclude_modules=()))
+    optimizer = POETXMuon(model, poetx_lr=0.01)
+    nn.Sequential(*model.chain[:3])(torch.randn(5, 7)).sum().backward()  # the rest has none
+    optimizer.step()
+    first, last = equivalence_of(model.chain[0]), equivalence_of(model.chain[-1])
+    assert first is not None
+    assert last is not None
+    assert first.skew_in.any()
+    assert not last.skew_in.any()
+    assert last.skew_in not in optimizer.state
+
+
+def test_no_dense_parameters() -> None:
+    model = nn.Linear(8, 8, bias=False)
+    poetx.prepare(model, poetx.POETXConfig(block_size=4))
+    optimizer = POETXMuon(model)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    assert all(s.any() for s in skews(model))
+
+
+def test_closures_and_hooks_run_once() -> None:
+    model, optimizer = build(POETXMuon)
+    calls, steps = [], []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = model(torch.zeros(1, 4, dtype=torch.int64)).square().mean()
+        loss.backward()
+        return loss
+
+    try:
+        loss = optimizer.step(closure)
+    finally:
+        handle.remove()
+    assert loss.requires_grad
+    assert (calls, steps, optimizer.schedule.step) == ([1], [1], 1)
+
+
+def test_fresh_model_in_float64() -> None:
+    model = TinyLM().double()
+    _, optimizer = build(POETXMuon, model)
+    tokens = torch.arange(12).reshape(1, 12)
+    F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+    optimizer.step()
+    assert all(s.dtype == torch.float64 and s.any() for s in skews(model))
