@@ -162,6 +162,17 @@ def test_rotations_loaded_before_further_layers_are_taken_are_measured(loaded: i
     assert angle > 0.1
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_an_optimiser_of_rotations_on_meta_saves_what_it_had_before_a_load(assign: bool) -> None:
+    real, _, _ = build()
+    with torch.device("meta"):
+        model, optimizer, _ = build()
+    before = optimizer.state_dict()
+    model.load_state_dict(real.state_dict(), assign=assign)
+    assert optimizer.state_dict() == before
+
+
 def test_rotations_that_stay_nan_are_told_at_the_guards_next_merge() -> None:
     model, optimizer, _ = build()
     step(model, optimizer)

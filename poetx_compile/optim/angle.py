@@ -177,6 +177,9 @@ class _Measurement:
             self._values.append(value)
 
     def read(self) -> float:
+        """The angle; NaN where nothing is known, as of rotations on meta."""
+        if any(value.is_meta for value in self._values):
+            return math.nan
         for event in self._events:
             event.synchronize()
         return max(float(value) for value in self._values)
