@@ -48,7 +48,6 @@ FOUND = {
     "a followed group is split": Sequence.of(
         "change_groups(to='split')",
         "resume(how='state_dict')",
-        "train(steps=2, micro=1, clip=None, closure=False, zeros=False)",
         config={"block_size": 4},
         optimizer="adopt RAdam",
     ),
@@ -63,7 +62,6 @@ FOUND = {
         "train(steps=1, micro=1, clip=None, closure=False, zeros=False)",
         "unload()",
         "prepare_again(kind='attach Adagrad', block_size=3, first=False)",
-        "train(steps=1, micro=1, clip=None, closure=False, zeros=False)",
         config={"block_size": 4},
         optimizer="adopt RMSprop",
         adopted=True,
