@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -11,20 +10,15 @@ from typing import Any
 
 import poetx_compile as poetx
 from poetx_compile import errors, passes
-from poetx_compile.compile import folds as kept
-from poetx_compile.compile import options
+from poetx_compile.compile import folds, options
+from poetx_compile.inspect import diagnostics, estimate, explain
 from poetx_compile.integrations import huggingface
 from poetx_compile.layers import report
 from poetx_compile.optim import MergeSchedule
 
-_explain, _estimate, _diagnostics = (  # the functions of these names hide the modules
-    importlib.import_module(f"poetx_compile.{name}")
-    for name in ("explain", "estimate", "diagnostics")
-)
-
 SECTIONS: list[tuple[str, list[Any]]] = [
     ("Say what is trained", [poetx.POETXConfig, poetx.prepare, poetx.merge_and_unload]),
-    ("Compile", [poetx.poetx_backend, options.BackendOptions, passes.Machine, kept.forget]),
+    ("Compile", [poetx.poetx_backend, options.BackendOptions, passes.Machine, folds.forget]),
     ("Optimise", [poetx.POETXAdamW, poetx.POETXMuon]),
     (
         "Optimise with another optimiser",
@@ -42,9 +36,9 @@ SECTIONS: list[tuple[str, list[Any]]] = [
             poetx.explain,
             poetx.estimate,
             poetx.diagnostics,
-            _diagnostics.effective_weight,
-            _diagnostics.spectrum,
-            _diagnostics.spectrum_drift,
+            diagnostics.effective_weight,
+            diagnostics.spectrum,
+            diagnostics.spectrum_drift,
         ],
     ),
     (
@@ -53,10 +47,10 @@ SECTIONS: list[tuple[str, list[Any]]] = [
             report.PrepareReport,
             report.LayerRow,
             MergeSchedule,
-            _explain.Explanation,
-            _explain.ExplainRow,
-            _estimate.Estimate,
-            _estimate.MemoryRow,
+            explain.Explanation,
+            explain.ExplainRow,
+            estimate.Estimate,
+            estimate.MemoryRow,
         ],
     ),
 ]

@@ -29,6 +29,44 @@ FOUND = {
         "train(steps=1, micro=1, clip=None, closure=False, zeros=False)",
         config={"block_size": 4},
     ),
+    # The guard starts anew after a load of weights alone; a run resumed in between did not know.
+    "saved after a load of a layer": Sequence.of(
+        "set_rates(of='dense', factor=0.0)",
+        "train(steps=1, micro=1, clip=None, closure=False, zeros=False)",
+        "load_plain_weights(part='q')",
+        "resume(how='save_checkpoint')",
+        "interrupt_a_merge()",
+        config={"block_size": 4, "max_angle": 0.25},
+        optimizer="adopt SGD",
+    ),
+    "saved after a load of all weights": Sequence.of(
+        "train(steps=2, micro=1, clip=None, closure=False, zeros=False)",
+        "load_plain_weights(part='all')",
+        "resume(how='state_dict')",
+        config={"block_size": 4, "max_angle": 0.25},
+    ),
+    # What is refused, and how the message says to go on.
+    "a followed group is split": Sequence.of(
+        "change_groups(to='split')",
+        "resume(how='state_dict')",
+        config={"block_size": 4},
+        optimizer="adopt RAdam",
+    ),
+    "a followed group is deleted": Sequence.of(
+        "change_groups(to='delete')",
+        "roll_back(how='save_checkpoint')",
+        "train(steps=2, micro=1, clip=None, closure=True, zeros=False)",
+        config={"block_size": 4},
+        optimizer="adopt AdamW",
+    ),
+    "other blocks than an adopted model was compiled for": Sequence.of(
+        "train(steps=1, micro=1, clip=None, closure=False, zeros=False)",
+        "unload()",
+        "prepare_again(kind='attach Adagrad', block_size=3, first=False)",
+        config={"block_size": 4},
+        optimizer="adopt RMSprop",
+        adopted=True,
+    ),
 }
 """Sequences that failed once, shrunk."""
 

@@ -44,7 +44,7 @@ _FOLD = "folds · (max(2·b·m·n / flops, 2·m·n·e / bytes) + launch)"
 
 def page(explanation: Explanation) -> str:
     """The page as text. Names, types and code of the model are escaped wherever they stand."""
-    files = resources.files("poetx_compile") / "html"
+    files = resources.files("poetx_compile.inspect") / "html"
     template, style, script = (
         (files / name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
     )

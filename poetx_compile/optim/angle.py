@@ -101,8 +101,13 @@ class AngleGuard:
         ledger.update({ANGLE: 0.0, ANGLE_STEP: step, TRAVEL: 0.0})
 
     def collect(self, ledger: Ledger) -> None:
-        """Enter the measurement under way, if there is one, into the ledger."""
-        pending, self._pending = self._pending, None
+        """Enter the measurement under way, if there is one, into the ledger for good."""
+        self.enter(ledger)
+        self._pending = None
+
+    def enter(self, ledger: Ledger) -> None:
+        """Enter the measurement under way, if there is one, into a ledger."""
+        pending = self._pending
         if pending is None:
             return
         angle = pending.read()
@@ -172,6 +177,9 @@ class _Measurement:
             self._values.append(value)
 
     def read(self) -> float:
+        """The angle; NaN where nothing is known, as of rotations on meta."""
+        if any(value.is_meta for value in self._values):
+            return math.nan
         for event in self._events:
             event.synchronize()
         return max(float(value) for value in self._values)

@@ -153,6 +153,7 @@ class MergeSchedule:
         self.merges = self.early_merges = 0
         self._restored = self._stepped = False
         self._take(optimizer, [(m, e) for _, m, e in prepared_linears(model)])
+        self._loads = self._count_loads()
 
     @property
     def step(self) -> int:
@@ -207,7 +208,6 @@ class MergeSchedule:
                 "that this optimiser trains"
             )
         check_alone(e for _, e in layers)
-        self._loads = sum(e.loads for _, e in layers)
         self._layers, self._skews, self._revision = layers, skews, registry.revision
         self._weights = {stored_weight(module) for module, _ in layers}
         drop_weights(optimizer, layers)
@@ -261,14 +261,26 @@ class MergeSchedule:
         self._check_layers()
         self._settle(optimizer)
         follow_all(optimizer)
-        loads = sum(e.loads for _, e in self._layers)
-        if loads != self._loads and self._guard is not None and not self._restored:
-            ledger = dict(self._ledger)
-            self._guard.start_anew(ledger, ledger[STEP])
-            self._ledger = ledger
+        if self._starts_anew:
+            self._ledger = self._started_anew()
+        loads = self._count_loads()
         if loads != self._loads or not self._stepped:  # what DDP or a checkpoint has put there
             check_stored_weights([(e, stored_weight(m)) for m, e in self._layers])
         self._loads, self._restored, self._stepped = loads, False, True
+
+    def _count_loads(self) -> int:
+        return sum(e.loads for _, e in self._layers)
+
+    @property
+    def _starts_anew(self) -> bool:
+        """Whether the guard does at the next step: weights were loaded, the optimiser was not."""
+        return self._guard is not None and not self._restored and self._count_loads() != self._loads
+
+    def _started_anew(self) -> dict[str, Any]:
+        ledger = dict(self._ledger)
+        assert self._guard is not None
+        self._guard.start_anew(ledger, ledger[STEP])
+        return ledger
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if _skipped(optimizer):
@@ -297,11 +309,19 @@ class MergeSchedule:
         self._settle(optimizer)
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Write the counters into the saved groups, the same into each, so that each is whole."""
-        if self._guard is not None:
-            self._guard.collect(self._ledger)
+        """Write the counters into the saved groups, the same into each, so that each is whole.
+
+        They are those that the next step of this run starts from, and are written there alone: a
+        run that saves is the run that does not.
+        """
+        if self._starts_anew:  # the run that goes on from here cannot know
+            ledger = self._started_anew()
+        else:
+            ledger = dict(self._ledger)
+            if self._guard is not None:
+                self._guard.enter(ledger)
         for saved in state_dict["param_groups"]:
-            saved.update({key: self._ledger[key] for key in self._placeholders() if key in saved})
+            saved.update({key: ledger[key] for key in self._placeholders() if key in saved})
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._settle(optimizer)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import poetx_compile as poetx
+from poetx_compile.errors import ConfigError
 from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.optim import merge as merge_module
+from poetx_compile.optim.follow import FOLLOWS, GROUP
 from tests.helpers.tolerances import tolerance
 from tests.play.invariants import (
     close,
@@ -19,7 +21,7 @@ from tests.play.invariants import (
     trained,
     unchanged,
 )
-from tests.play.registry import action
+from tests.play.registry import action, raises
 from tests.play.world import OPTIMIZERS, PRODUCTS, RATE, Copy, World, draw_options
 
 PARTS = {
@@ -63,7 +65,7 @@ def unfreeze(world: World, *, what: str) -> None:
 def new_optimizer(world: World, *, kind: str) -> None:
     if not trained(world.eager):
         return
-    with unchanged(world, but=("optimizer",)):
+    with unchanged(world, but=("optimizer", "guard")):
         world.new_optimizers(kind)
 
 
@@ -78,6 +80,17 @@ def set_rates(world: World, *, of: str, factor: float) -> None:
                     group["lr"] = factor * (2e-2 if turns else RATE)
 
 
+def _followers(copy: Copy, group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The groups of rotations that follow a group."""
+    groups = copy.optimizer.param_groups
+    return [g for g in groups if FOLLOWS in g and g[FOLLOWS] == group.get(GROUP)]
+
+
+def _refuses_to_step(copy: Copy, why: str) -> None:
+    with raises(ConfigError, f"{copy.name}: a step of rotations that follow no one group", why):
+        copy.optimizer.step()
+
+
 @action(1, "settled", to=("decay", "no decay", "split", "delete"))
 def change_groups(world: World, *, to: str) -> None:
     def edit(copy: Copy) -> None:
@@ -89,12 +102,19 @@ def change_groups(world: World, *, to: str) -> None:
                     group["params"] = [p for p in group["params"] if p is not weight]
                     options = {k: v for k, v in group.items() if k not in ("params", "name")}
                     copy.optimizer.add_param_group(options | {"params": [weight]})
+                    if _followers(copy, group):
+                        _refuses_to_step(copy, "which 2 groups have")
+                        del groups[-1][GROUP]  # as the message says
                     break
         elif to == "delete":  # as freezing the embedding by leaving it out would
             for i, group in enumerate(groups):
                 if len(groups) > 1 and "poetx_block" not in group:
                     for p in groups.pop(i)["params"]:
                         copy.optimizer.state.pop(p, None)  # torch cannot save it otherwise
+                    if ours := _followers(copy, group):
+                        _refuses_to_step(copy, "which 0 groups have")
+                        for rotations in ours:
+                            del rotations[FOLLOWS]  # as the message says
                     break
         else:
             for group in groups:

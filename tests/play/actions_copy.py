@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import poetx_compile as poetx
 from poetx_compile.errors import StaleOptimizerError
@@ -161,5 +162,10 @@ def prepare_again(world: World, *, kind: str, block_size: Any, first: bool) -> N
         same(plain_state(copy), before, f"{copy.name}, prepared again")
         copy.model.zero_grad()
     world.new_optimizers(kind)
+    if world.setup.adopted and block_size != world.compiled_for and not first:
+        # The blocks that an adopted model would get are among the options of its compilation.
+        with raises(BackendCompilerFailed, "other blocks than compiled for", "contradict"):
+            world.compiled.run(world.batch())
+        first = True
     if first:
         world.compile()

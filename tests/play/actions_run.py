@@ -15,8 +15,10 @@ from tests.play import training
 from tests.play.invariants import (
     checked_merge,
     close,
+    guard_is_anew,
     plain_state,
     same,
+    state,
     trained,
     unchanged,
 )
@@ -91,8 +93,9 @@ def force_a_merge(world: World) -> None:
 
 @action(1)
 def interrupt_a_merge(world: World) -> None:
-    """Everything refuses until a checkpoint has been loaded."""
-    with unchanged(world):
+    """Everything refuses until a checkpoint has been loaded; of the model alone, here."""
+    before = [state(copy)["guard"] for copy in world.copies]
+    with unchanged(world, but=("guard",)):
         tokens = world.batch()
         for copy in world.copies:
             saved = {k: v.clone() for k, v in copy.model.state_dict().items()}
@@ -114,3 +117,6 @@ def interrupt_a_merge(world: World) -> None:
                 with raises(InterruptedMergeError, f"{copy.name} after half of a merge"):
                     use()
             copy.model.load_state_dict(saved)
+    for copy, then in zip(world.copies, before, strict=True):
+        if state(copy)["guard"] != then:
+            guard_is_anew(copy)

@@ -134,7 +134,7 @@ def load_as_new_parameters(world: World) -> None:
     """``assign=True``: the optimiser of before is refused, and a new one takes over."""
     if world.setup.tied or not trained(world.eager):
         return  # torch unties what is assigned
-    with unchanged(world, but=("optimizer",)):
+    with unchanged(world, but=("optimizer", "guard")):
         for copy in world.copies:
             saved = {k: v.clone() for k, v in copy.model.state_dict().items()}
             copy.model.load_state_dict(saved, assign=True)

@@ -18,6 +18,8 @@ from poetx_compile.layers.parametrization import (
 )
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim import schedule as schedule_module
+from poetx_compile.optim.angle import ANGLE, ANGLE_STEP, TRAVEL, UNDERESTIMATE, AngleGuard
+from poetx_compile.optim.schedule import STEP
 from tests.helpers import references
 from tests.helpers.tolerances import relative_error, tolerance
 from tests.play.world import PRODUCTS, Copy, World, loss_of
@@ -72,15 +74,38 @@ def state(copy: Copy) -> dict[str, Any]:
         for i, values in saved["state"].items()
     }
     groups = [
-        {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
+        {
+            k: v.clone() if isinstance(v, Tensor) else v
+            for k, v in group.items()
+            if k not in AngleGuard.fresh()
+        }
         for group in saved["param_groups"]
+    ]
+    guard = [
+        {k: group[k] for k in AngleGuard.fresh()}
+        for group in saved["param_groups"]
+        if ANGLE in group
     ]
     return {
         "model": {k: v.clone() for k, v in copy.model.state_dict().items()},
         "optimizer": {"state": moments, "groups": groups},
+        "guard": guard,
         "requires_grad": {n: p.requires_grad for n, p in copy.model.named_parameters()},
         "draws": copy.draws(),
     }
+
+
+def guard_is_anew(copy: Copy) -> None:
+    """The angle guard will start from what there is, as after a load of weights alone."""
+    angle = poetx.diagnostics(copy.model)["angle_max"]
+    for group in copy.optimizer.state_dict()["param_groups"]:
+        if ANGLE in group:
+            known, step = group[ANGLE], group[STEP]
+            what = f"{copy.name}: the guard at step {step}"
+            require(group[ANGLE_STEP] == step, f"{what} measured at {group[ANGLE_STEP]}")
+            require(group[TRAVEL] == 0.0, f"{what} has travelled {group[TRAVEL]}")
+            near = max(known, angle) <= UNDERESTIMATE * min(known, angle)
+            require(near, f"{what} knows {known}, the angle is {angle}")
 
 
 def plain_state(copy: Copy) -> dict[str, Tensor]:

@@ -62,9 +62,10 @@ def action(weight: int = 1, needs: str = "prepared", **values: tuple) -> Callabl
 
 
 @contextlib.contextmanager
-def raises(kind: type[BaseException], what: str) -> Iterator[None]:
+def raises(kind: type[BaseException], what: str, says: str = "") -> Iterator[None]:
     try:
         yield
-    except kind:
+    except kind as error:
+        require(says in str(error), f"{what}: {error}")
         return
     require(False, f"{what}: no {kind.__name__}")

@@ -33,6 +33,17 @@ def backward(copy: Copy, batches: Sequence[Tensor]) -> Tensor:
     return loss.detach()
 
 
+def drop_gradients_of_nobody(copy: Copy) -> None:
+    """Parameters of a group that was deleted take gradients, and no optimiser zeroes them.
+
+    Rotations do not count: they are in a group wherever they are trained.
+    """
+    held = {id(p) for group in copy.optimizer.param_groups for p in group["params"]}
+    for name, p in copy.model.named_parameters():
+        if id(p) not in held and ".parametrizations." not in name:
+            p.grad = None
+
+
 def backward_if(copy: Copy, world: World) -> None:
     """A backward, where something trains."""
     if trained(copy):
@@ -55,6 +66,7 @@ def step(
 
     def work(copy: Copy) -> Tensor:
         copy.optimizer.zero_grad(set_to_none=not zeros)
+        drop_gradients_of_nobody(copy)
         losses.append(backward(copy, batches))
         no_gradients_where_none_belong(copy, after_backward=True)
         named = {n: p for n, p in copy.model.named_parameters() if p.grad is not None}

@@ -217,8 +217,9 @@ class World:
 
     def compile(self) -> None:
         options = {"stage": "eager"} | self.options
-        if self.setup.adopted:
-            options = self.setup.config | options
+        if self.setup.adopted:  # `prepare_again` may have chosen other blocks
+            options = self.setup.config | {"block_size": self.config.block_size} | options
+        self.compiled_for = self.config.block_size
         model = self.compiled.model
         self.compiled.run = torch.compile(model, backend="poetx", options=options)
         self.eager.run = self.eager.model

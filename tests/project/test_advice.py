@@ -115,11 +115,8 @@ def test_every_advice_can_be_followed(kind: str) -> None:
     ("text", "why"),
     [
         ("call poetx_compile.nothing(model)", "poetx_compile.nothing does not exist"),
-        ("poetx.diagnostics.spectrum", "poetx_compile.inspect.diagnostics.spectrum does not exist"),
-        (
-            "poetx_compile.inspect.explain.Explanation",
-            "poetx_compile.inspect.explain.Explanation does not exist",
-        ),
+        ("poetx.diagnostics.spectrum", "poetx_compile.diagnostics.spectrum does not exist"),
+        ("poetx_compile.explain.Explanation", "poetx_compile.explain.Explanation does not exist"),
         ("from torch import nothing", "torch:nothing does not exist"),
         ("torch.compile(model, dynamics=True)", "torch.compile takes no dynamics"),
         ("prepare(model, share=…)", "prepare takes no share"),
