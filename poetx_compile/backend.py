@@ -15,6 +15,7 @@ from poetx_compile import collector, passes
 from poetx_compile.adoption import Adopter
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, EffectiveWeightError
+from poetx_compile.flags import held_to_flags
 from poetx_compile.kept import Compiler, FoldKeeper
 from poetx_compile.looking import look_first
 from poetx_compile.options import COMPILE_TIME, BackendOptions, differing
@@ -116,7 +117,8 @@ def compile_graph(
     _announce_static(extra)
     if states is None and parsed.stage == "inductor" and record.applied("adopt_linear"):
         parsed = dataclasses.replace(parsed, stage=PROVISIONAL)
-    compiled = bind(compile_it(graph, [*example_inputs, *extra]))
+    made = compile_it(graph, [*example_inputs, *extra])
+    compiled = bind(held_to_flags(gm, example_inputs, made))
     return look_first(gm, example_inputs, compiled) if states is None else compiled
 
 
