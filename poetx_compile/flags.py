@@ -65,7 +65,9 @@ def _stored_weights(gm: fx.GraphModule, places: Sequence[fx.Node]) -> frozenset[
         for node in module.graph.nodes
         if graphs.is_op(node, *graphs.EQUIVALENCE)
     }
-    return frozenset(i for i, place in enumerate(places) if id(place.meta.get(graphs.VALUE)) in read)
+    return frozenset(
+        i for i, place in enumerate(places) if id(place.meta.get(graphs.VALUE)) in read
+    )
 
 
 def _is_frozen(value: Any) -> bool:
