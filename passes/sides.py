@@ -60,7 +60,7 @@ def is_narrow(equivalence: fx.Node) -> bool:
 def frozen(contexts: Contexts, place: fx.Node, stored: Any, origin: fx.Node) -> fx.Node:
     """The stored weight as a constant, also where the user has unfrozen all parameters.
 
-    It is the node itself where its value takes no gradient (Dynamo guards the flag), and where
+    It is the node itself where its value takes no gradient (`held_to_flags` keeps it so), and where
     nothing is recorded: AOTAutograd cannot trace a `detach` in inference mode.
     """
     value = stored.meta.get(graphs.VALUE)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from poetx_compile.compile import collector
+from poetx_compile.compile.flags import held_to_flags
 from poetx_compile.compile.looking import look_first
 from poetx_compile.compile.options import BackendOptions
 from poetx_compile.compile.outputs import checked
@@ -110,12 +111,11 @@ def compile_graph(
 
     made = rewrite(gm, example_inputs, parsed, dry_run=dry_run, compile_folds=compile_it)
     _announce_static(made.inputs)
-    if dry_run is not None:
-        return made.bind(compile_it(made.graph, [*example_inputs, *made.inputs]))
-    if parsed.stage == "inductor" and made.record.applied("adopt_linear"):
+    if dry_run is None and parsed.stage == "inductor" and made.record.applied("adopt_linear"):
         parsed = dataclasses.replace(parsed, stage=PROVISIONAL)
-    compiled = made.bind(compile_it(made.graph, [*example_inputs, *made.inputs]))
-    return look_first(gm, example_inputs, compiled)
+    compiled = compile_it(made.graph, [*example_inputs, *made.inputs])
+    bound = made.bind(held_to_flags(gm, example_inputs, compiled))
+    return look_first(gm, example_inputs, bound) if dry_run is None else bound
 
 
 def _compile(

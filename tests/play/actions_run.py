@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from typing import Any
 from unittest import mock
 
@@ -116,6 +117,8 @@ def interrupt_a_merge(world: World) -> None:
             for use in uses:
                 with raises(InterruptedMergeError, f"{copy.name} after half of a merge"):
                     use()
+            if copy.model.checkpointed:
+                gc.collect()  # torch 2.11: hooks of a checkpoint stay until its exception is freed
             copy.model.load_state_dict(saved)
     for copy, then in zip(world.copies, before, strict=True):
         if state(copy)["guard"] != then:

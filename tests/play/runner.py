@@ -92,11 +92,7 @@ def play(sequence: Sequence) -> int:
     torch.manual_seed(0)
     done = 0
     here = "the beginning"
-    limits = {
-        "recompile_limit": 64,
-        "fail_on_recompile_limit_hit": True,
-        "use_recursive_dict_tags_for_guards": False,  # torch 2.11 misses flags that change with it
-    }
+    limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
     try:
         with dynamo_config.patch(limits), watched_merges():
             world = World(sequence.setup)
