@@ -6,16 +6,15 @@ The interpreter is chosen when Triton is imported, hence the subprocess. It mult
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+from tests.kernel_cases import needs_triton
+
+pytestmark = needs_triton
 
 PRELUDE = """
 import torch
