@@ -44,17 +44,14 @@ def after(model: nn.Module, *inputs: Any, **options: Any) -> str:
 def assert_equals_eager(
     model: nn.Module, *inputs: Any, dynamic: bool | None = None, **options: Any
 ):
-    """Compiled outputs and every gradient equal the weight-centric eager ones.
-
-    The graph runs as the passes leave it, without AOTAutograd: they are done before it.
-    """
+    """Compiled (AOT eager) outputs and every gradient equal the weight-centric eager ones."""
     reference = copy.deepcopy(model)
     compiled = torch.compile(
         model,
         backend=poetx.poetx_backend,
         fullgraph=True,
         dynamic=dynamic,
-        options={"stage": "eager", "verify_passes": True, **options},
+        options={"stage": "aot_eager", "verify_passes": True, **options},
     )
     leaves, expected_leaves = (
         [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs] for _ in range(2)
