@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 _PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if _PARALLEL:
@@ -14,16 +14,36 @@ if _PARALLEL:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+NO_GPU = "needs a CUDA GPU"
+# What a test may need of the machine, or of torch's version: the reasons of skips that CI allows.
+NOT_IN_A_PACKAGE = (NO_GPU, "no headless browser", "Triton exists for Linux alone", "this torch ")
+
 _THREADS = 1 if _PARALLEL else min(2, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA GPU")
+    skip = pytest.mark.skip(reason=NO_GPU)
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport]:
+    report = yield
+    if os.environ.get("CI") and not may_be_skipped(report):
+        report.outcome = "failed"
+        report.longrepr = f"not to be skipped where CI is set: {report.longrepr}"
+    return report
+
+
+def may_be_skipped(report: pytest.TestReport) -> bool:
+    """Whether CI may leave this out: for what no package of the `test` extra can bring."""
+    if not report.skipped or not isinstance(report.longrepr, tuple):  # (file, line, reason)
+        return True
+    return report.longrepr[2].removeprefix("Skipped: ").startswith(NOT_IN_A_PACKAGE)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -45,9 +45,11 @@ def pair_index(pair: Tensor, row: int, width: int) -> Tensor:
     """
     chunks = pair.shape[1]
     if chunks == width:
-        return pair[row]
+        return pair.select(0, row)
     chunk = width // chunks
-    return (pair[row].unsqueeze(1) * chunk + torch.arange(chunk, device=pair.device)).flatten()
+    return (
+        pair.select(0, row).unsqueeze(1) * chunk + torch.arange(chunk, device=pair.device)
+    ).flatten()
 
 
 def permute_columns_reference(x: Tensor, pair: Tensor, inverse: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
+from poetx_compile.compile import dense
 from poetx_compile.layers.eligibility import ZEROS
 from tests.helpers.models import MLP
 
@@ -169,3 +171,18 @@ def test_weights_of_zeros_are_named_with_the_reason(caplog: pytest.LogCaptureFix
     train(compiled(model), model)
     assert f"down: {ZEROS}" in caplog.text
     assert warnings(caplog) == []
+
+
+def test_where_our_backend_was_given_nothing_no_census_is_taken(monkeypatch: pytest.MonkeyPatch):
+    def refused() -> None:
+        raise AssertionError("a census was taken")
+
+    monkeypatch.setattr(dense, "LiveObjects", refused)
+    held = in_place(MLP())  # by nobody else
+    assert dense._compiles()
+    del held
+    # As in a process of its own, without what other tests left over.
+    monkeypatch.setattr(gc, "get_referrers", lambda backend: [{"found_by_name": backend}])
+    monkeypatch.setattr(dense, "enrolled", list)
+    model = MLP()
+    train(model, model)

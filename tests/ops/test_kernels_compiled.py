@@ -1,27 +1,20 @@
-"""The Triton kernels compiled for a GPU that is not there: resources, and Inductor's nodes."""
+"""The Triton kernels compiled for a GPU that is not there: what they need of it."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 
-from poetx_compile.compile.lowerings import ExpandOps
-from poetx_compile.compile.lowerings.trace import RESULT, arguments, trace_launches, written_by
 from poetx_compile.ops import kernels
+from tests.helpers.kernel_cases import BF16, CASES, meta, narrow, needs_triton, pair, skew
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+pytestmark = needs_triton
 
 # Shared memory a program may use on compute capability 9.0, in bytes.
 SHARED_MEMORY = 227 * 1024
@@ -33,181 +26,25 @@ TYPES = {
     torch.int64: "*i64",
 }
 
-
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def skew(b: int) -> torch.Tensor:
-    return meta(4, b * (b - 1) // 2)
-
-
-def pair(width: int) -> torch.Tensor:
-    return meta(2, width, dtype=torch.int64)
-
-
-BF16 = torch.bfloat16
-
-
-def narrow(blocks: int, b: int) -> torch.Tensor:
-    return meta(blocks, b, b, dtype=BF16)
-
-
-def stacked(widths: tuple[int, int], b: int, chunk: int | None) -> tuple[Any, ...]:
-    """Arguments of `stacked_block_products`."""
-    operands = [meta(512, widths[i], dtype=BF16) for i in (0, 0, 1, 1)]
-    gathers = [chunk and pair(width // chunk) for width in widths]
-    return *operands, *(width // b for width in widths), b, *gathers
-
-
-CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "cayley forward, b 256": ("cayley_neumann", (skew(256), 256, 3)),
-    "cayley backward, b 256": ("cayley_neumann_backward", (meta(4, 256, 256), skew(256), 256, 3)),
-    "cayley forward, b 77": ("cayley_neumann", (skew(77), 77, 3)),
-    "cayley backward, b 77": ("cayley_neumann_backward", (meta(4, 77, 77), skew(77), 77, 3)),
-    "cayley backward, b 2": ("cayley_neumann_backward", (meta(4, 2, 2), skew(2), 2, 3)),
-    **{
-        f"{op}, narrow, b {b}": (op, (*grad, skew(b), b, 3, True))
-        for b in (2, 77, 256)
-        for op, grad in (
-            ("cayley_neumann", ()),
-            ("cayley_neumann_backward", (meta(4, b, b),)),
-        )
-    },
-    **{
-        f"tangent, b {b}": ("rotation_tangent_backward", (meta(4, b, b), skew(b), b, 3, True, 2))
-        for b in (2, 77, 256)
-    },
-    "rotate bf16": (
-        "rotate_blocks",
-        (meta(512, 4096, dtype=BF16), meta(16, 256, 256), None, None, True),
-    ),
-    "rotate bf16, b 192 and a tail": (
-        "rotate_blocks",
-        (meta(512, 496, dtype=BF16), meta(2, 192, 192), None, None, False),
-    ),
-    "rotate bf16, b 512": (
-        "rotate_blocks",
-        (meta(512, 1104, dtype=BF16), meta(2, 512, 512), None, None, True),
-    ),
-    "rotate bf16, b 512, odd width": (
-        "rotate_blocks",
-        (meta(512, 1101, dtype=BF16), meta(2, 512, 512), None, None, True),
-    ),
-    "rotate bf16, odd": (
-        "rotate_blocks",
-        (meta(99, 200, dtype=BF16), meta(2, 77, 77), None, None, True),
-    ),
-    "rotate bf16, chunks": (
-        "rotate_blocks",
-        (meta(512, 4096, dtype=BF16), meta(16, 256, 256), pair(256), pair(256), True),
-    ),
-    "rotate bf16, b 192, chunks and a tail": (
-        "rotate_blocks",
-        (meta(512, 496, dtype=BF16), meta(2, 192, 192), pair(31), pair(31), False),
-    ),
-    "rotate bf16, b 512, chunks": (
-        "rotate_blocks",
-        (meta(512, 1104, dtype=BF16), meta(2, 512, 512), pair(69), pair(69), True),
-    ),
-    "rotate bf16, chunks of 8, odd width": (
-        "rotate_blocks",
-        (meta(512, 1032, dtype=BF16), meta(4, 256, 256), pair(129), pair(129), False),
-    ),
-    "rotate fp32, chunks": (
-        "rotate_blocks",
-        (meta(99, 512), meta(2, 256, 256), pair(32), pair(32), True),
-    ),
-    "rotate fp32": ("rotate_blocks", (meta(99, 512), meta(2, 256, 256), None, None, True)),
-    "rotate fp32, odd": ("rotate_blocks", (meta(99, 100), meta(3, 33, 33), None, None, True)),
-    "product bf16": (
-        "block_product",
-        (meta(512, 4096, dtype=BF16), meta(512, 4096, dtype=BF16), 16, 256, None, None),
-    ),
-    "product bf16, chunks": (
-        "block_product",
-        (meta(512, 496, dtype=BF16), meta(512, 496, dtype=BF16), 2, 192, pair(31), pair(31)),
-    ),
-    "product bf16, b 128": (
-        "block_product",
-        (meta(512, 512, dtype=BF16), meta(512, 512, dtype=BF16), 4, 128, None, pair(32)),
-    ),
-    "product bf16, odd": (
-        "block_product",
-        (meta(512, 1101, dtype=BF16), meta(512, 1101, dtype=BF16), 4, 256, None, None),
-    ),
-    "product fp32, chunks": (
-        "block_product",
-        (meta(512, 512), meta(512, 512, dtype=BF16), 2, 256, pair(32), pair(32)),
-    ),
-    "product fp32": ("block_product", (meta(512, 128), meta(512, 128), 2, 64, None, None)),
-    "stacked products bf16": ("stacked_block_products", stacked((4096, 1024), 256, None)),
-    "stacked products bf16, chunks": ("stacked_block_products", stacked((1024, 4096), 256, 16)),
-    "stacked products bf16, b 192": ("stacked_block_products", stacked((496, 1008), 192, 16)),
-    "stacked products bf16, odd": ("stacked_block_products", stacked((1101, 515), 256, None)),
-    "stacked products fp32, chunks": (
-        "stacked_block_products",
-        (*[meta(512, 512)] * 2, *[meta(512, 256)] * 2, 2, 1, 256, pair(32), pair(16)),
-    ),
-    "fold bf16": (
-        "fold_weight",
-        (
-            meta(1024, 512, dtype=BF16),
-            meta(2, 256, 256, dtype=BF16),
-            meta(4, 256, 256, dtype=BF16),
-            pair(32),
-            pair(64),
-            BF16,
-        ),
-    ),
-    "fold both, single columns, fp16": (
-        "fold_weight",
-        (
-            meta(512, 1024, dtype=torch.float16),
-            meta(4, 256, 256, dtype=torch.float16),
-            meta(2, 256, 256, dtype=torch.float16),
-            pair(1024),
-            pair(512),
-            torch.float16,
-        ),
-    ),
-    "fold both, b 192 and 128, tails": (
-        "fold_weight",
-        (meta(1000, 496), narrow(2, 192), narrow(7, 128), pair(62), None, BF16),
-    ),
-    "fold both, b 128 and 248, tails": (
-        "fold_weight",
-        (meta(1000, 528, dtype=BF16), narrow(4, 128), narrow(4, 248), None, None, BF16),
-    ),
-    "fold one after the other, odd": (
-        "fold_weight",
-        (meta(99, 200, dtype=BF16), narrow(2, 77), narrow(1, 77), None, pair(99), BF16),
-    ),
-    "fold rows with a tail, b 192": (
-        "fold_weight",
-        (meta(496, 512, dtype=BF16), None, narrow(2, 192), None, pair(496), BF16),
-    ),
-    "fold columns, b 192": (
-        "fold_weight",
-        (meta(512, 496, dtype=BF16), narrow(2, 192), None, pair(62), None, BF16),
-    ),
-    "fold columns, odd": (
-        "fold_weight",
-        (meta(512, 499, dtype=BF16), narrow(6, 77), None, pair(499), None, BF16),
-    ),
-    **{f"delta, b {b}": ("rotation_delta", (skew(b), b, 3, BF16, 2)) for b in (2, 77, 256)},
-    "permute, widest": ("permute_columns", (meta(4096, 32768, dtype=BF16), pair(32768), False)),
-    "permute, chunks": ("permute_columns", (meta(4096, 53248, dtype=BF16), pair(3328), False)),
-    "permute fp32, chunks of 8": ("permute_columns", (meta(4096, 1032), pair(129), True)),
-    "permute fp32, odd": ("permute_columns", (meta(4096, 77), pair(77), False)),
-}
-
+# Bytes a thread spills, as measured with the ptxas of each triton; all other kernels spill none.
+_ROTATION = ("cayley_neumann, narrow, b 256", "rotation_kernel")
+_DELTA = ("delta, b 256", "rotation_kernel")
+_TAILS = ("fold both, b 192 and 128, tails", "fold_both_kernel")
 # 64 elements a thread, twice: a few of them leave the registers.
-SPILLING = {"permute, widest"}
+_WIDEST = {("permute, widest", "permute_columns_kernel"): 144}
+SPILLED: dict[str, dict[tuple[str, str], int]] = {
+    "3.6": _WIDEST,
+    "3.7": _WIDEST | {_ROTATION: 80, _DELTA: 88, _TAILS: 8},
+    "3.8": _WIDEST | {_ROTATION: 80, _DELTA: 88, _TAILS: 8},
+    "3.9": _WIDEST
+    | {_ROTATION: 88, _DELTA: 88, _TAILS: 40}
+    | {("fold bf16", "fold_both_kernel"): 96}
+    | {("fold both, single columns, fp16", "fold_both_kernel"): 88},
+}
 
 
 @pytest.fixture
-def compiled_launches(monkeypatch, tmp_path) -> list[Any]:
+def compiled_launches(monkeypatch) -> list[Any]:
     """Every launch is compiled for compute capability 9.0 instead; gives the list of results."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -224,7 +61,6 @@ def compiled_launches(monkeypatch, tmp_path) -> list[Any]:
         tangent,
     )
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     results: list[Any] = []
 
     def compile_launch(
@@ -260,14 +96,24 @@ def stack_bytes(cubin: bytes, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kernel_compiles_and_fits(case, compiled_launches, tmp_path):
+def test_kernel_compiles_fits_and_spills_what_is_recorded(case, compiled_launches, tmp_path):
+    import triton
+
     op, args = CASES[case]
     kernels.implementation(op)(*args)
     assert compiled_launches
+    spilled = {}
     for kernel in compiled_launches:
         assert kernel.metadata.shared <= SHARED_MEMORY
-        stack = stack_bytes(kernel.asm["cubin"], tmp_path)
-        assert stack == 0 or case in SPILLING, f"{kernel.metadata.name} spills {stack} bytes"
+        if stack := stack_bytes(kernel.asm["cubin"], tmp_path):
+            spilled[case, kernel.metadata.name] = stack
+    version = ".".join(triton.__version__.split(".")[:2])
+    assert version in SPILLED, f"measure what spills with triton {version}, and record it"
+    assert spilled == {key: n for key, n in SPILLED[version].items() if key[0] == case}
+
+
+def test_spills_are_recorded_of_cases_that_exist():
+    assert {case for spilled in SPILLED.values() for case, _ in spilled} <= set(CASES)
 
 
 @pytest.mark.parametrize("b", [2, 33, 77, 256])
@@ -405,102 +251,6 @@ def test_precision_of_fp32_products_is_three_tf32_products(compiled_launches):
         assert products == 3 * 1, kernel.asm["ttgir"]
 
 
-class OfflineDriver:
-    """What Triton asks a driver when it only compiles."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@pytest.fixture
-def offline_driver(monkeypatch) -> Iterator[None]:
-    from triton.runtime import driver
-
-    monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
-    before = driver._active
-    driver.set_active(OfflineDriver())
-    yield
-    driver._active = before
-
-
-def written(gm: torch.fx.GraphModule) -> list[list[str] | None]:
-    """What each launch writes that the ops of a graph become; ``None`` for an op that stays."""
-    ExpandOps()(gm.graph)
-    gm.graph.lint()
-    found: list[list[str] | None] = []
-    for node in gm.graph.nodes:
-        name = str(node.target).removeprefix("poetx.").removesuffix(".default")
-        if name in kernels.OPS:
-            values = map_arg(arguments(node), lambda n: n.meta["val"])
-            launches = trace_launches(name, values)
-            result = launches and launches.meta[RESULT].meta["val"]
-            assert result is None or (result.shape, result.dtype, result.stride()) == (
-                node.meta["val"].shape,
-                node.meta["val"].dtype,
-                node.meta["val"].stride(),
-            )
-            found += [None] if launches is None else written_by(launches)
-    return found
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_kernels_write_what_is_called_out_and_nothing_else(case, offline_driver):
-    op, args = CASES[case]
-    mode = FakeTensorMode()
-    with mode:
-        fake = [
-            torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a
-            for a in args
-        ]
-    traced = trace_launches(op, tuple(fake))
-    assert traced is not None
-    for names in written_by(traced):
-        assert names
-        assert all(name == "out" or name.endswith("_out") for name in names)
-
-
-def rotated_layer(x: torch.Tensor, packed: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
-    rotation = torch.ops.poetx.cayley_neumann(packed, 32, 3)
-    return torch.ops.poetx.rotate_blocks(x, rotation, gather, None, False)
-
-
-def on_fake_gpu(mode: FakeTensorMode, chunk: int = 1) -> list[torch.Tensor]:
-    with mode:
-        return [
-            torch.empty(8, 64, 112, device="cuda", dtype=torch.bfloat16),
-            torch.empty(3, 32 * 31 // 2, device="cuda"),
-            torch.empty(2, 112 // chunk, device="cuda", dtype=torch.int64),
-        ]
-
-
-@pytest.mark.parametrize("chunk", [1, 16])
-def test_ops_become_launches_that_write_their_outputs_alone(offline_driver, chunk):
-    mode = FakeTensorMode()
-    inputs = on_fake_gpu(mode, chunk)
-    with mode:
-        gm = make_fx(rotated_layer)(*inputs)
-    # Three for the rotation; permute (single columns alone), round G - I, rotate.
-    assert written(gm) == [["out"], ["p_out", "h_out"], *[["out"]] * (4 if chunk == 1 else 3)]
-
-
-def tangent_gradient(packed: torch.Tensor, grad: torch.Tensor, narrow: bool) -> torch.Tensor:
-    return torch.ops.poetx.rotation_tangent_backward(grad, packed, 32, 3, narrow)
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-def test_narrow_tangents_become_launches(narrow, offline_driver):
-    mode = FakeTensorMode()
-    with mode:
-        packed = torch.empty(3, 32 * 31 // 2, device="cuda")
-        grad = torch.empty(3, 32, 32, device="cuda")
-        gm = make_fx(tangent_gradient)(packed, grad, narrow)
-    kernel = [["q_out", "s_out", "a_out"], ["f_out", "h_out", "t_out"], ["d_out", "v_out"], ["out"]]
-    assert written(gm) == (kernel if narrow else [])  # the reference elsewhere
-    assert ("poetx" in str(gm.graph)) == narrow
-
-
 def both_sides(width: int, b_in: int, b_out: int) -> tuple[Any, ...]:
     """Arguments of `fold_weight` with rotations on both sides."""
     deltas = narrow(width // b_in, b_in), narrow(512 // b_out, b_out)
@@ -541,58 +291,3 @@ def test_sides_that_do_not_fit_are_folded_one_after_the_other(
     names = [kernel.metadata.name for kernel in compiled_launches]
     assert "fold_both_kernel" not in names
     assert any(name.startswith("rotate") for name in names)
-
-
-@pytest.mark.parametrize("chunk", [1, 16])
-def test_fold_of_both_sides_becomes_launches(chunk, offline_driver):
-    mode = FakeTensorMode()
-    with mode:
-        weight = torch.empty(256, 512, device="cuda", dtype=BF16)
-        deltas = [torch.empty(blocks, 128, 128, device="cuda", dtype=BF16) for blocks in (4, 2)]
-        perms = [
-            torch.empty(2, width // chunk, device="cuda", dtype=torch.int64) for width in (512, 256)
-        ]
-        gm = make_fx(torch.ops.poetx.fold_weight)(weight, *deltas, *perms, BF16)
-    # Single columns are permuted afterwards.
-    assert written(gm) == [["out"]] * (2 if chunk == 1 else 1)
-
-
-def test_chunks_are_gathered_inside_the_launch_of_the_product(offline_driver):
-    def product(x: torch.Tensor, packed: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.poetx.permute_columns(x, gather, True)
-        return torch.ops.poetx.block_product(x, y, 3, 32, gather, gather)
-
-    mode = FakeTensorMode()
-    inputs = on_fake_gpu(mode, chunk=16)
-    with mode:
-        gm = make_fx(product)(*inputs)
-    assert written(gm) == [["out"], ["out"]]
-
-
-def test_both_products_of_a_folded_layer_are_one_launch(offline_driver):
-    def products(x: torch.Tensor, packed: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
-        stack = torch.ops.poetx.stacked_block_products(x, x, x, x, 3, 2, 32, gather, None)
-        return stack[3:] - stack[:2]
-
-    mode = FakeTensorMode()
-    inputs = on_fake_gpu(mode, chunk=16)
-    with mode:
-        gm = make_fx(products)(*inputs)
-    assert written(gm) == [["out"]]
-
-
-def test_op_stays_a_call_where_written_arguments_are_unknown(offline_driver, caplog):
-    from triton.runtime import driver
-
-    mode = FakeTensorMode()
-    inputs = on_fake_gpu(mode)
-    with mode:
-        gm = make_fx(rotated_layer)(*inputs)
-
-    class Broken:
-        def get_current_target(self) -> Any:
-            raise RuntimeError("no target")
-
-    driver.set_active(Broken())
-    assert written(gm) == [None, None]
-    assert "the op stays a call" in caplog.text

@@ -110,9 +110,9 @@ def _fold_rows(weight: Tensor, delta: Tensor, pair: Tensor | None) -> Tensor:
         resident_bytes(b) > shared_memory()
     ):
         # What does not fit into shared memory, or is not aligned: a library product does as well.
-        head = weight[: blocks * b].view(blocks, b, width)
-        head = torch.baddbmm(head, delta, head).view(blocks * b, width)
-        turned = torch.cat([head, weight[blocks * b :]])
+        head, rest = weight.split([blocks * b, rows - blocks * b])
+        head = head.view(blocks, b, width)
+        turned = torch.cat([torch.baddbmm(head, delta, head).view(blocks * b, width), rest])
         return turned if pair is None else turned.index_select(0, pair_index(pair, 1, rows))
     padded = power_of_two(b, 128, 256)
     row_programs = -(-rows // b)
