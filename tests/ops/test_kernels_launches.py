@@ -30,12 +30,14 @@ class OfflineDriver:
 
 @pytest.fixture
 def offline_driver(monkeypatch) -> Iterator[None]:
-    from torch._inductor.decomposition import decompositions
+    from torch._inductor import decomposition
     from triton.runtime import driver
 
     monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
     # It indexes, for which even fake tensors need a build of torch with CUDA.
-    monkeypatch.delitem(decompositions, torch.ops.aten.index_select.default, raising=False)
+    table = dict(decomposition.select_decomp_table())
+    table.pop(torch.ops.aten.index_select.default, None)
+    monkeypatch.setattr(decomposition, "select_decomp_table", lambda: table)
     before = driver._active
     driver.set_active(OfflineDriver())
     yield
