@@ -19,8 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch._prims_common import is_contiguous_or_false
 
+from poetx_compile._torch import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    _nn,
+    is_contiguous_or_false,
+)
 from poetx_compile.passes import graphs
 
 _BINARY = ("add", "sub", "mul", "div", "true_divide", "truediv", "pow", "maximum", "minimum")
@@ -64,7 +70,7 @@ _CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "conti
 _METADATA = ("size", "dim", "numel", "new_ones", "new_zeros", "new_empty")
 _REDUCTIONS = ("mean", "sum", "var", "std", "amax", "amin")
 
-_NAMESPACES = (operator, torch, F, torch._C._nn)
+_NAMESPACES = (operator, torch, F, _nn)
 
 
 def _functions(names: tuple[str, ...] | list[str]) -> frozenset[Any]:
@@ -205,9 +211,9 @@ def written(node: fx.Node) -> list[fx.Node]:
     if node.op not in ("call_function", "call_method"):
         return []
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverload | OpOverloadPacket):
         return _nodes(_written_by_schema(node, target))
-    if isinstance(target, torch._ops.HigherOrderOperator) and target is not graphs.CHECKPOINT:
+    if isinstance(target, HigherOrderOperator) and target is not graphs.CHECKPOINT:
         return list(node.all_input_nodes)  # some do, such as the call of a Triton kernel
     name = target if node.op == "call_method" else getattr(target, "__name__", "")
     by_name = name.endswith("_") and not name.endswith("__") and name not in _WRITE_NO_VALUE
@@ -224,14 +230,10 @@ def _nodes(arguments: Any) -> list[fx.Node]:
     return found
 
 
-def _written_by_schema(
-    node: fx.Node, op: torch._ops.OpOverload | torch._ops.OpOverloadPacket
-) -> list[Any]:
+def _written_by_schema(node: fx.Node, op: OpOverload | OpOverloadPacket) -> list[Any]:
     """The arguments that any overload of an op writes to."""
     overloads = (
-        [getattr(op, name) for name in op.overloads()]
-        if isinstance(op, torch._ops.OpOverloadPacket)
-        else [op]
+        [getattr(op, name) for name in op.overloads()] if isinstance(op, OpOverloadPacket) else [op]
     )
     found = []
     for overload in overloads:

@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from poetx_compile._torch import (
+    _enter_autocast,
+    _enter_inference_mode,
+    _exit_autocast,
+    _exit_inference_mode,
+    _set_grad_enabled,
+)
 from poetx_compile.passes import graphs
 
-_SET_GRAD = (torch._C._set_grad_enabled, torch.set_grad_enabled)
-_ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
-_EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
-_ENTER_AUTOCAST = torch.amp.autocast_mode._enter_autocast
-_EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
+_SET_GRAD = (_set_grad_enabled, torch.set_grad_enabled)
 
 
 class Context(NamedTuple):
@@ -114,7 +117,7 @@ def without_inference_mode(root: fx.GraphModule) -> None:
     fails it leaves the process unusable.
     """
     contexts = Contexts(root)
-    modes = (_ENTER_INFERENCE, _EXIT_INFERENCE)
+    modes = (_enter_inference_mode, _exit_inference_mode)
     marks = [n for m in graphs.nested(root) for n in m.graph.nodes if is_mark(n)]
     if not any(mark.target in modes for mark in marks):
         return
@@ -122,7 +125,7 @@ def without_inference_mode(root: fx.GraphModule) -> None:
         if mark.target in (*modes, *_SET_GRAD):
             with mark.graph.inserting_before(mark):
                 records = contexts.of(mark).records
-                new = mark.graph.call_function(torch._C._set_grad_enabled, (records,))
+                new = mark.graph.call_function(_set_grad_enabled, (records,))
             new.meta[graphs.VALUE] = None
             mark.graph.erase_node(mark)
     for module in graphs.nested(root):
@@ -140,14 +143,14 @@ def _behind(mark: fx.Node, context: Context, before: dict[fx.Node, Context]) -> 
     """The context behind a mark; `before` has those in front of this mark and of earlier ones."""
     if mark.target in _SET_GRAD:
         return context._replace(grad=bool(mark.args[0]))
-    if mark.target is _ENTER_INFERENCE:
+    if mark.target is _enter_inference_mode:
         return context._replace(grad=not mark.args[0], inference=bool(mark.args[0]))
-    if mark.target is _ENTER_AUTOCAST:
+    if mark.target is _enter_autocast:
         return context._replace(autocast=(*context.autocast, mark.args))
     opened = [node for node in mark.all_input_nodes if node in before]
-    if opened and mark.target is _EXIT_INFERENCE:
+    if opened and mark.target is _exit_inference_mode:
         outside = before[opened[0]]
         return context._replace(grad=outside.grad, inference=outside.inference)
-    if opened and mark.target is _EXIT_AUTOCAST:
+    if opened and mark.target is _exit_autocast:
         return context._replace(autocast=before[opened[0]].autocast)
     return context._replace(others=(*context.others, mark))

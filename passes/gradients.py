@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
+from poetx_compile._torch import pytree
 from poetx_compile.passes import columns, graphs
 from poetx_compile.passes.contexts import Contexts
 
@@ -124,7 +124,7 @@ def _is_result(node: fx.Node) -> bool:
 
 def _is_handed_on(node: fx.Node) -> bool:
     """Whether a node gives a tensor that was there: an entry of a tuple, a cast to its dtype."""
-    given = tree_leaves([n.meta.get(graphs.VALUE) for n in node.all_input_nodes])
+    given = pytree.tree_leaves([n.meta.get(graphs.VALUE) for n in node.all_input_nodes])
     return any(node.meta.get(graphs.VALUE) is value for value in given)
 
 
@@ -141,7 +141,7 @@ def _records(node: fx.Node, contexts: Contexts) -> bool:
     # Fake values know of `no_grad`, not of inference mode.
     if node.op != "placeholder" and contexts.of(node).inference and not _is_handed_on(node):
         return False
-    leaves = tree_leaves(node.meta.get(graphs.VALUE))
+    leaves = pytree.tree_leaves(node.meta.get(graphs.VALUE))
     if any(isinstance(v, torch.Tensor) and v.requires_grad for v in leaves):
         return True
     # The wrappers of a transform do not tell any more.
@@ -150,4 +150,4 @@ def _records(node: fx.Node, contexts: Contexts) -> bool:
 
 def _results(module: fx.GraphModule) -> list[Any]:
     (output,) = module.graph.find_nodes(op="output")
-    return tree_leaves(output.args)
+    return pytree.tree_leaves(output.args)

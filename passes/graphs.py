@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.nn import functional as F
+
+from poetx_compile._torch import is_functorch_wrapped_tensor, pytree
 
 VALUE = "example_value"
 """Where Dynamo keeps the fake value of a node."""
@@ -31,7 +34,7 @@ OUTPUT = "output"
 TANGENT = "tangent"
 """Zeros that carry the gradient of a rotation; never computed."""
 
-LINEAR = torch._C._nn.linear
+LINEAR = F.linear
 EQUIVALENCE = (
     torch.ops.poetx.orthogonal_equivalence,
     torch.ops.poetx.orthogonal_equivalence.default,
@@ -190,8 +193,8 @@ def in_transform(node: fx.Node) -> bool:
         return True
     values = [n.meta.get(VALUE) for n in (node, *node.all_input_nodes)]
     return any(
-        isinstance(v, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v)
-        for v in torch.utils._pytree.tree_leaves(values)
+        isinstance(v, torch.Tensor) and is_functorch_wrapped_tensor(v)
+        for v in pytree.tree_leaves(values)
     )
 
 

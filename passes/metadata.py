@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
+from poetx_compile._torch import FakeTensor, FakeTensorMode, enable_python_dispatcher, pytree
 from poetx_compile.passes import gradients, graphs
 from poetx_compile.passes.contexts import Contexts
 
@@ -29,7 +27,7 @@ def refresh(module: fx.GraphModule, contexts: Contexts | None = None) -> None:
         if _computes(node) and graphs.VALUE not in node.meta:
             node.meta[graphs.VALUE] = value = _evaluate(node, mode, contexts)
             if gradients.passes_through(node, contexts):
-                for tensor in filter(_may_require_grad, tree_leaves(value)):
+                for tensor in filter(_may_require_grad, pytree.tree_leaves(value)):
                     tensor.requires_grad_()
     module.graph.lint()
     module.recompile()

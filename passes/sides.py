@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from poetx_compile._torch import is_traceable_wrapper_subclass
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contexts import Contexts
 

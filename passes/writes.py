@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from poetx_compile._torch import HigherOrderOperator
 from poetx_compile.passes import columns, graphs
 
 
@@ -22,7 +23,7 @@ def writes_to_weights(root: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.Node]]
     if not weights:
         return
     for node in nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator):
             continue  # its bodies are among the modules
         for operand in columns.written(node):
             if (weight := weights.get(_storage(operand))) is not None:

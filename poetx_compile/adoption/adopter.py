@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
+from poetx_compile._torch import FakeTensor
 from poetx_compile.adoption.awaiting import Awaiting, at_the_end_of_backward, is_awaiting
 from poetx_compile.adoption.eligibility import EligibilityCheck, declined_for
 from poetx_compile.config import POETXConfig, differing

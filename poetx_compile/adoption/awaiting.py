@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from poetx_compile.config import POETXConfig
@@ -46,7 +47,7 @@ def at_the_end_of_backward(
     @torch.compiler.disable
     def queue(_: Tensor) -> None:
         _awaiting.update(weights)
-        torch.autograd.Variable._execution_engine.queue_callback(settle)
+        Variable._execution_engine.queue_callback(settle)
 
     for output in outputs:
         if isinstance(output, Tensor) and output.requires_grad:

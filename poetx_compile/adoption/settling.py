@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from poetx_compile._torch import _current_graph_task_id
 from poetx_compile.adoption.adopter import reused, reused_dense
 from poetx_compile.adoption.awaiting import Awaiting, drain
 from poetx_compile.adoption.eligibility import EligibilityCheck, Place
@@ -76,7 +76,7 @@ def _waits(weight: Tensor, told: Awaiting) -> bool:
 
 
 def _settle_late(optimizer: Optimizer) -> None:
-    if torch._C._current_graph_task_id() == -1:  # in no backward
+    if _current_graph_task_id() == -1:  # in no backward
         settle(late=True)
 
 

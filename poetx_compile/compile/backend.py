@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from poetx_compile._torch import CompileContext, ConstantSource, TracingContext
 from poetx_compile.compile import collector
 from poetx_compile.compile.flags import held_to_flags
 from poetx_compile.compile.looking import look_first
@@ -81,8 +82,6 @@ def _warn_at_the_limit() -> None:
 
     That is right and slow, and the one line Dynamo logs does not say what it means here.
     """
-    from torch._guards import CompileContext
-
     compile_id = CompileContext.current_compile_id()
     limit = torch._dynamo.config.recompile_limit
     if compile_id is not None and compile_id.frame_compile_id == limit - 1:
@@ -127,8 +126,7 @@ def _compile(
     partitioner = partitioner_for(config)
     if options.stage == "aot_eager":
         return _aot_eager(graph, inputs, partitioner)
-    from torch._inductor.compile_fx import compile_fx
-
+    from poetx_compile._torch import compile_fx
     from poetx_compile.compile.lowerings import ExpandOps, chain_passes, compile_inner, register
 
     register()
@@ -153,8 +151,6 @@ def _announce_static(tensors: Sequence[Tensor]) -> None:
     It would give them symbolic sizes otherwise, and guards on these, which have no source in the
     user's frame and cannot be checked.
     """
-    from torch._dynamo.source import ConstantSource
-    from torch._guards import TracingContext
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
     tracing = TracingContext.try_get()
@@ -178,8 +174,11 @@ def _configured_pre_pass() -> Any:
 def _aot_eager(
     graph: fx.GraphModule, inputs: list[Any], partitioner: Partitioner | None = None
 ) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
+    from poetx_compile._torch import (
+        aot_autograd,
+        make_boxed_func,
+        min_cut_rematerialization_partition,
+    )
 
     def as_it_is(module: fx.GraphModule, _: Any) -> Callable[..., Any]:
         return make_boxed_func(module.forward)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from poetx_compile._torch import OptimizedModule, innermost_backend
 from poetx_compile.compile.backend import poetx_backend
 from poetx_compile.compile.options import BackendOptions
 from poetx_compile.config import POETXConfig
@@ -104,8 +105,6 @@ def _compiled(live: LiveObjects) -> Iterator[tuple[nn.Module, POETXConfig]]:
 
 def _given(module: nn.Module) -> POETXConfig | None:
     """The configuration that a module was given to our backend with, or ``None``."""
-    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
-
     call = vars(module).get("_compiled_call_impl")
     if isinstance(module, OptimizedModule):
         callback = getattr(module.dynamo_ctx, "callback", None)

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import is_fake
 
+from poetx_compile._torch import detect_fake_mode, is_fake, tracing
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.snapshot import Snapshot
 from poetx_compile.passes import graphs
@@ -128,7 +128,7 @@ class FoldKeeper:
         assert self.graph_pass.module is not None
         (folds,) = self.graph_pass.module.graph.find_nodes(op="output")[0].args
         values = [fold.meta[graphs.VALUE] for fold in folds]
-        mode = torch._guards.detect_fake_mode(self.inputs)
+        mode = detect_fake_mode(self.inputs)
         with mode or contextlib.nullcontext():
             return [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in values]
 
@@ -138,7 +138,7 @@ class FoldKeeper:
         assert module is not None
         recipe, positions = module.code, sorted(reads.all)
         # Not in Dynamo's context: these inputs have constant sizes, and nothing to guard.
-        with torch._guards.tracing(None), torch.no_grad():
+        with tracing(None), torch.no_grad():
             # Stand-ins: compiling leaves weak references, with which torch swaps no parameter.
             fold = self.compile_folds(module, [self.inputs[i].detach() for i in positions])
         del self.inputs, self.graph_pass  # neither inputs nor graphs are kept alive

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
+from poetx_compile._torch import list_mode_options, list_options
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
 from poetx_compile.passes import NAMES, Machine
@@ -90,9 +93,7 @@ class BackendOptions:
     @property
     def cuda_graphs(self) -> bool:
         """Whether compiled graphs are captured as CUDA graphs."""
-        import torch._inductor.config as inductor
-
-        captured = self.inductor.get("triton.cudagraphs", inductor.triton.cudagraphs)
+        captured = self.inductor.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs)
         return self.stage == "inductor" and bool(captured)
 
     def identity(self) -> dict[str, Any]:
@@ -136,10 +137,8 @@ def _machine(rates: Any) -> Machine:
 
 
 def _inductor_settings(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    import torch._inductor as inductor
-
-    settings: dict[str, Any] = dict(inductor.list_mode_options(mode)) if mode else {}
-    known = set(inductor.list_options())
+    settings: dict[str, Any] = dict(list_mode_options(mode)) if mode else {}
+    known = set(list_options())
     names = {k.replace("-", "_"): v for k, v in options.items()}
     unknown = sorted(k for k in names if k not in known)
     if unknown:

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch.utils import _pytree as pytree
 
+from poetx_compile._torch import CustomPartitionerFn, pytree
 from poetx_compile.config import POETXConfig
 from poetx_compile.passes import graphs, recompute
 
@@ -98,7 +97,7 @@ def _split(
     gm: fx.GraphModule, joint_inputs: Sequence[object], limit: int, kwargs: Mapping[str, Any]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Split a copy of the joint graph, with what is ranked up to `limit` given up."""
-    from functorch.compile import min_cut_rematerialization_partition
+    from poetx_compile._torch import min_cut_rematerialization_partition
 
     joint = graphs.clone(gm)
     for node in joint.graph.nodes:

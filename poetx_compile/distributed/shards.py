@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from poetx_compile._torch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

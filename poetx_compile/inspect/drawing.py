@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from poetx_compile._torch import pytree
 from poetx_compile.inspect.render import (
     belongs_to_a_module,
     input_name,
@@ -195,7 +196,7 @@ def _is_part(node: fx.Node) -> bool:
 
 
 def _has_tensors(value: Any) -> bool:
-    leaves = torch.utils._pytree.tree_leaves(value)
+    leaves = pytree.tree_leaves(value)
     return any(isinstance(leaf, torch.Tensor) for leaf in leaves)
 
 

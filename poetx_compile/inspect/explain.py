@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from poetx_compile._torch import metrics, pytree
 from poetx_compile.compile.backend import compile_graph
 from poetx_compile.compile.options import BackendOptions
 from poetx_compile.compile.rewrite import DryRun, rewrite
@@ -315,10 +316,6 @@ def _count_kernels(
 
     What C++ it has compiled before is taken from its cache: that is no part of the count.
     """
-    from torch._functorch import config as functorch_config
-    from torch._inductor import config as inductor_config
-    from torch._inductor import metrics
-
     fresh = dataclasses.replace(options, stage="inductor")
     dry_run = DryRun()
 
@@ -327,11 +324,13 @@ def _count_kernels(
 
     before = metrics.generated_kernel_count
     with (
-        inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
-        functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        torch._functorch.config.patch(
+            enable_autograd_cache=False, enable_remote_autograd_cache=False
+        ),
     ):
         out = torch.compile(model, backend=backend)(*inputs, **kwargs)
-        leaves = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        leaves = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
         loss = [t.float().sum() for t in leaves if t.requires_grad]
         wanted = [p for p in model.parameters() if p.requires_grad]
         if loss and wanted:

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from poetx_compile._torch import OpOverload, OpOverloadPacket
 from poetx_compile.passes import graphs
 
 _DTYPES = {
@@ -112,9 +113,9 @@ def target_name(node: fx.Node) -> str:
     if node.op == "call_method":
         return f".{node.target}"
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target).removesuffix(".default")
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         return str(target)
     return getattr(target, "__name__", str(target))
 

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from poetx_compile._torch import DisableTorchFunctionSubclass, pytree
 from poetx_compile.errors import EffectiveWeightError
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.snapshot import Snapshot
@@ -132,9 +132,9 @@ class EffectiveWeight(Tensor):
             return _set_flag(*args, **kwargs)
         # Tensors of another kind decide what happens. Functions written in Python name plain ones.
         if any(t is not cls and t is not Tensor for t in types):
-            args, kwargs = tree_map_only(EffectiveWeight, plain, (args, kwargs))
+            args, kwargs = pytree.tree_map_only(EffectiveWeight, plain, (args, kwargs))
             return func(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             if func in _REPLACED:
                 func, args = Tensor.copy_, args[:2]
             before = [weight._version for weight in followed]
@@ -172,7 +172,7 @@ def _follow(tensor: Tensor, sources: Sources, whole: Tensor) -> EffectiveWeight:
 
 def plain(tensor: Tensor) -> Tensor:
     """An effective weight as a tensor that stores nothing."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         return tensor.as_subclass(Tensor)
 
 

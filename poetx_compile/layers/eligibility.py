@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from poetx_compile._torch import FakeTensor, _ConvNd, is_traceable_wrapper_subclass
 from poetx_compile.config import POETXConfig
 from poetx_compile.distributed.shards import is_sharded
 from poetx_compile.distributed.wrappers import user_name
@@ -287,7 +286,7 @@ def _expert_counts(parent: nn.Module, child: str) -> Iterator[int]:
             members = module.values() if isinstance(module, nn.ModuleDict) else module
             if len(module) > 1 and len({type(member) for member in members}) == 1:
                 yield len(module)
-        elif not isinstance(module, nn.modules.conv._ConvNd):
+        elif not isinstance(module, _ConvNd):
             for p in module._parameters.values():
                 if p is not None and not nn.parameter.is_lazy(p) and p.dim() > 2 and len(p) > 1:
                     yield len(p)

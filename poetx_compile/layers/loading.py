@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from poetx_compile._torch import is_traceable_wrapper_subclass
 from poetx_compile.distributed.shards import shard_like
 from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import IncompatibleStateError

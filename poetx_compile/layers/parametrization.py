@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from poetx_compile import ops
+from poetx_compile._torch import _len_torch_dispatch_stack
 from poetx_compile.config import POETXConfig
 from poetx_compile.distributed.shards import groups_of, is_sharded, local, reduce_over
 from poetx_compile.distributed.wrappers import check_reduced, user_name
@@ -398,7 +399,7 @@ def _readable(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
         return False
     capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (capturing or torch._C._len_torch_dispatch_stack())
+    return not (capturing or _len_torch_dispatch_stack())
 
 
 def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, OrthogonalEquivalence]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from poetx_compile._torch import _unsafe_preserve_version_counter
 from poetx_compile.config import POETXConfig, differences
 from poetx_compile.distributed.shards import is_sharded
 from poetx_compile.distributed.wrappers import PREPARE_FIRST, user_name, wrapper_of
@@ -206,7 +207,7 @@ def _set_in_place() -> Iterator[None]:
 
 def _unchanged(weight: Tensor) -> contextlib.AbstractContextManager[None]:
     """Torch sets a parametrized tensor to its stored form even where that is the tensor itself."""
-    return torch.autograd._unsafe_preserve_version_counter(weight)
+    return _unsafe_preserve_version_counter(weight)
 
 
 def config_of(model: nn.Module) -> POETXConfig | None:

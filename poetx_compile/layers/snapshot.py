@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
+
+from poetx_compile._torch import is_functorch_wrapped_tensor
 
 
 class Snapshot:
@@ -34,6 +35,6 @@ def _state(tensor: Tensor) -> tuple[int | None, int | None]:
     """
     version = None if tensor.is_inference() else tensor._version
     plain = type(tensor) in (Tensor, nn.Parameter)
-    if not plain or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if not plain or is_functorch_wrapped_tensor(tensor):
         return version, None
     return version, tensor.data_ptr()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from poetx_compile._torch import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from poetx_compile.ops.permute import check_pair
 
 
@@ -144,8 +145,8 @@ def _autocast(device: str):
     def cast_input(x, weight, tangent_in, tangent_out, perm_in, perm_out):
         if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
             x = x.to(torch.get_autocast_dtype(device))
-        with torch._C._ExcludeDispatchKeyGuard(
-            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+        with _ExcludeDispatchKeyGuard(
+            DispatchKeySet(getattr(DispatchKey, f"Autocast{device.upper()}"))
         ):
             return torch.ops.poetx.folded_linear(
                 x, weight, tangent_in, tangent_out, perm_in, perm_out

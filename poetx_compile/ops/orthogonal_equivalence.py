@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from poetx_compile._torch import peek_interpreter_stack
 from poetx_compile.ops.cayley import rotations, rotations_reference
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
@@ -83,7 +84,7 @@ def _transformed() -> bool:
     Custom ops cannot take part in these: torch raises for `grad`, and `jvp` takes their results
     for constants, without a word. The references in plain torch ops can.
     """
-    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    inside = peek_interpreter_stack() is not None
     return inside or forward_ad._current_level >= 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from poetx_compile._torch import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from poetx_compile.ops import kernels
 from poetx_compile.ops.permute import check_pair, pair_index
 from poetx_compile.ops.precision import without_autocast
@@ -140,8 +141,8 @@ def _autocast(device: str):
         """Only x is cast: the rotation stays fp32 and is rounded as G − I (see the reference)."""
         if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
             x = x.to(torch.get_autocast_dtype(device))
-        with torch._C._ExcludeDispatchKeyGuard(
-            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+        with _ExcludeDispatchKeyGuard(
+            DispatchKeySet(getattr(DispatchKey, f"Autocast{device.upper()}"))
         ):
             return torch.ops.poetx.rotate_blocks(x, rotation, gather, scatter, transpose)
 

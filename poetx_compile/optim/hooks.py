@@ -25,13 +25,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
+from poetx_compile._torch import _disable_dynamo
 from poetx_compile.layers.registry import registry
 
 Action = Callable[[Optimizer], None]
@@ -96,12 +96,12 @@ step_hooks = StepHooks()
 
 # Where Dynamo compiles `optimizer.step`, the hooks stay out of its graphs. Not by
 # `torch.compiler.disable`, which loads Dynamo when this package is imported.
-@torch._disable_dynamo
+@_disable_dynamo
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     step_hooks.before_step(optimizer)
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     step_hooks.after_step(optimizer)
 

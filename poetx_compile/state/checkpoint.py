@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from poetx_compile._torch import is_traceable_wrapper_subclass
 from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import CheckpointError
 from poetx_compile.layers.eligibility import unwrap_compiled

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from poetx_compile import ops
+from poetx_compile._torch import is_traceable_wrapper_subclass
 from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.eligibility import unwrap_compiled

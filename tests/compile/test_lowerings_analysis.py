@@ -17,7 +17,7 @@ class Kernel:
 
 def _asked(monkeypatch, kernel: Kernel, *calls: dict) -> list[dict]:
     """The calls that reach the analysis."""
-    (name,) = [n for n in analysis._FUNCTIONS if hasattr(triton_kernel_wrap, n)]
+    (name,) = [n for n in (analysis._WRITES, analysis._ACCESSES) if hasattr(triton_kernel_wrap, n)]
     asked: list[dict] = []
 
     def identify(kernel, kwargs, metadata):
@@ -63,7 +63,7 @@ def test_kernels_of_others_are_asked_every_time(monkeypatch) -> None:
 
 
 def test_a_failed_analysis_is_not_kept(monkeypatch) -> None:
-    (name,) = [n for n in analysis._FUNCTIONS if hasattr(triton_kernel_wrap, n)]
+    (name,) = [n for n in (analysis._WRITES, analysis._ACCESSES) if hasattr(triton_kernel_wrap, n)]
     answers = iter([RuntimeError("no"), ["out"]])
 
     def identify(kernel, kwargs, metadata):

@@ -13,14 +13,15 @@ import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
-from unittest import mock
 
 import sympy
 import torch
 from torch import Tensor
 
+from poetx_compile._torch import triton_kernel_wrap
+from poetx_compile.compile.lowerings.shortcuts import goes_on_without, replaced
+
 _WRITES, _ACCESSES = "identify_mutated_tensors", "identify_accessed_tensors"
-_FUNCTIONS = (_WRITES, _ACCESSES)
 """The analysis in torch 2.11 and its successor; the module has one of the two."""
 
 _answers: dict[Hashable, Any] = {}
@@ -30,31 +31,39 @@ _lock = threading.RLock()
 @contextlib.contextmanager
 def analysis_kept() -> Iterator[None]:
     """Inside, the analysis of this package's kernels is remembered; other kernels are untouched."""
-    from torch._higher_order_ops import triton_kernel_wrap
-
-    with _lock, contextlib.ExitStack() as patches:
-        for name in _FUNCTIONS:
-            function = getattr(triton_kernel_wrap, name, None)
-            if function is not None:
-                kept = _remembering(name, function)
-                patches.enter_context(mock.patch.object(triton_kernel_wrap, name, kept))
+    name = _WRITES if hasattr(triton_kernel_wrap, _WRITES) else _ACCESSES
+    with _lock, replaced(lambda: triton_kernel_wrap, name, lambda f: _remembering(name, f)):
         yield
 
 
 def _remembering(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def identify(kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any) -> Any:
-        written = getattr(kernel, "fn", kernel)  # inside the launch parameters it is wrapped with
-        ours = str(getattr(written, "__module__", "")).startswith("poetx_compile.")
-        if not ours or tma_descriptor_metadata:
-            return function(kernel, kwargs, tma_descriptor_metadata)
-        key: tuple[Hashable, ...] = name, written
-        if name != _WRITES:
-            key += tuple((k, _kind(v)) for k, v in kwargs.items())
+    def identify(*args: Any, **kwargs: Any) -> Any:
+        try:
+            key = _key(name, *args, **kwargs)
+            hash(key)
+        except Exception:  # asked in another way than on the versions this was written for
+            goes_on_without(name)
+            key = None
+        if key is None:
+            return function(*args, **kwargs)
         if key not in _answers:
-            _answers[key] = function(kernel, kwargs, tma_descriptor_metadata)
+            _answers[key] = function(*args, **kwargs)
         return _answers[key]
 
     return identify
+
+
+def _key(
+    name: str, kernel: Any, kwargs: dict[str, Any], tma_descriptor_metadata: Any
+) -> tuple[Hashable, ...] | None:
+    """What an answer depends on; ``None`` where it is not to be kept."""
+    written = getattr(kernel, "fn", kernel)  # inside the launch parameters it is wrapped with
+    ours = str(getattr(written, "__module__", "")).startswith("poetx_compile.")
+    if not ours or tma_descriptor_metadata:
+        return None
+    if name == _WRITES:
+        return name, written
+    return name, written, *((k, _kind(v)) for k, v in kwargs.items())
 
 
 def _kind(value: Any) -> Hashable:

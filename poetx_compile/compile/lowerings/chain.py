@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._inductor import custom_graph_pass
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
+
+from poetx_compile._torch import CustomGraphPass, custom_graph_pass
 
 
 def chain_passes(existing: Any, ours: CustomGraphPass) -> Any:

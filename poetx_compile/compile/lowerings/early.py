@@ -9,32 +9,40 @@ from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
+
+from poetx_compile.compile.lowerings.shortcuts import goes_on_without, replaced
 
 _DEFINE = "define_user_defined_triton_kernel"
 
 
-@contextlib.contextmanager
-def compiled_early() -> Iterator[None]:
+def compiled_early() -> contextlib.AbstractContextManager[Any]:
     """Inside, the kernels a graph is given are sent to the workers where they are defined."""
-    from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+    return replaced(_codegen, _DEFINE, _define_and_compile)
 
-    define = getattr(PythonWrapperCodegen, _DEFINE)
 
-    def define_and_compile(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+def _codegen() -> Any:
+    from poetx_compile._torch import PythonWrapperCodegen
+
+    return PythonWrapperCodegen
+
+
+def _define_and_compile(define: Callable[..., Any]) -> Callable[..., Any]:
+    def defined(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
         # Only what is defined in here: Inductor's own kernels are on their way already.
-        with mock.patch.object(wrapper, "define_kernel", _sending(wrapper.define_kernel)):
+        with replaced(lambda: wrapper, "define_kernel", _sending):
             return define(wrapper, *args, **kwargs)
 
-    with mock.patch.object(PythonWrapperCodegen, _DEFINE, define_and_compile):
-        yield
+    return defined
 
 
 def _sending(define_kernel: Callable[..., Any]) -> Callable[..., Any]:
     def define(name: str, body: str, *args: Any, **kwargs: Any) -> Any:
-        _compile(body)
+        try:
+            _compile(body)
+        except Exception:  # not needed: the module compiles it, and raises what there is to raise
+            goes_on_without(_DEFINE)
         return define_kernel(name, body, *args, **kwargs)
 
     return define
@@ -45,7 +53,7 @@ def _compile(body: str) -> None:
 
     Kernels are kept by their source: the module finds this one, done or on its way.
     """
-    from torch._inductor.async_compile import AsyncCompile
+    from poetx_compile._torch import AsyncCompile
 
     call = ast.parse(body.strip(), mode="eval").body
     if isinstance(call, ast.Call) and AsyncCompile.use_process_pool():

@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.node import map_arg
 
 from poetx_compile import ops  # noqa: F401  (defines the ops)
+from poetx_compile._torch import CustomGraphPass, OpOverload, detect_fake_mode
 from poetx_compile.compile.lowerings.identity import cache_identity
 from poetx_compile.compile.lowerings.parameters import concatenate_parameters
 from poetx_compile.compile.lowerings.rejoin import rejoin_slices
@@ -126,7 +125,7 @@ def _expansion(name: str, args: tuple[Any, ...]) -> fx.GraphModule | None:
 def _op_name(node: fx.Node) -> str | None:
     """The name of the op of namespace ``poetx`` that `node` calls and that can be expanded."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+    if node.op != "call_function" or not isinstance(target, OpOverload):
         return None
     name = target._schema.name.removeprefix("poetx::")
     return name if target.namespace == "poetx" and name in REFERENCES else None
@@ -176,7 +175,7 @@ def _erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     A tangent is an argument of `folded_linear` and of nothing that is computed.
     """
     for node in nodes:
-        pure = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+        pure = isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
         if node.users or not (pure or node.target is operator.getitem):
             continue
         inputs = node.all_input_nodes

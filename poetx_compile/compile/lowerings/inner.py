@@ -17,7 +17,7 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: A
 
     That of a backward does not run inside the backend, but inside the first backward.
     """
-    from torch._inductor.compile_fx import compile_fx_inner
+    from poetx_compile._torch import compile_fx_inner
 
     with analysis_kept(), compiled_early(), collector.paused():
         return compile_fx_inner(gm, example_inputs, **kwargs)

@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from poetx_compile._torch import OpOverload
 from poetx_compile.compile.lowerings.trace import RESULT, arguments, signature, trace_launches
 from poetx_compile.ops import kernels
 
@@ -29,16 +30,15 @@ _traces: WeakKeyDictionary[Any, dict[Hashable, fx.GraphModule | None]] = WeakKey
 @functools.cache
 def register() -> None:
     """Register the lowerings; a second call does nothing."""
-    from torch._inductor.lowering import register_lowering
+    from poetx_compile._torch import register_lowering
 
     for name in kernels.OPS:
         op = getattr(torch.ops.poetx, name).default
         register_lowering(op, type_promotion_kind=None)(_lowering(op, name))
 
 
-def _lowering(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
-    from torch._inductor.lowering import constrain_to_fx_strides, fallback_handler
-    from torch._inductor.virtualized import V
+def _lowering(op: OpOverload, name: str) -> Callable[..., Any]:
+    from poetx_compile._torch import V, constrain_to_fx_strides, fallback_handler
 
     call = fallback_handler(op, add_to_fallback_set=False)
 
@@ -61,7 +61,7 @@ def _lowering(op: torch._ops.OpOverload, name: str) -> Callable[..., Any]:
 
 def _lower_nodes(launches: fx.GraphModule, inputs: list[Any]) -> Any:
     """Lower a traced graph in place: its nodes, over the inputs, as if they stood in the graph."""
-    from torch._inductor.virtualized import V
+    from poetx_compile._torch import V
 
     nodes = list(launches.graph.nodes)
     values = iter(inputs)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
+from poetx_compile._torch import OpOverload, _DisableAutocast, detect_fake_mode, triton_kernel_wrap
 from poetx_compile.ops import kernels
 from poetx_compile.ops.kernels.common import traced_launches
 
@@ -43,7 +43,7 @@ def _trace(
     values: tuple[Any, ...],
     transform: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda call: call,
 ) -> fx.GraphModule:
-    from torch._inductor.decomposition import select_decomp_table
+    from poetx_compile._torch import select_decomp_table
 
     places = [i for i, v in enumerate(values) if isinstance(v, Tensor | torch.SymInt)]
     inputs = [values[i] for i in places]
@@ -59,7 +59,7 @@ def _trace(
     fake_mode = detect_fake_mode(inputs)
     assert fake_mode is not None, "a post-grad graph carries fake tensors"
     # A backward may be compiled inside the user's autocast region; its graph is past autocast.
-    with fake_mode, torch._C._DisableAutocast(), torch.fx.traceback.preserve_node_meta(False):
+    with fake_mode, _DisableAutocast(), torch.fx.traceback.preserve_node_meta(False):
         return make_fx(transform(call), decomposition_table=select_decomp_table())(*inputs)
 
 
@@ -86,14 +86,12 @@ def trace_launches(op: str, values: tuple[Any, ...]) -> fx.GraphModule | None:
 
 def written_by(launches: fx.GraphModule) -> list[list[str]]:
     """What Triton finds each launch of a `trace_launches` to write, by the kernel's names."""
-    from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
-
     launch = torch.ops.higher_order.triton_kernel_wrapper_mutation
     found = []
     for node in launches.graph.find_nodes(op="call_function", target=launch):
         given = map_arg(node.kwargs, lambda n: n.meta["val"])
         asked = ("kernel_idx", "constant_args_idx", "kwargs", "tma_descriptor_metadata")
-        found.append(get_mutated_tensors(*(given[name] for name in asked)))
+        found.append(triton_kernel_wrap.get_mutated_tensors(*(given[name] for name in asked)))
     return found
 
 
@@ -116,7 +114,7 @@ def _writes_outputs_only(launches: fx.GraphModule) -> bool:
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
     """All arguments of the schema in order, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     values = []
     for position, argument in enumerate(node.target._schema.arguments):
         if position < len(node.args):

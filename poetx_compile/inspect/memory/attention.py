@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
 from poetx_compile.passes import graphs
 
@@ -25,9 +26,7 @@ def as_on_cuda(root: fx.GraphModule) -> None:
     the scores.
     """
     for module in graphs.nested(root):
-        found = module.graph.find_nodes(
-            op="call_function", target=torch._C._nn.scaled_dot_product_attention
-        )
+        found = module.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
         for node in found:
             _replace(module.graph, node)
         if found:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from poetx_compile._torch import pytree
 from poetx_compile.errors import ConfigError, EstimateError
 
 Loss = Callable[[Any], Tensor]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from poetx_compile._torch import FakeTensorMode
 from poetx_compile.config import POETXConfig
 from poetx_compile.layers.parametrization import prepared_linears, stored_weight
 from poetx_compile.layers.prepare import prepare

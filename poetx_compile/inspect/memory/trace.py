@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import TracingContext
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch.utils import _pytree as pytree
 
+from poetx_compile._torch import CustomPartitionerFn, TracingContext, pytree
 from poetx_compile.compile.options import BackendOptions
 from poetx_compile.compile.partition import Partitioner, partitioner_for
 from poetx_compile.compile.rewrite import DryRun, rewrite
@@ -96,7 +94,7 @@ class _Partitioner(CustomPartitionerFn):
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        from functorch.compile import min_cut_rematerialization_partition
+        from poetx_compile._torch import min_cut_rematerialization_partition
 
         if self.ours is not None:
             forward, backward = self.ours(gm, joint_inputs, **kwargs)
@@ -116,7 +114,7 @@ def _partition(
     options: BackendOptions | None,
     traced: list[TracedGraph],
 ) -> None:
-    from torch._inductor.compile_fx import compile_fx
+    from poetx_compile._torch import compile_fx
 
     def stop_here(gm: fx.GraphModule, _: Any, **__: Any) -> Any:
         return gm.forward
