@@ -19,36 +19,32 @@ def _check(weight, delta_in, delta_out, perm_in, perm_out, dtype) -> None:
             f"got {weight.dtype} {list(weight.shape)}"
         ),
     )
-    sides = (
-        ("in", delta_in, perm_in, weight.shape[1]),
-        ("out", delta_out, perm_out, weight.shape[0]),
+    _check_side("in", delta_in, perm_in, weight.shape[1], dtype)
+    _check_side("out", delta_out, perm_out, weight.shape[0], dtype)
+
+
+def _check_side(side, delta, pair, width, dtype) -> None:
+    torch._check(
+        delta is not None or pair is None, lambda: f"poetx: perm_{side} without delta_{side}"
     )
-    for side, delta, pair, width in sides:
-        torch._check(
-            delta is not None or pair is None,
-            lambda side=side: f"poetx: perm_{side} without delta_{side}",
-        )
-        if delta is None:
-            continue
-        torch._check(
-            delta.dim() == 3 and delta.shape[1] == delta.shape[2],
-            lambda side=side, d=delta: (
-                f"poetx: delta_{side} must be [blocks, b, b], got {list(d.shape)}"
-            ),
-        )
-        torch._check(
-            delta.dtype == dtype,
-            lambda side=side, d=delta: (
-                f"poetx: delta_{side} must have the dtype of the result, {dtype}, got {d.dtype}"
-            ),
-        )
-        torch._check(
-            delta.shape[0] * delta.shape[1] <= width,
-            lambda side=side, d=delta, width=width: (
-                f"poetx: delta_{side}: {d.shape[0]} blocks of {d.shape[1]} do not fit into {width}"
-            ),
-        )
-        check_pair(pair, width, f"perm_{side}")
+    if delta is None:
+        return
+    torch._check(
+        delta.dim() == 3 and delta.shape[1] == delta.shape[2],
+        lambda: f"poetx: delta_{side} must be [blocks, b, b], got {list(delta.shape)}",
+    )
+    torch._check(
+        delta.dtype == dtype,
+        lambda: (
+            f"poetx: delta_{side} must have the dtype of the result, {dtype}, got {delta.dtype}"
+        ),
+    )
+    blocks, b = delta.shape[:2]
+    torch._check(
+        blocks * b <= width,
+        lambda: f"poetx: delta_{side}: {blocks} blocks of {b} do not fit into {width}",
+    )
+    check_pair(pair, width, f"perm_{side}")
 
 
 def fold_weight_reference(

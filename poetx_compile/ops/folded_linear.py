@@ -21,27 +21,26 @@ def _check(x, weight, tangent_in, tangent_out, perm_in, perm_out) -> None:
         x.dtype == weight.dtype and x.is_floating_point(),
         lambda: f"poetx: x and weight must have one dtype, got {x.dtype} and {weight.dtype}",
     )
-    sides = (
-        ("in", tangent_in, perm_in, weight.shape[1]),
-        ("out", tangent_out, perm_out, weight.shape[0]),
+    _check_side("in", tangent_in, perm_in, weight.shape[1])
+    _check_side("out", tangent_out, perm_out, weight.shape[0])
+
+
+def _check_side(side, tangent, pair, width) -> None:
+    torch._check(
+        tangent is not None or pair is None, lambda: f"poetx: perm_{side} without tangent_{side}"
     )
-    for side, tangent, pair, width in sides:
-        torch._check(
-            tangent is not None or pair is None,
-            lambda side=side: f"poetx: perm_{side} without tangent_{side}",
-        )
-        if tangent is None:
-            continue
-        torch._check(
-            tangent.dim() == 3
-            and tangent.shape[1] == tangent.shape[2]
-            and tangent.shape[0] * tangent.shape[1] <= width,
-            lambda side=side, t=tangent, width=width: (
-                f"poetx: tangent_{side} must be [blocks, b, b] with blocks·b ≤ {width}, "
-                f"got {list(t.shape)}"
-            ),
-        )
-        check_pair(pair, width, f"perm_{side}")
+    if tangent is None:
+        return
+    torch._check(
+        tangent.dim() == 3
+        and tangent.shape[1] == tangent.shape[2]
+        and tangent.shape[0] * tangent.shape[1] <= width,
+        lambda: (
+            f"poetx: tangent_{side} must be [blocks, b, b] with blocks·b ≤ {width}, "
+            f"got {list(tangent.shape)}"
+        ),
+    )
+    check_pair(pair, width, f"perm_{side}")
 
 
 def folded_linear_reference(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:

@@ -256,13 +256,22 @@ def test_explain_says_what_no_graph_called():
 
 
 def test_a_weight_built_apart_from_its_product_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """torch skips the forward of its own classes that are compiled in place, here a Sequential."""
-    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 12)
+
+        def forward(self, x):
+            weight = self.linear.weight
+            if self.breaks:
+                torch._dynamo.graph_break()
+            return nn.functional.linear(x, weight)
+
+    model = Apart()
     poetx.prepare(model, poetx.POETXConfig(block_size=4))
+    compiled = torch.compile(model, backend=poetx.poetx_backend, options={"stage": "eager"})
     x = torch.randn(3, 8)
-    expected = model(x)
-    torch.compile(model, backend=poetx.poetx_backend, options={"stage": "eager"})(x)
-    assert "leaves the compiled graph" not in caplog.text
-    model.compile(backend=poetx.poetx_backend, options={"stage": "eager"})
-    assert_close(model(x), expected)
-    assert "weight of shape [12, 8] leaves the compiled graph" in caplog.text
+    for model.breaks in (False, True):
+        assert_close(compiled(x), model(x))
+        told = "weight of shape [12, 8] leaves the compiled graph" in caplog.text
+        assert told == model.breaks
