@@ -37,7 +37,8 @@ from torch.utils import _pytree as pytree
 from torch import _disable_dynamo
 from torch._C import _current_graph_task_id
 from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.guards import GuardBuilder
+from torch._dynamo.source import AttrSource, ConstantSource
 from torch._guards import CompileContext, TracingContext, detect_fake_mode, tracing
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import custom_graph_pass, list_mode_options, list_options, metrics

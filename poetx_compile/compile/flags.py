@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from poetx_compile._torch import AttrSource, GuardBuilder, TracingContext
 from poetx_compile.errors import RewriteError
 from poetx_compile.passes import graphs
 
@@ -79,10 +80,7 @@ def _guard(place: fx.Node) -> None:
 
     No torch skips the guard of an attribute.
     """
-    from torch._dynamo.guards import GuardBuilder
-    from torch._dynamo.source import AttrSource
-
-    tracing = torch._guards.TracingContext.try_get()
+    tracing = TracingContext.try_get()
     source = getattr(place, "_dynamo_source", None)
     if tracing is not None and source is not None and source.subguards_allowed():
         flag = AttrSource(source, "requires_grad").make_guard(GuardBuilder.CONSTANT_MATCH)

@@ -139,8 +139,8 @@ def _warn_of_weights_that_leave(record: passes.Record) -> None:
     if left:
         log.warning(
             "an effective weight of shape %s leaves the compiled graph, built as a dense matrix: "
-            "right, and slow; what is written into it there is lost. Look for a graph break. Before "
-            "torch 2.14 module.compile() does that for torch's own classes, such as "
+            "right, and slow; what is written into it there is lost. Look for a graph break. "
+            "Before torch 2.14 module.compile() does that for torch's own classes, such as "
             "nn.Sequential: use torch.compile(module)",
             list(left[0].shape or ()),
         )
