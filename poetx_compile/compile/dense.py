@@ -1,7 +1,7 @@
 """What trains densely although its model went to the compiler: told once for each optimiser.
 
 A backend is given graphs. What Dynamo runs outside of them (a frame that it skips, a graph break in
-a loop, `nn.LSTM`), and what a graph reads inside of `torch.cond`, is trained by autograd as ever,
+a loop), and what a graph reads inside of `torch.cond`, is trained by autograd as ever,
 and nobody would hear of it. So after the first step of an optimiser its gradients are looked at.
 """
 
@@ -67,8 +67,8 @@ def _tell(optimizer: Optimizer, held: set[torch.Tensor]) -> None:
         if dense := [user_name(n) for n in plain if reasons[n] is None]:
             log.warning(
                 "%d of %d nn.Linear of %s train densely: %s. Dynamo ran them outside of its graphs "
-                "(a frame that it skips, a graph break in a loop, nn.LSTM; TORCH_LOGS=graph_breaks "
-                "tells), or inside of torch.cond or map. Rotations of a model that "
+                "(a frame that it skips, a graph break in a loop, before torch 2.15 nn.LSTM; "
+                "TORCH_LOGS=graph_breaks tells), or inside of torch.cond or map. Rotations of a model that "
                 "poetx_compile.prepare(model) has prepared before train everywhere",
                 len(dense),
                 len(found),

@@ -20,14 +20,19 @@ OPTIONS = {"stage": "eager", "block_size": 4}
 
 
 class Recurrent(nn.Module):
-    """Dynamo skips the frame of an LSTM, linears and all."""
+    """Dynamo skips the frame of a loop that breaks by values, linears and all."""
 
     def __init__(self):
         super().__init__()
-        self.up, self.rnn, self.down = nn.Linear(12, 12), nn.LSTM(12, 12), nn.Linear(12, 12)
+        self.up, self.down = nn.Linear(12, 12), nn.Linear(12, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.rnn(self.up(x))[0])
+        x = self.up(x)
+        for _ in range(3):
+            x = x.tanh()
+            if x.abs().max() < 0.1:
+                break
+        return self.down(x)
 
 
 class Mixture(nn.Module):
