@@ -80,5 +80,5 @@ ATTRIBUTES = {
 
 def __getattr__(name: str) -> Any:
     if name not in LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(name)
     return getattr(importlib.import_module(LATE[name]), name)
