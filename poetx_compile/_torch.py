@@ -11,37 +11,42 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Tensors: those that only look like one, and what leaves no trace.
-from torch._C import DisableTorchFunctionSubclass, _len_torch_dispatch_stack
-from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+# Tensors
+from torch._C import DisableTorchFunctionSubclass  # effective weights taken for plain tensors
+from torch._C import _len_torch_dispatch_stack  # modes under which values cannot be read
+from torch._C._functorch import is_functorch_wrapped_tensor  # no memory of its own: `torch.func`
+from torch._C._functorch import peek_interpreter_stack  # whether such a transform is at work
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, is_fake
-from torch.autograd import _unsafe_preserve_version_counter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-# Ops: how one is called below autocast.
-from torch._C import DispatchKey, DispatchKeySet, _DisableAutocast, _ExcludeDispatchKeyGuard
-
-# Modules that compute with each weight once.
-from torch.nn.modules.conv import _ConvNd
-
-# Graphs: what nodes call, the marks that Dynamo puts between them, and values for new ones.
-from torch._C import _nn, _set_grad_enabled
-from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._prims_common import is_contiguous_or_false
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
+from torch.autograd import _unsafe_preserve_version_counter  # a weight that is set to itself
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # DTensors and their like
 from torch.utils import _pytree as pytree
 
-# A compilation in progress or to come, and a backward.
-from torch import _disable_dynamo
-from torch._C import _current_graph_task_id
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
-from torch._dynamo.guards import GuardBuilder
-from torch._dynamo.source import AttrSource, ConstantSource
+# Ops and modules
+from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard  # below autocast
+from torch.nn.modules.conv import _ConvNd  # weights of three dimensions that are no experts
+
+# Graphs
+from torch._C import _nn  # elementwise functions as nodes call them
+from torch._C import _set_grad_enabled  # the marks that Dynamo puts between nodes
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket  # what nodes call
+from torch._dispatch.python import enable_python_dispatcher  # the values of new nodes
+from torch._prims_common import is_contiguous_or_false  # adds no guard
+
+# Dynamo and autograd at work
+from torch import _disable_dynamo  # `torch.compiler.disable` would load Dynamo
+from torch._C import _current_graph_task_id  # whether a backward runs
+from torch._C import _DisableAutocast  # a backward compiled in the user's autocast region
+from torch._dynamo.eval_frame import OptimizedModule, innermost_backend  # what a module was given
+from torch._dynamo.guards import GuardBuilder  # a flag that torch 2.11 does not guard
+from torch._dynamo.source import AttrSource, ConstantSource  # inputs that have no place in a frame
 from torch._guards import CompileContext, TracingContext, detect_fake_mode, tracing
-from torch._higher_order_ops import triton_kernel_wrap
-from torch._inductor import custom_graph_pass, list_mode_options, list_options, metrics
+
+# Inductor
+from torch._higher_order_ops import triton_kernel_wrap  # what a kernel writes
+from torch._inductor import custom_graph_pass  # whether one pass or a list: torch 2.11 or later
+from torch._inductor import list_mode_options, list_options, metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
 LATE = {
