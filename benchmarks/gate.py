@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.tolerances import tolerance
+from benchmarks.tolerances import relative_error, tolerance
 
 ANGLE = 0.18
 """About the largest angle of the rotations that are checked and timed, below the guard's 0.25."""
@@ -20,16 +20,10 @@ class GateError(AssertionError):
 
 
 def check(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> float:
-    """``‖actual − expected‖ / ‖expected‖``; `GateError` where it exceeds the table for `dtype`.
-
-    The table is that of the tests, `tests/helpers/tolerances.py`.
-    """
+    """``‖actual − expected‖ / ‖expected‖``; `GateError` where it exceeds the table for `dtype`."""
     if actual.shape != expected.shape:
         raise GateError(f"{what}: shape {list(actual.shape)}, not {list(expected.shape)}")
-    # On the device: copies of large activations to the host would take longer than the benchmark.
-    wide = expected.detach().double()
-    scale = wide.norm().item()
-    error = (actual.detach().double() - wide).norm().item() / (scale if scale > 0 else 1.0)
+    error = relative_error(actual, expected)
     if not error <= tolerance(dtype):  # NaN is no success
         raise GateError(f"{what}: relative error {error:.3g} exceeds {tolerance(dtype):.3g}")
     return error

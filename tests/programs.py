@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ from poetx_compile import passes
 from poetx_compile.compile.options import BackendOptions
 from poetx_compile.compile.rewrite import DryRun, rewrite
 from poetx_compile.layers.eligibility import linears
-from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.layers.prepare import register
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import relative_error, tolerance
 
 WIDTH, HIDDEN = 6, 9
@@ -296,7 +296,7 @@ class Trial:
         model = copy.deepcopy(self.plain)
         shared = [SIDES] if self.choose.random() < 0.5 else []
         poetx.prepare(model, poetx.POETXConfig(block_size=4), shared=shared)
-        _turn(equivalence for _, _, equivalence in prepared_linears(model))
+        turn(model)
         graph, leaves = captured(model, *self.inputs), self.leaves(model)
         eager, found = self.eager(model, leaves), []
         for options in self.ways():
@@ -310,7 +310,7 @@ class Trial:
         states = dry_run.adopted
         graph, ways = captured(model, *self.inputs), self.ways()
         runs = [_rewritten(*graph, options, dry_run) for options in ways]
-        _turn(states.values())
+        turn(nn.ModuleList(states.values()))
         leaves, reference = self.leaves(model), copy.deepcopy(self.plain)
         for name, linear in linears(reference).items():
             weight = leaves[f"{name}.weight"]
@@ -345,7 +345,7 @@ class Trial:
             for each in (outcome, *eager):
                 each.gradients.pop(f"{name}.weight", None)
         found += [f"first, {options}: {d}" for d in outcome.differences(*eager)]
-        _turn(equivalence for _, _, equivalence in prepared_linears(model))
+        turn(model)
         leaves = self.leaves(model)
         eager = self.eager(model, leaves)
         for batch in ("second", "third"):
@@ -412,14 +412,6 @@ def _rewritten(
     made = rewrite(graph, inputs, BackendOptions.parse(None, options), dry_run=dry_run)
     run = made.bind(made.graph)
     return lambda: run(*inputs)
-
-
-def _turn(equivalences: Iterable[nn.Module]) -> None:
-    """Rotations away from the identity."""
-    for equivalence in equivalences:
-        for side in SKEWS:
-            skew = getattr(equivalence, side)
-            skew.data.copy_(0.1 * torch.randn(skew.shape, dtype=torch.float64))
 
 
 def main() -> None:

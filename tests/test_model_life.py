@@ -26,9 +26,9 @@ from poetx_compile.layers.parametrization import equivalence_of, prepared_linear
 from poetx_compile.optim import POETXAdamW, POETXMuon, attach, param_groups
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import TinyLM
+from tests.helpers.rotations import skews, turn
 from tests.helpers.tolerances import relative_error, tolerance
-from tests.layers.test_parametrization import turn
-from tests.optim.test_schedule import both, build, skews, train_step
+from tests.helpers.training import both, build, train_step
 
 TOKENS = torch.arange(12).reshape(2, 6)
 

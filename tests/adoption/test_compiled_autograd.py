@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import poetx_compile as poetx
 from poetx_compile.adoption import adopter
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.parametrization import stored_weight
 from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP
+from tests.helpers.rotations import skews
 
 OPTIONS = {"stage": "eager", "block_size": 4, "merge_interval": 2, "max_angle": None}
 
@@ -40,10 +41,6 @@ def build(lr: float = 1e-3) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
 
 def loss_of(run: Callable[[Tensor], Tensor]) -> Tensor:
     return F.mse_loss(run(X), TARGET)
-
-
-def skews(model: nn.Module) -> list[nn.Parameter]:
-    return [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
 
 
 def test_rotations_settle_train_and_merge():

@@ -23,6 +23,7 @@ from poetx_compile.layers.parametrization import equivalence_of, prepared_linear
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.optim.takeover import FOLLOWS
 from tests.helpers.models import MLP, TinyLM
+from tests.helpers.rotations import skews
 from tests.helpers.tolerances import assert_close
 
 OPTIONS = {"stage": "eager", "block_size": 4, "merge_interval": 3, "max_angle": None}
@@ -50,10 +51,6 @@ def train(run: Any, model: nn.Module, optimizer: torch.optim.Optimizer, steps: i
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def skews(model: nn.Module) -> list[nn.Parameter]:
-    return [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
 
 
 def mlp() -> nn.Module:

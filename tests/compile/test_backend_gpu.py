@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import poetx_compile as poetx
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import SwiGLU
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
-from tests.optim.test_merge import turn
 
 pytestmark = pytest.mark.gpu
 

@@ -14,8 +14,8 @@ from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import ConfigError, IncompatibleStateError, NothingToTrainError
 from poetx_compile.layers.eligibility import linears
 from poetx_compile.layers.parametrization import prepared_linears
-from tests.helpers.graph_of import turned
 from tests.helpers.models import MLP, TinyLM
+from tests.helpers.rotations import turn
 
 CONFIG = poetx.POETXConfig(block_size=4)
 TOKENS = torch.arange(10).reshape(2, 5)
@@ -55,7 +55,7 @@ HOWS = ("plain", "parts first", "parts after")
 @pytest.mark.parametrize("there", HOWS)
 @pytest.mark.parametrize("here", HOWS)
 def test_states_fit_whatever_is_compiled(here, there, way, tmp_path):
-    saved, loaded = turned(tiny(here)), tiny(there, seed=1)
+    saved, loaded = turn(tiny(here)), tiny(there, seed=1)
     if way == "checkpoint":
         poetx.save_checkpoint(tmp_path / "file", saved)
         poetx.load_checkpoint(tmp_path / "file", loaded)
@@ -81,7 +81,7 @@ def test_checkpoints_of_models_nobody_prepared_fit_as_well(compiled, tmp_path):
 
 
 def test_a_compiled_whole_loads_into_the_model_and_back(tmp_path):
-    saved, loaded = turned(tiny("parts first")), tiny("plain", seed=1)
+    saved, loaded = turn(tiny("parts first")), tiny("plain", seed=1)
     loaded.load_state_dict(torch.compile(saved, backend="eager").state_dict())
     assert all(torch.equal(v, state_of(saved)[n]) for n, v in state_of(loaded).items())
     poetx.save_checkpoint(tmp_path / "file", loaded)
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_as_without_compiled_parts():
 
 
 def test_a_part_of_the_model_takes_its_part_of_the_state():
-    saved, loaded = turned(tiny("plain")), tiny("parts first", seed=1)
+    saved, loaded = turn(tiny("plain")), tiny("parts first", seed=1)
     loaded.layers[0]._orig_mod.load_state_dict(saved.layers[0].state_dict())
     mine, theirs = loaded.layers[0].state_dict(), saved.layers[0].state_dict()
     assert all(torch.equal(value, theirs[user_name(name)]) for name, value in mine.items())

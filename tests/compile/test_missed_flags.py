@@ -13,6 +13,7 @@ import poetx_compile as poetx
 from poetx_compile.errors import RewriteError
 from poetx_compile.layers.parametrization import prepared_linears, stored_weight
 from tests.helpers.models import MLP
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
 
 PARTS = {"model": "", "rotations": "skew", "biases": "bias", "stored weights": "original"}
@@ -32,11 +33,7 @@ def prepared(cls: type[nn.Module] = MLP, formulation: str = "auto") -> nn.Module
     torch.manual_seed(0)
     model = cls()
     poetx.prepare(model, poetx.POETXConfig(block_size=4, formulation=formulation))
-    with torch.no_grad():
-        for _, _, e in prepared_linears(model):
-            e.skew_in.normal_(std=0.05)
-            e.skew_out.normal_(std=0.05)
-    return model
+    return turn(model)
 
 
 def set_flags(model: nn.Module, part: str, flag: bool) -> None:

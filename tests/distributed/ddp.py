@@ -37,10 +37,10 @@ from tests.distributed.training import (
     rank,
     same_everywhere,
     train,
-    turn,
     world,
 )
 from tests.helpers.models import TinyLM
+from tests.helpers.rotations import turn
 
 
 @contextmanager

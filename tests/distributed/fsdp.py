@@ -46,10 +46,10 @@ from tests.distributed.training import (
     rank,
     same_everywhere,
     train,
-    turn,
     world,
 )
 from tests.helpers.models import OddZoo, TinyLM
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
 
 
@@ -92,8 +92,8 @@ def check_compiled_before_and_after_whole_and_by_block() -> None:
 def check_merged_bits_are_those_of_one_process() -> None:
     model, single = shard(build()), build()
     for seed in range(2):
-        turn(model, seed)
-        turn(single, seed)
+        turn(model, seed=seed)
+        turn(single, seed=seed)
         merge(model)
         merge(single)
         assert digest(model) == digest(single)

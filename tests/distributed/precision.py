@@ -32,9 +32,9 @@ from tests.distributed.training import (
     raises,
     same_everywhere,
     train,
-    turn,
     world,
 )
+from tests.helpers.rotations import turn
 
 BF16 = torch.bfloat16
 POLICY = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
@@ -106,8 +106,8 @@ def check_replicated_and_sharded_dimensions_of_a_mesh() -> None:
 def check_merges() -> None:
     model, single = shard(build(BF16)), build(BF16)
     for seed in range(2):
-        turn(model, seed)
-        turn(single, seed)
+        turn(model, seed=seed)
+        turn(single, seed=seed)
         merge(model)
         merge(single)
         assert digest(model) == digest(single)

@@ -118,14 +118,6 @@ def assert_alike(losses: list[float], expected: list[float], dtype=torch.float32
     assert abs(losses[-1] - losses[0]) > 0.01, f"nothing was learnt: {losses}"
 
 
-def turn(model: nn.Module, seed: int) -> None:
-    """The same random rotations in every process, however they are sharded."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, _, e in prepared_linears(model):
-        for skew in (e.skew_in, e.skew_out):
-            shards.write(skew, 0.05 * torch.randn(skew.shape, generator=generator))
-
-
 def digest(model: nn.Module) -> str:
     """A hash of every parameter and buffer, whole."""
     result = hashlib.sha256()

@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import poetx_compile as poetx
 from poetx_compile.inspect.explain import Explanation
-from poetx_compile.layers.parametrization import prepared_linears
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
 
 
@@ -18,17 +18,19 @@ def prepared(model: nn.Module, block_size: int | tuple[int, int] = 8, **config: 
     """`model` prepared, with rotations away from the identity."""
     config.setdefault("formulation", "input_centric")
     poetx.prepare(model, poetx.POETXConfig(block_size=block_size, **config))
-    return turned(model)
+    return turn(model)
 
 
-def turned(model: nn.Module) -> nn.Module:
-    """A prepared `model` with rotations away from the identity."""
-    generator = torch.Generator().manual_seed(1)
-    for _, _, equivalence in prepared_linears(model):
-        for skew in (equivalence.skew_in, equivalence.skew_out):
-            noise = torch.randn(skew.shape, generator=generator, dtype=torch.float64)
-            skew.data.copy_(0.1 * noise)
-    return model
+def dynamo_graph(model: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
+    """What Dynamo gives to a backend."""
+    caught = []
+
+    def catch(gm, _):
+        caught.append(gm)
+        return gm
+
+    torch.compile(model, backend=catch, fullgraph=True)(*inputs)
+    return caught[0]
 
 
 def explained(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:

@@ -29,7 +29,7 @@ from poetx_compile.optim.angle import AngleGuard
 from poetx_compile.state import files
 from pretraining.training import Training
 from tests.helpers.models import TinyLM
-from tests.optim.test_schedule import train_step
+from tests.helpers.training import train_step
 
 STEPS, SAVE_EVERY, INTERVAL = 10, 2, 4
 LAYERS = 7  # of the model: so many layers are merged at steps 4 and 8

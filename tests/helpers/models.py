@@ -35,6 +35,20 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Siblings(nn.Module):
+    """q, k, v of one input (they share its permutation) and an output layer."""
+
+    def __init__(self, width: int = 48, bias: bool = True):
+        super().__init__()
+        self.q = nn.Linear(width, width, bias=bias)
+        self.k = nn.Linear(width, 32, bias=bias)
+        self.v = nn.Linear(width, 32, bias=bias)
+        self.o = nn.Linear(32, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(self.k(x)) * self.v(x)) + self.q(x)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention without positions: q, k, v read one tensor."""
 

@@ -1,41 +1,13 @@
-"""The one table of tolerances, and the norm-relative comparison that uses it.
-
-A tolerance bounds ``‖actual − expected‖ / ‖expected‖`` (Frobenius), not single entries: one number
-holds for outputs and gradients of every size, and a wrong formula misses it by orders of magnitude.
-"""
+"""The norm-relative comparison of the tests, by the table of `benchmarks/tolerances.py`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_TOLERANCE: dict[torch.dtype, float] = {
-    # Unit roundoff 1.1e-16; the batched solve and chains of ten products cost three digits.
-    torch.float64: 1e-12,
-    # Unit roundoff 6e-8; sums of a few thousand terms in another order cost two digits.
-    torch.float32: 1e-5,
-    # Unit roundoff 4.9e-4: two roundings of every entry, and the sum of both.
-    torch.float16: 2e-3,
-    # Unit roundoff 3.9e-3: the same.
-    torch.bfloat16: 1.5e-2,
-}
+from benchmarks.tolerances import MEMORY, relative_error, tolerance
 
-
-MEMORY = 0.02
-"""Of bytes that are estimated against bytes that an allocator has counted: what libraries and their
-kernels allocate for themselves is not in the estimate, 0.3 to 1.2 % of the peaks of a 1B model."""
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The norm-relative error allowed for results that were rounded to `dtype`."""
-    return _TOLERANCE[dtype]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``‖actual − expected‖ / ‖expected‖`` in float64; absolute where expected is zero."""
-    a, e = actual.detach().double().cpu(), expected.detach().double().cpu()
-    scale = e.norm().item()
-    return (a - e).norm().item() / (scale if scale > 0 else 1.0)
+__all__ = ["MEMORY", "assert_close", "relative_error", "tolerance"]
 
 
 def assert_close(

@@ -8,10 +8,11 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.inspect.diagnostics import diagnostics, spectrum, spectrum_drift
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears
+from poetx_compile.layers.parametrization import equivalence_of
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.optim.spectral_norm import largest_norms, spectral_norms
 from tests.helpers.models import OddZoo
+from tests.helpers.rotations import sides
 
 
 def test_a_known_rotation() -> None:
@@ -31,11 +32,10 @@ def test_the_largest_over_every_layer_and_block_size() -> None:
     model = OddZoo()
     poetx.prepare(model, poetx.POETXConfig(block_size=8, exclude_modules=()))
     norms = []
-    for _, _, e in prepared_linears(model):
-        for skew, b in ((e.skew_in, e.block_in), (e.skew_out, e.block_out)):
-            nn.init.normal_(skew, std=0.05)
-            if skew.numel():
-                norms.append(torch.linalg.matrix_norm(unpack(skew.detach().double(), b), ord=2))
+    for skew, b in sides(model):
+        nn.init.normal_(skew, std=0.05)
+        if skew.numel():
+            norms.append(torch.linalg.matrix_norm(unpack(skew.detach().double(), b), ord=2))
     figures = diagnostics(torch.compile(model, backend="eager"))
     assert figures["angle_max"] == pytest.approx(torch.cat(norms).max().item(), rel=1e-5)
     assert figures["angle_mean"] == pytest.approx(torch.cat(norms).mean().item(), rel=1e-5)

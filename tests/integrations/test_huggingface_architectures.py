@@ -14,7 +14,8 @@ from poetx_compile.compile import backend
 from poetx_compile.errors import NothingToTrainError
 from poetx_compile.passes import Record
 from tests.helpers import huggingface
-from tests.helpers.graph_of import prepared, turned
+from tests.helpers.graph_of import prepared
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close, tolerance
 
 LEFT_ALONE = {
@@ -99,7 +100,7 @@ def test_compiled_equals_eager_and_every_layer_has_a_reason(make, formulation, r
     skipped = {row.name: row.reason for row in report if row.status == "skipped"}
     assert skipped == LEFT_ALONE[make]
 
-    assert_compiled_equals_eager(turned(model), arguments, formulation)
+    assert_compiled_equals_eager(turn(model), arguments, formulation)
     (record,) = records
     rewritten = {layer.name for e in record.applied(formulation) for layer in e.layers}
     assert rewritten == {row.name for row in report if row.status == "prepared"}

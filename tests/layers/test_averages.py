@@ -15,8 +15,8 @@ from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.parametrization import prepared_linears, stored_weight
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import MLP
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
-from tests.layers.test_parametrization import turn
 
 X = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
 

@@ -27,8 +27,8 @@ from poetx_compile.layers.prepare import prepare
 from poetx_compile.optim import POETXAdamW
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import TinyLM
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
-from tests.layers.test_parametrization import turn
 
 LAYERS = 7  # prepared ones of a model with one block
 TOKENS = torch.arange(12).reshape(2, 6)

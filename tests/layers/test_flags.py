@@ -15,6 +15,7 @@ from poetx_compile.optim.groups import BLOCK
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.optim.takeover import FOLLOWS
 from tests.helpers.models import MLP, SwiGLU
+from tests.helpers.rotations import skews, turn
 from tests.helpers.tolerances import assert_close
 
 CONFIG = poetx.POETXConfig(block_size=4, merge_interval=100, max_angle=None)
@@ -23,10 +24,6 @@ FORMS = ["eager", "auto", "input_centric", "folded"]
 
 def stores(model: nn.Module) -> list[nn.Parameter]:
     return [stored_weight(m) for _, m, _ in prepared_linears(model)]
-
-
-def skews(model: nn.Module) -> list[nn.Parameter]:
-    return [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
 
 
 def toggle(model: nn.Module) -> None:
@@ -41,10 +38,7 @@ def prepared(form: str = "auto", **fields: Any) -> nn.Module:
     fields["formulation"] = "auto" if form == "eager" else form
     model = MLP()
     poetx.prepare(model, poetx.POETXConfig(block_size=4, **fields))
-    with torch.no_grad():
-        for skew in skews(model):
-            skew.normal_(std=0.05)
-    return model
+    return turn(model)
 
 
 def ready(model: nn.Module, form: str, stage: str = "aot_eager", **options: Any) -> Any:
@@ -228,15 +222,15 @@ def test_a_gan_loop_trains_as_one_that_toggles_nothing(form: str, graphs: Any) -
         frozen = [s.clone() for s in stores(critic)]
         for step in range(3):
             z = torch.randn(6, 12, generator=torch.Generator().manual_seed(step))
-            for turn, optimizer in enumerate(optimizers):
+            for player, optimizer in enumerate(optimizers):
                 if toggles:
-                    critic.requires_grad_(turn == 1)
-                fake = g(z) if turn == 0 else g(z).detach()
-                loss = d(fake).mean() * (1 - 2 * turn)
+                    critic.requires_grad_(player == 1)
+                fake = g(z) if player == 0 else g(z).detach()
+                loss = d(fake).mean() * (1 - 2 * player)
                 critic.zero_grad()
                 generator.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_((generator, critic)[turn].parameters(), 0.1)
+                nn.utils.clip_grad_norm_((generator, critic)[player].parameters(), 0.1)
                 optimizer.step()
         assert all(map(torch.equal, stores(critic), frozen))
         return [*generator.parameters()], [*critic.parameters()]
@@ -256,13 +250,13 @@ def test_a_gan_loop_over_models_that_nobody_prepared() -> None:
     options = {"stage": "eager", "block_size": 4}
     g, d = (torch.compile(m, backend=poetx.poetx_backend, options=options) for m in models)
     for step in range(3):
-        for turn, optimizer in enumerate(optimizers):
-            critic.requires_grad_(turn == 1)
+        for player, optimizer in enumerate(optimizers):
+            critic.requires_grad_(player == 1)
             z = torch.randn(6, 12)
-            fake = g(z) if turn == 0 else g(z).detach()
+            fake = g(z) if player == 0 else g(z).detach()
             generator.zero_grad()
             critic.zero_grad()
-            (d(fake).mean() * (1 - 2 * turn)).backward()
+            (d(fake).mean() * (1 - 2 * player)).backward()
             optimizer.step()
         if step == 0:
             frozen = [s.clone() for m in models for s in stores(m)]

@@ -18,8 +18,8 @@ from poetx_compile.optim import POETXAdamW
 from poetx_compile.optim.merge import merge
 from poetx_compile.state.plain import plain_state_dict
 from tests.helpers.models import MLP, OddZoo, SwiGLU, TinyLM
+from tests.helpers.rotations import trained, turn
 from tests.helpers.tolerances import assert_close
-from tests.layers.test_parametrization import turn
 
 CONFIG = POETXConfig(block_size=4)
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -33,16 +33,6 @@ def tiny(width: int = 16) -> TinyLM:
 
 def prepared(model: nn.Module, **config) -> nn.Module:
     prepare(model, POETXConfig(**({"block_size": 4} | config)))
-    return model
-
-
-def trained(model: nn.Module, merges: int = 2, **config) -> nn.Module:
-    """Prepared, merged a few times and turned."""
-    prepared(model, **config)
-    for _ in range(merges):
-        turn(model)
-        merge(model)
-    turn(model)
     return model
 
 

@@ -23,6 +23,7 @@ from poetx_compile.layers.parametrization import (
 from poetx_compile.layers.prepare import prepare
 from tests.helpers.models import SwiGLU
 from tests.helpers.references import expand
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
 
 CONFIG = POETXConfig(block_size=4)
@@ -42,16 +43,6 @@ CONFIG = POETXConfig(block_size=4)
 )
 def test_blocks_of_a_side(size: int, b: int, expected: tuple[int, int]) -> None:
     assert side_blocks(size, b) == expected
-
-
-def turn(model: nn.Module, angle: float = 0.05) -> None:
-    """Give every skew parameter random values."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, _, e in prepared_linears(model):
-            for skew in (e.skew_in, e.skew_out):
-                noise = torch.randn(skew.shape, generator=generator, dtype=torch.float64)
-                skew.copy_(angle * noise)
 
 
 def _linear(dtype: torch.dtype = torch.float32, m: int = 11, n: int = 7):

@@ -19,8 +19,8 @@ from poetx_compile.errors import ConfigError, NothingToTrainError
 from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.prepare import config_of, merge_and_unload, prepare
 from tests.helpers.models import MLP, Attention, OddZoo, SwiGLU, TinyLM
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
-from tests.layers.test_parametrization import turn
 
 CONFIG = POETXConfig(block_size=4)
 
@@ -543,7 +543,7 @@ def test_merge_and_unload_keeps_the_outputs_of_rotated_layers(name, dtype, cayle
     model, x = _make(name, dtype)
     original, reference = model(x), copy.deepcopy(model)
     prepare(model, POETXConfig(block_size=4, cayley=cayley))
-    turn(model, angle=0.1)
+    turn(model, angle=0.3)
     rotated = model(x)
     assert not torch.allclose(rotated, original, rtol=0, atol=1e-2)
     merge_and_unload(model)

@@ -16,8 +16,8 @@ from poetx_compile.layers.permutation import Permutation
 from poetx_compile.layers.prepare import merge_and_unload, prepare
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import MLP, Attention, SwiGLU, TinyLM
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
-from tests.layers.test_parametrization import turn
 
 CONFIG = POETXConfig(block_size=4)
 GATED = ("gate_proj.out", "up_proj.out", "down_proj.in")
@@ -113,7 +113,7 @@ def test_step_zero_and_the_way_back_are_bitwise_the_original(kind: str) -> None:
 def test_a_merge_draws_one_permutation_for_the_group() -> None:
     model, tokens = TinyLM().double(), torch.randint(24, (2, 5))
     prepare(model, CONFIG, shared=[GATED, RESIDUAL])
-    turn(model, 0.01)
+    turn(model, 0.02)
     before = groups(model)
     old = permutation(model, "layers.0.attention.q_proj.in").pair.clone()
     expected = model(tokens)

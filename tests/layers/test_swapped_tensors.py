@@ -17,8 +17,9 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.layers.parametrization import equivalence_of, prepared_linears
-from tests.helpers.graph_of import prepared, turned
+from tests.helpers.graph_of import prepared
 from tests.helpers.models import MLP, TinyLM
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
 
 # Torch 2.11 swaps nothing that was compiled, whatever the backend.
@@ -133,7 +134,7 @@ def test_from_meta_and_copies():
     poetx.prepare(model, CONFIG)
     model.to_empty(device="cpu")
     model.load_state_dict(MLP().state_dict())
-    copied = copy.deepcopy(turned(model))
+    copied = copy.deepcopy(turn(model))
     copied.double()
     assert_close(copied(X.double()), model(X), torch.float32)
 
@@ -142,7 +143,7 @@ def test_prepare_and_unload_while_a_graph_is_alive():
     model = MLP()
     out = model(X)
     poetx.prepare(model, CONFIG)
-    expected = turned(model)(X)
+    expected = turn(model)(X)
     poetx.merge_and_unload(model)
     assert [type(p) for p in model.parameters()] == [nn.Parameter] * 4
     assert_close(model(X), expected)

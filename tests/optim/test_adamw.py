@@ -10,7 +10,7 @@ import poetx_compile as poetx
 from poetx_compile.optim import POETXAdamW, POETXMuon, param_groups
 from tests.helpers.models import TinyLM
 from tests.helpers.tolerances import assert_close
-from tests.optim.test_schedule import build, train_step
+from tests.helpers.training import build, train_step
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"foreach": True}, {"fused": True}, {"amsgrad": True}])

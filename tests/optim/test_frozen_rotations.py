@@ -14,21 +14,15 @@ from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.optim.groups import BLOCK
 from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP
+from tests.helpers.rotations import skews, turn
 
 CONFIG = poetx.POETXConfig(block_size=4, merge_interval=2)
-
-
-def skews(model: nn.Module) -> list[nn.Parameter]:
-    return [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
 
 
 def prepared(**fields: Any) -> nn.Module:
     model = nn.Sequential(MLP(), nn.LayerNorm(12))
     poetx.prepare(model, poetx.POETXConfig(block_size=4, merge_interval=2, **fields))
-    with torch.no_grad():
-        for skew in skews(model):
-            skew.normal_(std=0.02)
-    return model
+    return turn(model)
 
 
 def freeze(model: nn.Module, what: str) -> None:

@@ -16,35 +16,11 @@ import poetx_compile as poetx
 from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.inspect.diagnostics import spectrum, spectrum_drift
 from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
-from poetx_compile.ops.packing import unpack
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim.merge import merge, merged_rotation, polar_factor
+from tests.helpers.models import Siblings
+from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close, relative_error, tolerance
-
-
-class Siblings(nn.Module):
-    """q, k, v of one input (they share its permutation) and an output layer."""
-
-    def __init__(self, width: int = 48, bias: bool = True):
-        super().__init__()
-        self.q = nn.Linear(width, width, bias=bias)
-        self.k = nn.Linear(width, 32, bias=bias)
-        self.v = nn.Linear(width, 32, bias=bias)
-        self.o = nn.Linear(32, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(torch.tanh(self.k(x)) * self.v(x)) + self.q(x)
-
-
-def turn(model: nn.Module, angle: float, seed: int = 0) -> None:
-    """Random skew parameters, each block of spectral norm `angle`."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, _, e in prepared_linears(model):
-        for skew, b in ((e.skew_in, e.block_in), (e.skew_out, e.block_out)):
-            if skew.numel():
-                values = torch.randn(skew.shape, generator=generator, dtype=torch.float64)
-                norm = torch.linalg.matrix_norm(unpack(values, b), ord=2)
-                skew.data.copy_(angle * values / norm[:, None])
 
 
 def config(**fields) -> poetx.POETXConfig:
@@ -344,15 +320,16 @@ def test_a_model_is_compiled_again_once_a_checkpoint_ends_a_cut_off_merge(
 
 _OTHER_PROCESS = """
 import torch
-from tests.optim.test_merge import Siblings, config, turn
 import poetx_compile as poetx
 from poetx_compile.optim.merge import merge
+from tests.helpers.models import Siblings
+from tests.helpers.rotations import turn
 torch.manual_seed(5)
 torch.set_num_threads(1)
 model = Siblings()
 torch.manual_seed({seed})
 torch.rand({seed})
-poetx.prepare(model, config(seed=3))
+poetx.prepare(model, poetx.POETXConfig(block_size=16, exclude_modules=(), seed=3))
 for i in range(2):
     turn(model, 0.2, seed=i)
     merge(model)

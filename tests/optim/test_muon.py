@@ -9,13 +9,14 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears
+from poetx_compile.layers.parametrization import equivalence_of
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.optim import POETXMuon, blocks
 from poetx_compile.optim.muon import orthogonalize
 from tests.helpers.models import OddZoo, TinyLM
+from tests.helpers.rotations import sides, skews
 from tests.helpers.tolerances import relative_error
-from tests.optim.test_schedule import build, skews, train_step
+from tests.helpers.training import build, train_step
 
 
 @pytest.mark.parametrize("b", [2, 3, 16, 65])
@@ -68,11 +69,10 @@ def test_two_steps_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_plane_turns_by_about_the_learning_rate() -> None:
     model, optimizer = build(POETXMuon, poetx_lr=0.02)
     train_step(model, optimizer)
-    for _, _, e in prepared_linears(model):
-        for skew, b in ((e.skew_in, e.block_in), (e.skew_out, e.block_out)):
-            norms = torch.linalg.matrix_norm(unpack(skew.detach(), b), ord=2)
-            assert (norms > 0.65 * 0.02).all()
-            assert (norms < 1.25 * 0.02).all()
+    for skew, b in sides(model):
+        norms = torch.linalg.matrix_norm(unpack(skew.detach(), b), ord=2)
+        assert (norms > 0.65 * 0.02).all()
+        assert (norms < 1.25 * 0.02).all()
 
 
 def test_it_trains() -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 import poetx_compile as poetx
 from poetx_compile.errors import AdoptionError, ConfigError
-from poetx_compile.layers.parametrization import equivalence_of, stored_weight
+from poetx_compile.layers.parametrization import stored_weight
 from poetx_compile.optim.probe import Probed, probe
 from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP
@@ -28,6 +28,7 @@ from tests.helpers.optimisers import (
     ScheduleFreeSGD,
     parameters,
 )
+from tests.helpers.rotations import skews
 from tests.helpers.tolerances import assert_close
 
 INTERVAL = 4
@@ -44,11 +45,6 @@ def prepared(moments: str = "keep", interval: int = INTERVAL) -> nn.Linear:
     )
     poetx.prepare(model, config)
     return model
-
-
-def skews(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    e = equivalence_of(model)
-    return e.skew_in, e.skew_out
 
 
 def built(name: str, model: nn.Module, build: Build | None = None) -> Optimizer:

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as schedulers
 import poetx_compile as poetx
 from poetx_compile.optim.groups import BLOCK
 from tests.helpers.models import MLP
-from tests.optim.test_takeover import ABSOLUTE, SCHEDULERS
+from tests.helpers.schedulers import ABSOLUTE, SCHEDULERS
 
 TOLD = "is written into all param groups"
 CONFIG = poetx.POETXConfig(block_size=4, max_angle=None)

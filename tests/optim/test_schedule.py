@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -31,37 +29,9 @@ from poetx_compile.optim import POETXAdamW, POETXMuon, attach, param_groups
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim.schedule import LAST_MERGE, STEP
 from tests.helpers.models import MLP, TinyLM
+from tests.helpers.rotations import skews
 from tests.helpers.tolerances import relative_error, tolerance
-
-both = pytest.mark.parametrize("optimizer_class", [POETXAdamW, POETXMuon])
-
-
-def build(optimizer_class, model: nn.Module | None = None, lr: float = 1e-3, **fields) -> Any:
-    """(model, optimiser) over a prepared model."""
-    model = TinyLM() if model is None else model
-    kwargs = {k: fields.pop(k) for k in ("poetx_lr", "fused") if k in fields}
-    fields = {"block_size": 8, "max_angle": None, **fields}
-    return model, optimizer_class(model, lr=lr, config=poetx.POETXConfig(**fields), **kwargs)
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 24, (4, 9), generator=generator)
-    loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
-
-
-def skews(model: nn.Module) -> Iterator[nn.Parameter]:
-    for _, _, e in prepared_linears(model):
-        yield from (e.skew_in, e.skew_out)
-
-
-def draw(model: nn.Module) -> int:
-    (value,) = {e.draw for _, _, e in prepared_linears(model)}
-    return value
+from tests.helpers.training import both, build, draw, train_step
 
 
 @both

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
-from torch.optim.swa_utils import SWALR
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError, UnownedRotationsError
@@ -22,12 +21,10 @@ from poetx_compile.layers.parametrization import prepared_linears, stored_weight
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.optim.takeover import FOLLOWS, RATIO
 from tests.helpers.models import MLP, Attention
+from tests.helpers.rotations import skews
+from tests.helpers.schedulers import ABSOLUTE, SCHEDULERS
 
 CONFIG = poetx.POETXConfig(block_size=4, merge_interval=3, max_angle=None)
-
-
-def skews(model: nn.Module) -> list[nn.Parameter]:
-    return [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
 
 
 def groups_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -163,30 +160,6 @@ def test_layers_that_come_later_join_the_groups() -> None:
 
 # --- whoever sets the rates ---------------------------------------------------------------------
 
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 1 / (1 + step)),
-    "MultiplicativeLR": lambda o: schedulers.MultiplicativeLR(o, lambda step: 0.7),
-    "StepLR": lambda o: schedulers.StepLR(o, 2, 0.5),
-    "MultiStepLR": lambda o: schedulers.MultiStepLR(o, [1, 3], 0.5),
-    "ConstantLR": lambda o: schedulers.ConstantLR(o, 0.5, 2),
-    "LinearLR": lambda o: schedulers.LinearLR(o, 0.2, 1.0, 3),
-    "ExponentialLR": lambda o: schedulers.ExponentialLR(o, 0.6),
-    "PolynomialLR": lambda o: schedulers.PolynomialLR(o, 5, 2.0),
-    "CosineAnnealingLR": lambda o: schedulers.CosineAnnealingLR(o, 3),
-    "CosineAnnealingWarmRestarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 2, 2),
-    "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, 2),
-    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, 8),
-    "SWALR": lambda o: SWALR(o, 0.01, 2),
-    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, factor=0.5, patience=0),
-    "SequentialLR": lambda o: schedulers.SequentialLR(
-        o, [schedulers.LinearLR(o, 0.2, 1.0, 2), schedulers.CosineAnnealingLR(o, 4)], [2]
-    ),
-    "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
-        [schedulers.ConstantLR(o, 0.5, 2), schedulers.ExponentialLR(o, 0.9)], o
-    ),
-    "with a floor": lambda o: schedulers.CosineAnnealingLR(o, 3, eta_min=0.01),
-}
-
 
 def test_every_scheduler_of_torch_is_tried() -> None:
     found = {
@@ -252,10 +225,6 @@ def test_rates_follow_every_scheduler_built_before_or_after(name: str, how: str)
             reference.step()
             scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
     assert dense == [rates[0] for rates in expected], "the user's group has the user's rates"
-
-
-ABSOLUTE = ("CyclicLR", "OneCycleLR", "SWALR")
-"""Schedulers that are told the rates themselves: built after `adopt`, one number for all groups."""
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

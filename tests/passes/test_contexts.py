@@ -13,8 +13,8 @@ from poetx_compile.errors import RewriteError
 from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.passes import BatchCayley, InputCentric, Record, graphs, run
 from poetx_compile.passes.contexts import Contexts
-from tests.helpers.graph_of import prepared, turned
-from tests.passes.test_contract import dynamo_graph
+from tests.helpers.graph_of import dynamo_graph, prepared
+from tests.helpers.rotations import turn
 
 
 class Body(nn.Module):
@@ -121,7 +121,7 @@ def test_what_trains_in_eager_mode_trains_where_nobody_prepared(body, stage):
     trains = {name for name, gradient in plain.items() if gradient is not None}
     rotated = {f"{name}.weight" for name, _, _ in prepared_linears(model)}
     assert {f"{name}.weight" for name in ("q", "k")} & trains <= rotated
-    turned(model)
+    turn(model)
     _, expected = gradients(model, model, x)
     _, second = gradients(model, compiled, x)
     torch.testing.assert_close(second, expected)

@@ -11,6 +11,7 @@ import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
 from poetx_compile.optim.merge import merge
 from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from tests.helpers.held import saved_activations
 from tests.helpers.models import MLP, Block, OddZoo, SwiGLU
 from tests.helpers.tolerances import assert_close
 
@@ -193,8 +194,6 @@ def test_bad_machines_are_named(machine, message) -> None:
 
 
 def test_nothing_but_inputs_and_outputs_is_kept() -> None:
-    from tests.passes.test_recompute import saved_activations
-
     model = prepared(SwiGLU(), formulation="folded")
     x = torch.randn(2, 16)
     fast = [shape for _, shape in saved_activations(model, x, "fast")]

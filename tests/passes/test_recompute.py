@@ -9,42 +9,9 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from poetx_compile.compile.options import BackendOptions
-from poetx_compile.compile.partition import partitioner_for
-from poetx_compile.compile.rewrite import rewrite
 from tests.helpers.graph_of import explained, prepared
+from tests.helpers.held import saved_activations
 from tests.helpers.models import Block, SwiGLU
-
-
-def saved_activations(model: nn.Module, x: torch.Tensor, variant: str) -> list[tuple[str, tuple]]:
-    """(op, shape) of each value the forward hands to the backward, graph inputs left out."""
-    from functorch.compile import min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-
-    saved: list[tuple[str, tuple]] = []
-
-    def backend(gm, inputs):
-        made = rewrite(gm, inputs, BackendOptions(config={"variant": variant}))
-
-        def forward(module, _):
-            (results,) = module.graph.find_nodes(op="output")[0].args
-            saved.extend(
-                (str(n.target), tuple(n.meta["val"].shape))
-                for n in results[1:]
-                if n.op != "placeholder"
-            )
-            return module.forward
-
-        compiled = aot_autograd(
-            fw_compiler=forward,
-            bw_compiler=lambda module, _: module.forward,
-            partition_fn=partitioner_for(poetx.POETXConfig(variant=variant))
-            or min_cut_rematerialization_partition,
-        )(made.graph, [*inputs, *made.inputs])
-        return made.bind(compiled)
-
-    torch.compile(model, backend=backend, fullgraph=True)(x).sum().backward()
-    return saved
 
 
 @pytest.mark.parametrize("variant", ["fast", "mem"])

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 import poetx_compile
-from tests.project.test_docs import _FENCE, PAGES, SOURCES, blocks
+from tests.helpers.documents import FENCE, PAGES, SOURCES, blocks
 
 _NAME = r"(?<![\w.])(?:(?:poetx_compile|poetx|torch)(?:\.[A-Za-z_]\w*)+"
 _EXPORTED = "|".join(name for name in poetx_compile.__all__ if name not in ("ops", "diagnostics"))
@@ -93,7 +93,7 @@ def literals(path: Path) -> Iterator[tuple[str, str]]:
 def prose(page: Path) -> Iterator[tuple[str, str]]:
     """(where, text) of what a page says and does not run."""
     text = page.read_text(encoding="utf-8")
-    yield page.name, _FENCE.sub("", text)
+    yield page.name, FENCE.sub("", text)
     for block in blocks(text):
         if block.info == "python no-run":
             yield f"{page.name}:{block.line}", block.text

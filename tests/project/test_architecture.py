@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +81,24 @@ def test_uphill_imports_are_found() -> None:
     for source in (lazy, "import poetx_compile", "from poetx_compile import prepare"):
         assert uphill("layers", source)
     assert not uphill("layers", "from poetx_compile import ops\nimport torch")
+
+
+IMPORT = r"\b(?:from|import) {}(?:\.\w+)*(?:\.| import ){}"
+
+
+def importers(folder: str, package: str, module: str) -> list[str]:
+    """The files that import such a module, in code that a subprocess is given as well."""
+    pattern = re.compile(IMPORT.format(package, module))
+    paths = (ROOT / folder).rglob("*.py")
+    return sorted(path.name for path in paths if pattern.search(path.read_text()))
+
+
+def test_no_test_module_is_imported() -> None:
+    """What tests share is in `tests/helpers`."""
+    assert importers("tests", "tests", r"test_\w+") == []
+    assert "kill.py" in importers("tests", "tests", r"models\b")
+
+
+def test_the_benchmarks_import_no_tests() -> None:
+    assert importers("benchmarks", "tests", r"\w+") == []
+    assert "gate.py" in importers("benchmarks", "benchmarks", r"\w+")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import dataclasses
 import importlib.util
 import inspect
 import io
@@ -35,41 +34,10 @@ from torch import nn
 from poetx_compile import POETXAdamW, errors
 from poetx_compile.compile import backend
 from poetx_compile.inspect.command_line import command_parser
+from tests.helpers.documents import FENCE, PAGES, ROOT, SOURCES, Block, blocks
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 OPTIONAL = ("accelerate", "safetensors", "transformers")
 OURS = ("benchmarks", "docs", "examples", "passes", "poetx_compile", "tests")
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A fenced block, or a setup comment: its info string, its text, and where it begins."""
-
-    info: str
-    text: str
-    line: int
-    start: int
-    """Offset of the text in the page."""
-
-    @property
-    def runs(self) -> bool:
-        return self.info in ("python", "setup")
-
-
-_FENCE = re.compile(
-    r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```[ ]*$|^<!-- setup\n(?P<setup>.*?)^-->[ ]*$",
-    re.MULTILINE | re.DOTALL,
-)
-
-
-def blocks(text: str) -> Iterator[Block]:
-    """The blocks of a page, in order."""
-    for found in _FENCE.finditer(text):
-        group = "setup" if found["setup"] is not None else "text"
-        info = "setup" if group == "setup" else found["info"].strip()
-        start = found.start(group)
-        yield Block(info, found[group], text.count("\n", 0, start) + 1, start)
 
 
 def name(page: Path) -> str:
@@ -151,7 +119,7 @@ _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 
 def anchors(text: str) -> set[str]:
     """The anchors of the headings, as GitHub makes them."""
-    prose = _FENCE.sub("", text)
+    prose = FENCE.sub("", text)
     titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
     plain = [re.sub(r"[^\w\- ]", "", title.replace("`", "")).strip().lower() for title in titles]
     return {title.replace(" ", "-") for title in plain}
@@ -159,7 +127,7 @@ def anchors(text: str) -> set[str]:
 
 @pages
 def test_links_lead_somewhere(page: Path) -> None:
-    text = _FENCE.sub("", page.read_text(encoding="utf-8"))
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for link in (a or b for a, b in _LINK.findall(text)):
         if re.match(r"[a-z]+:", link):
             continue
@@ -184,9 +152,6 @@ def test_every_error_has_a_remedy() -> None:
     for error, _ in inspect.getmembers(errors, inspect.isclass):
         if issubclass(getattr(errors, error), errors.POETXError):
             assert f"`{error}`" in text, f"docs/troubleshooting.md says nothing of {error}"
-
-
-SOURCES = sorted([*ROOT.glob("poetx_compile/**/*.py"), *ROOT.glob("passes/*.py")])
 
 
 def _template(node: ast.expr, constants: dict[str, ast.expr]) -> str:

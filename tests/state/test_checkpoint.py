@@ -21,6 +21,7 @@ from poetx_compile.state import files
 from poetx_compile.state.files import write_atomically
 from tests.helpers import kill
 from tests.helpers.models import MLP, TinyLM
+from tests.helpers.training import train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -202,8 +203,6 @@ def test_distributed_checkpoint_files_resume_in_one_process(tmp_path: Path) -> N
     """torch.distributed.checkpoint to disk and back, from another model and optimiser."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    from tests.optim.test_schedule import train_step
 
     def build(seed: int) -> tuple[nn.Module, Any]:
         torch.manual_seed(seed)
