@@ -18,7 +18,7 @@ import torch
 
 from poetx_compile import passes
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def _roots() -> list[Path]:
