@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poetx_compile.ops import OPS, kernels
-from tests.helpers.kernel_cases import BF16, CASES, meta, narrow, needs_triton, pair, skew
+from tests.helpers.kernel_cases import BF16, CASES, meta, needs_triton, pair, rounded, skew
 
 pytestmark = needs_triton
 
@@ -27,7 +27,7 @@ TYPES = {
 }
 
 # Bytes a thread spills, as measured with the ptxas of each triton; all other kernels spill none.
-_ROTATION = ("cayley_neumann, narrow, b 256", "rotation_kernel")
+_ROTATION = ("cayley_neumann, low precision, b 256", "rotation_kernel")
 _DELTA = ("delta, b 256", "rotation_kernel")
 _TAILS = ("fold both, b 192 and 128, tails", "fold_both_kernel")
 # 64 elements a thread, twice: a few of them leave the registers.
@@ -158,7 +158,7 @@ def test_where_low_precision_kernels_do_not_fit_the_precise_ones_run(
             torch.empty(4, b, b, device="cuda"),
             torch.empty(skew(b).shape, device="cuda"),
         )
-    assert not OPS["rotation_tangent_backward"].kernel.applies(grad, packed, b, order, True)
+    assert not OPS["rotation_tangent_backward"].kernel.applies(grad, packed, b, order, True, 0)
     assert not OPS["rotation_delta"].kernel.applies(packed, b, order, BF16, 0)
 
 
@@ -262,7 +262,7 @@ def test_precision_of_fp32_products_is_three_tf32_products(compiled_launches):
 
 def both_sides(width: int, b_in: int, b_out: int) -> tuple[Any, ...]:
     """Arguments of `fold_weight` with rotations on both sides."""
-    deltas = narrow(width // b_in, b_in), narrow(512 // b_out, b_out)
+    deltas = rounded(width // b_in, b_in), rounded(512 // b_out, b_out)
     perm_in = pair(width // 16) if width % 16 == 0 else None
     return (meta(512, width, dtype=BF16), *deltas, perm_in, pair(512), BF16)
 

@@ -88,7 +88,7 @@ def check(op: str, reference: Callable[..., Tensor], *args: Any) -> Tensor:
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 7])
 def test_cayley_neumann(b, order, poisoned):
     packed = skew(3, b)
-    rotation = check("cayley_neumann", cayley_neumann_reference, packed, b, order)
+    rotation = check("cayley_neumann", cayley_neumann_reference, packed, b, order, False)
     # The part that is not the identity keeps its relative precision.
     expected = cayley_neumann_reference(packed.double(), b, order)
     eye = torch.eye(b, device=DEVICE)
@@ -104,13 +104,13 @@ def test_cayley_neumann_of_zero_is_exactly_the_identity(poisoned):
 def test_cayley_neumann_backward(b, poisoned):
     grad = torch.randn(3, b, b, device=DEVICE)
     reference = cayley_neumann_backward_reference
-    check("cayley_neumann_backward", reference, grad, skew(3, b), b, 3)
-    check("cayley_neumann_backward", reference, grad.mT, skew(3, b), b, 3)
+    check("cayley_neumann_backward", reference, grad, skew(3, b), b, 3, False)
+    check("cayley_neumann_backward", reference, grad.mT, skew(3, b), b, 3, False)
 
 
 def test_cayley_neumann_backward_of_another_order_runs_the_reference():
     packed, grad = skew(2, 16), torch.randn(2, 16, 16, device=DEVICE)
-    assert not OPS["cayley_neumann_backward"].kernel.applies(grad, packed, 16, 4)
+    assert not OPS["cayley_neumann_backward"].kernel.applies(grad, packed, 16, 4, False)
     actual = torch.ops.poetx.cayley_neumann_backward(grad, packed, 16, 4)
     assert_close(actual, cayley_neumann_backward_reference(*wide(grad, packed), 16, 4))
 
@@ -195,7 +195,7 @@ def test_low_precision_tangent_of_a_mostly_symmetric_gradient(skew_part):
 def test_tangent_without_a_kernel_runs_the_reference():
     grad, packed = torch.randn(2, 16, 16, device=DEVICE), skew(2, 16)
     for order, narrow in ((3, False), (4, True), (None, True)):
-        args = (grad, packed, 16, order, narrow)
+        args = (grad, packed, 16, order, narrow, 0)
         assert not OPS["rotation_tangent_backward"].kernel.applies(*args)
         actual = torch.ops.poetx.rotation_tangent_backward(*args)
         assert_close(actual, rotation_tangent_backward_reference(*wide(*args)))

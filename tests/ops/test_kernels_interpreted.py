@@ -76,16 +76,16 @@ for b, sizes in ((2, {}), (5, {}), (33, {}), (70, {}), (70, small)):
         packed, grad = angle / 0.6 * skew(2, b), torch.randn(2, b, b)
         given = {"tiling": LowPrecisionTiling(b, **sizes), "operands": operands}
 
-        def narrow(host, module, *args, less=0.0):
+        def compare(host, module, *args, less=0.0):
             wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
             expected = reference(host.__name__, module)(*wide) - less
             accepted = args[:-1] if host.__name__.startswith("cayley") else args
             assert_close(host(*accepted, **given) - less, expected, operands, host.__name__)
 
-        narrow(cayley_low_precision.cayley_neumann, "cayley", packed, b, 3, less=torch.eye(b))
-        narrow(cayley_low_precision.cayley_neumann_backward, "cayley", grad, packed, b, 3)
+        compare(cayley_low_precision.cayley_neumann, "cayley", packed, b, 3, less=torch.eye(b))
+        compare(cayley_low_precision.cayley_neumann_backward, "cayley", grad, packed, b, 3)
         for flipped in (0, 1):
-            narrow(tangent.rotation_tangent_backward, "tangent", grad, packed, b, 3, True, flipped)
+            compare(tangent.rotation_tangent_backward, "tangent", grad, packed, b, 3, True, flipped)
             exact = reference("rotation_delta", "rotation_delta")
             expected = exact(packed.double(), b, 3, torch.float64, flipped)
             delta = cayley_low_precision.rotation_delta(packed, b, 3, operands, flipped, **given)

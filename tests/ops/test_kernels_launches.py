@@ -115,8 +115,8 @@ def test_low_precision_tangents_become_launches(offline_driver):
     assert written(gm) == kernel
     # All others are the reference. (It indexes, for which even fake tensors need a build of torch
     # with CUDA: how it is expanded is tested on the CPU.)
-    assert OPS["rotation_tangent_backward"].kernel.applies(grad, packed, 32, 3, True)
-    assert not OPS["rotation_tangent_backward"].kernel.applies(grad, packed, 32, 3, False)
+    assert OPS["rotation_tangent_backward"].kernel.applies(grad, packed, 32, 3, True, 0)
+    assert not OPS["rotation_tangent_backward"].kernel.applies(grad, packed, 32, 3, False, 0)
 
 
 @pytest.mark.parametrize("chunk", [1, 16])
