@@ -74,25 +74,24 @@ def define(
         casts_first: under autocast the first argument is cast, as the input of a linear is.
     """
     op = OPS[name] = Op(reference, kernel, expands, ieee, drawn)
-    signature = inspect.signature(reference)
+    defaults = [p.default for p in inspect.signature(reference).parameters.values()]
 
-    def all_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()  # torch leaves out what equals a default
-        check(*bound.args)
-        return bound.args
+    def checked(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        args = *args, *defaults[len(args) :]  # torch leaves out what equals a default
+        check(*args)
+        return args
 
     @functools.wraps(reference)
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        args = all_of(args, kwargs)
+    def run(*args: Any) -> Tensor:
+        args = checked(args)
         if op.kernel is not None and op.kernel.applies(*args):
             return op.kernel.run(*args)
         out = (without_kernel or op.reference)(*args).contiguous()
         given = (a.data_ptr() for a in args if isinstance(a, Tensor))
         return out.clone() if out.data_ptr() in given else out  # no op may return its input
 
-    def run_fake(*args: Any, **kwargs: Any) -> Tensor:
-        return fake(*all_of(args, kwargs))
+    def run_fake(*args: Any) -> Tensor:
+        return fake(*checked(args))
 
     body = without_autocast(ieee_fp32()(run) if ieee else run)
     made = torch.library.custom_op(f"poetx::{name}", body, mutates_args=())
