@@ -22,8 +22,8 @@ from poetx_compile.ops.packing import packed_size
 
 COLUMNS = ("op", "blocks", "block_size", "order", "narrow", "ms", "floor_ms", "ratio", "error")
 
-_NARROW = torch.bfloat16
-"""What narrow products are exact to (`ops.cayley_neumann`)."""
+_LOW_PRECISION = torch.bfloat16
+"""What products of low precision are exact to (`ops.cayley_neumann`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     for b, blocks, k, narrow in itertools.product(
         args.block_sizes, args.blocks, args.orders, args.narrow
     ):
-        if k is not None or not narrow:  # a solve has no narrow form
+        if k is not None or not narrow:  # a solve has no low precision
             measure(session, blocks, b, k, narrow)
     return session.finish()
 
@@ -74,7 +74,7 @@ def measure(session: Session, blocks: int, b: int, k: int | None, narrow: bool) 
         error = gate.check(
             op.function(skew, grad),
             op.function(skew.double(), grad.double()),
-            _NARROW if narrow else torch.float32,
+            _LOW_PRECISION if narrow else torch.float32,
             f"cayley {op.name}",
         )
         timing = session.timer.time(functools.partial(op.function, skew, grad))

@@ -20,28 +20,15 @@ from poetx_compile.inspect.render import (
     target_name,
     type_text,
 )
+from poetx_compile.ops import OPS
 from poetx_compile.passes import graphs
 
 INPUT, OUTPUT = "input", "output"
 ROTATIONS = "rotations"
 """The module, in the drawing, of rotations that are built for several layers at once."""
 
-_KINDS = {
-    "cayley_neumann": "rotation",
-    "cayley_exact": "rotation",
-    "rotation_delta": "rotation",
-    "rotation_tangent": "rotation",
-    "orthogonal_equivalence": "weight",
-    "fold_weight": "weight",
-    "rotate_blocks": "activation",
-    "permute_columns": "activation",
-    "linear": "product",
-    "folded_linear": "product",
-    "matmul": "product",
-    "bmm": "product",
-    "scaled_dot_product_attention": "product",
-}
-
+_PRODUCTS = ("linear", "matmul", "bmm", "scaled_dot_product_attention")
+_KINDS = {name: op.drawn for name, op in OPS.items()} | dict.fromkeys(_PRODUCTS, "product")
 
 _OF_PARAMETERS = ("neg", "detach")
 """Methods that make of a parameter what reads as one."""
@@ -64,7 +51,7 @@ class Drawn:
         parameters: names and types of the parameters and buffers it reads.
         text: its line in `render`.
         source: the user's line of code it comes from.
-        again: whether the backward builds it again, whatever the memory budget.
+        again: whether the backward recomputes it, whatever the memory budget.
     """
 
     label: str

@@ -15,7 +15,8 @@
 ==========================  =====================================================================
 
 Ops know tensors and nothing of graphs. The implementation is chosen by the device of the arguments:
-a kernel of `poetx_compile.ops.kernels` where one applies, the reference everywhere else.
+a kernel of `poetx_compile.ops.kernels` where one applies, the reference everywhere else. Each op is
+defined in a module of its own, by `registry.define`; what others ask about it is in `OPS`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from poetx_compile.ops.fold import fold_weight
 from poetx_compile.ops.folded_linear import folded_linear
 from poetx_compile.ops.orthogonal_equivalence import orthogonal_equivalence
 from poetx_compile.ops.permute import permute_columns
+from poetx_compile.ops.registry import OPS
 from poetx_compile.ops.rotate import rotate_blocks
 from poetx_compile.ops.rotation_delta import rotation_delta
 from poetx_compile.ops.stacked_block_products import stacked_block_products
 from poetx_compile.ops.tangent import rotation_tangent
 
 __all__ = [
+    "OPS",
     "block_product",
     "cayley_exact",
     "cayley_neumann",

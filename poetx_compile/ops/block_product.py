@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops import kernels
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.common import FLOATS, permutable, static
 from poetx_compile.ops.permute import check_pair, pair_index
 from poetx_compile.ops.precision import rotation_dtype, without_autocast
+from poetx_compile.ops.registry import define
 
 
 def check_operands(
@@ -40,25 +42,6 @@ def block_product_reference(
     y: Tensor,
     blocks: int,
     block_size: int,
-    gather_x: Tensor | None,
-    gather_y: Tensor | None,
-) -> Tensor:
-    """The definition of `block_product` in plain torch ops (also what Inductor compiles)."""
-    dtype = rotation_dtype(torch.promote_types(x.dtype, y.dtype))
-    if blocks == 0:
-        return x.new_zeros(0, block_size, block_size, dtype=dtype)
-    left = _columns(x, gather_x, blocks, block_size, dtype)
-    right = _columns(y, gather_y, blocks, block_size, dtype)
-    return torch.bmm(left.mT, right)
-
-
-@torch.library.custom_op("poetx::block_product", mutates_args=())
-@without_autocast
-def block_product(
-    x: Tensor,
-    y: Tensor,
-    blocks: int,
-    block_size: int,
     gather_x: Tensor | None = None,
     gather_y: Tensor | None = None,
 ) -> Tensor:
@@ -73,17 +56,34 @@ def block_product(
     Returns:
         [blocks, b, b] in float32 (float64 for float64 inputs), accumulated in that dtype.
     """
-    check_operands(x, y, blocks, block_size, gather_x, gather_y)
-    if kernels.applies("block_product", x, y, blocks, block_size, gather_x, gather_y):
-        return kernels.run("block_product", x, y, blocks, block_size, gather_x, gather_y)
-    return block_product_reference(x, y, blocks, block_size, gather_x, gather_y)
+    dtype = rotation_dtype(torch.promote_types(x.dtype, y.dtype))
+    if blocks == 0:
+        return x.new_zeros(0, block_size, block_size, dtype=dtype)
+    left = _columns(x, gather_x, blocks, block_size, dtype)
+    right = _columns(y, gather_y, blocks, block_size, dtype)
+    return torch.bmm(left.mT, right)
 
 
-@block_product.register_fake
-def _(x, y, blocks, block_size, gather_x=None, gather_y=None):
-    check_operands(x, y, blocks, block_size, gather_x, gather_y)
+def _fake(x, y, blocks, block_size, gather_x, gather_y):
     dtype = rotation_dtype(torch.promote_types(x.dtype, y.dtype))
     return x.new_empty(blocks, block_size, block_size, dtype=dtype)
+
+
+def kernel_takes(x, y, blocks, block_size, gather_x, gather_y) -> bool:
+    """fp32, bf16 or fp16, also mixed."""
+    floats = x.dtype in FLOATS and y.dtype in FLOATS
+    return (
+        floats and static(blocks, block_size) and blocks > 0 and permutable(x, gather_x, gather_y)
+    )
+
+
+block_product = define(
+    "block_product",
+    block_product_reference,
+    check=check_operands,
+    fake=_fake,
+    kernel=Kernel("block_product.block_product", kernel_takes),
+)
 
 
 def block_product_gradients(

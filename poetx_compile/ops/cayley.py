@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops import kernels
+from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.packing import pack, packed_size, unpack
 from poetx_compile.ops.polynomial import polynomial, polynomial_backward
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
+from poetx_compile.ops.registry import define
 
 
 def rotations(skew: Tensor, block_size: int, order: int | None, narrow: bool = False) -> Tensor:
     """Rotations of packed skew blocks: Cayley-Neumann of `order`, or exact where it is ``None``.
 
-    `narrow` as for `cayley_neumann`; the exact transform is a solve, which has no narrow form.
+    `narrow` as for `cayley_neumann`; the exact transform is a solve, which has no low precision.
     """
     if order is None:
         return torch.ops.poetx.cayley_exact(skew, block_size)
@@ -58,9 +59,18 @@ def check_grad(grad: Tensor, skew: Tensor, block_size: int) -> None:
 def cayley_neumann_reference(
     skew: Tensor, block_size: int, order: int, narrow: bool = False
 ) -> Tensor:
-    """The definition of `cayley_neumann` in plain torch ops (also what Inductor compiles).
+    """Rotations ``G = (I+Q)(I + Q + … + Q^k)`` of packed skew-symmetric blocks.
 
-    As exact with `narrow` as without.
+    Args:
+        skew: [blocks, b(b−1)/2], float32 or float64: the entries of Q above the diagonal.
+        block_size: b ≥ 1.
+        order: k ≥ 1.
+        narrow: the rotations are going to be rounded to bf16 or fp16 anyway: products may be of low
+            precision (bf16 operands), also in the backward; sums stay fp32 (docs/numerics.md). A
+            permission: where no such kernel runs, the products are exact.
+
+    Returns:
+        [blocks, b, b] of the same dtype; nearly orthogonal, ``G = (I+Q)(I−Q)⁻¹(I−Q^(k+1))``.
     """
     return polynomial(unpack(skew, block_size), order)
 
@@ -68,12 +78,15 @@ def cayley_neumann_reference(
 def cayley_neumann_backward_reference(
     grad: Tensor, skew: Tensor, block_size: int, order: int, narrow: bool = False
 ) -> Tensor:
-    """The definition of the gradient of `cayley_neumann` in plain torch ops."""
+    """Gradient of `cayley_neumann`: from [blocks, b, b] to the packed [blocks, b(b−1)/2]."""
     return pack(polynomial_backward(grad, unpack(skew, block_size), order))
 
 
 def cayley_exact_reference(skew: Tensor, block_size: int) -> Tensor:
-    """The definition of `cayley_exact` in plain torch ops."""
+    """Exactly orthogonal ``G = (I+Q)(I−Q)⁻¹`` of packed skew blocks, by a batched solve.
+
+    Shapes and dtypes as for `cayley_neumann`.
+    """
     q = unpack(skew, block_size)
     eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
     # The factors commute, so the solve may stand on the left.
@@ -81,7 +94,7 @@ def cayley_exact_reference(skew: Tensor, block_size: int) -> Tensor:
 
 
 def cayley_exact_backward_reference(grad: Tensor, skew: Tensor, block_size: int) -> Tensor:
-    """The definition of the gradient of `cayley_exact` in plain torch ops."""
+    """Gradient of `cayley_exact`: ``dQ = 2 Mᵀ dG Mᵀ`` with ``M = (I−Q)⁻¹``, packed."""
     q = unpack(skew, block_size)
     eye = torch.eye(block_size, dtype=q.dtype, device=q.device)
     inverse = torch.linalg.inv(eye + q)  # Mᵀ, because Qᵀ = −Q
@@ -89,82 +102,75 @@ def cayley_exact_backward_reference(grad: Tensor, skew: Tensor, block_size: int)
     return pack(full - full.mT)
 
 
-@torch.library.custom_op("poetx::cayley_neumann", mutates_args=())
-@without_autocast
-@ieee_fp32()
-def cayley_neumann(skew: Tensor, block_size: int, order: int, narrow: bool = False) -> Tensor:
-    """Rotations ``G = (I+Q)(I + Q + … + Q^k)`` of packed skew-symmetric blocks.
-
-    Args:
-        skew: [blocks, b(b−1)/2], float32 or float64: the entries of Q above the diagonal.
-        block_size: b ≥ 1.
-        order: k ≥ 1.
-        narrow: the rotations are going to be rounded to bf16 or fp16 anyway: products may take
-            bf16 operands, also in the backward; sums stay fp32 (docs/numerics.md). A permission:
-            where no such kernel runs, the products are exact.
-
-    Returns:
-        [blocks, b, b] of the same dtype; nearly orthogonal, ``G = (I+Q)(I−Q)⁻¹(I−Q^(k+1))``.
-    """
+def _check(skew: Tensor, block_size: int, order: int = 1, narrow: bool = False) -> None:
     check_skew(skew, block_size, order)
-    if kernels.applies("cayley_neumann", skew, block_size, order, narrow):
-        return kernels.run("cayley_neumann", skew, block_size, order, narrow)
-    return cayley_neumann_reference(skew, block_size, order)
 
 
-@torch.library.custom_op("poetx::cayley_neumann_backward", mutates_args=())
-@without_autocast
-@ieee_fp32()
-def cayley_neumann_backward(
-    grad: Tensor, skew: Tensor, block_size: int, order: int, narrow: bool = False
-) -> Tensor:
-    """Gradient of `cayley_neumann`: from [blocks, b, b] to the packed [blocks, b(b−1)/2]."""
-    check_skew(skew, block_size, order)
+def _check_backward(grad: Tensor, skew: Tensor, block_size: int, *rest) -> None:
+    _check(skew, block_size, *rest)
     check_grad(grad, skew, block_size)
-    if kernels.applies("cayley_neumann_backward", grad, skew, block_size, order, narrow):
-        return kernels.run("cayley_neumann_backward", grad, skew, block_size, order, narrow)
-    return cayley_neumann_backward_reference(grad, skew, block_size, order)
 
 
-@torch.library.custom_op("poetx::cayley_exact", mutates_args=())
-@without_autocast
-@ieee_fp32()
-def cayley_exact(skew: Tensor, block_size: int) -> Tensor:
-    """Exactly orthogonal ``G = (I+Q)(I−Q)⁻¹`` of packed skew blocks, by a batched solve.
-
-    Shapes and dtypes as for `cayley_neumann`.
-    """
-    check_skew(skew, block_size)
-    return cayley_exact_reference(skew, block_size)
-
-
-@torch.library.custom_op("poetx::cayley_exact_backward", mutates_args=())
-@without_autocast
-@ieee_fp32()
-def cayley_exact_backward(grad: Tensor, skew: Tensor, block_size: int) -> Tensor:
-    """Gradient of `cayley_exact`: ``dQ = 2 Mᵀ dG Mᵀ`` with ``M = (I−Q)⁻¹``, packed."""
-    check_skew(skew, block_size)
-    check_grad(grad, skew, block_size)
-    return cayley_exact_backward_reference(grad, skew, block_size)
-
-
-def _matrix_like(skew: Tensor, block_size: int, order: int = 1, narrow: bool = False) -> Tensor:
-    check_skew(skew, block_size, order)
+def matrices_like(skew: Tensor, block_size: int, *_) -> Tensor:
+    """The fake of an op from packed skew blocks to a matrix each."""
     return skew.new_empty(skew.shape[0], block_size, block_size)
 
 
-def _packed_like(
-    grad: Tensor, skew: Tensor, block_size: int, order: int = 1, narrow: bool = False
-) -> Tensor:
-    check_skew(skew, block_size, order)
-    check_grad(grad, skew, block_size)
+def packed_like(grad: Tensor, skew: Tensor, *_) -> Tensor:
+    """The fake of an op from a matrix for each of the packed skew blocks to its packed gradient."""
     return torch.empty_like(skew, memory_format=torch.contiguous_format)
 
 
-cayley_neumann.register_fake(_matrix_like)
-cayley_exact.register_fake(_matrix_like)
-cayley_neumann_backward.register_fake(_packed_like)
-cayley_exact_backward.register_fake(_packed_like)
+def _kernel_takes(skew: Tensor, block_size: int, order: int, narrow: bool) -> bool:
+    return skew.dtype == torch.float32 and block_size >= 2
+
+
+def _backward_kernel_takes(
+    grad: Tensor, skew: Tensor, block_size: int, order: int, narrow: bool
+) -> bool:
+    fp32 = skew.dtype == grad.dtype == torch.float32
+    return fp32 and block_size >= 2 and order == 3
+
+
+def _never(*_) -> bool:
+    """A solver stays a call: there is nothing to fuse."""
+    return False
+
+
+cayley_neumann = define(
+    "cayley_neumann",
+    cayley_neumann_reference,
+    check=_check,
+    fake=matrices_like,
+    kernel=Kernel("cayley.cayley_neumann", _kernel_takes),
+    ieee=True,
+    drawn="rotation",
+)
+cayley_neumann_backward = define(
+    "cayley_neumann_backward",
+    cayley_neumann_backward_reference,
+    check=_check_backward,
+    fake=packed_like,
+    kernel=Kernel("cayley.cayley_neumann_backward", _backward_kernel_takes),
+    ieee=True,
+)
+cayley_exact = define(
+    "cayley_exact",
+    cayley_exact_reference,
+    check=_check,
+    fake=matrices_like,
+    expands=_never,
+    ieee=True,
+    drawn="rotation",
+)
+cayley_exact_backward = define(
+    "cayley_exact_backward",
+    cayley_exact_backward_reference,
+    check=_check_backward,
+    fake=packed_like,
+    expands=_never,
+    ieee=True,
+)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops import kernels
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.common import FLOATS, LOW_PRECISION, permutable, static
 from poetx_compile.ops.permute import check_pair
-from poetx_compile.ops.precision import without_autocast
+from poetx_compile.ops.registry import define
 from poetx_compile.ops.rotate import rotate_by_delta
 
 
@@ -55,26 +56,6 @@ def fold_weight_reference(
     perm_out: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The definition of `fold_weight` in plain torch ops (also what Inductor compiles)."""
-    wide = torch.promote_types(dtype, torch.float32)
-    folded = weight.to(wide)
-    if delta_out is not None:
-        folded = rotate_by_delta(folded.mT, delta_out.mT.to(wide), None, perm_out).mT
-    if delta_in is not None:
-        folded = rotate_by_delta(folded, delta_in.mT.to(wide), None, perm_in)
-    return folded.to(dtype)
-
-
-@torch.library.custom_op("poetx::fold_weight", mutates_args=())
-@without_autocast
-def fold_weight(
-    weight: Tensor,
-    delta_in: Tensor | None,
-    delta_out: Tensor | None,
-    perm_in: Tensor | None,
-    perm_out: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
     """``W[perm_out][:, perm_in] = L S D_inᵀ`` with ``L = D_outᵀ``: what plain products use.
 
     A side without a permutation stays in its permuted coordinates. Takes no gradient: that of the
@@ -84,7 +65,7 @@ def fold_weight(
         weight: S [n, m], the frozen weight as it is stored.
         delta_in: ``G − I`` [blocks, b, b] of `dtype` with blocks·b ≤ m, from `rotation_delta`, or
             ``None``.
-        delta_out: the same for the n rows, ``L − I``: flipped, as ``G(−Q) = G(Q)ᵀ``.
+        delta_out: the same for the n rows, ``L − I``: transposed, as ``G(−Q) = G(Q)ᵀ``.
         perm_in, perm_out: permutation pairs (int64, see `permute_columns`) of rotated sides, or
             ``None``.
         dtype: of the result, rounded to once where one launch folds both sides (and by the
@@ -93,15 +74,30 @@ def fold_weight(
     Returns:
         [n, m] of `dtype`, contiguous, a new tensor.
     """
-    _check(weight, delta_in, delta_out, perm_in, perm_out, dtype)
-    args = (weight, delta_in, delta_out, perm_in, perm_out, dtype)
-    if kernels.applies("fold_weight", *args):
-        return kernels.run("fold_weight", *args)
-    out = fold_weight_reference(*args).contiguous()
-    return out.clone() if out.data_ptr() == weight.data_ptr() else out
+    wide = torch.promote_types(dtype, torch.float32)
+    folded = weight.to(wide)
+    if delta_out is not None:
+        folded = rotate_by_delta(folded.mT, delta_out.mT.to(wide), None, perm_out).mT
+    if delta_in is not None:
+        folded = rotate_by_delta(folded, delta_in.mT.to(wide), None, perm_in)
+    return folded.to(dtype)
 
 
-@fold_weight.register_fake
-def _(weight, delta_in, delta_out, perm_in, perm_out, dtype):
-    _check(weight, delta_in, delta_out, perm_in, perm_out, dtype)
+def _fake(weight, delta_in, delta_out, perm_in, perm_out, dtype):
     return weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _kernel_takes(weight: Tensor, delta_in, delta_out, perm_in, perm_out, dtype) -> bool:
+    if dtype not in LOW_PRECISION or weight.dtype not in FLOATS or delta_in is delta_out is None:
+        return False
+    return static(*weight.shape) and permutable(weight, perm_in)
+
+
+fold_weight = define(
+    "fold_weight",
+    fold_weight_reference,
+    check=_check,
+    fake=_fake,
+    kernel=Kernel("fold.fold_weight", _kernel_takes),
+    drawn="weight",
+)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile._torch import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from poetx_compile.ops.permute import check_pair
+from poetx_compile.ops.registry import define
 
 
 def _check(x, weight, tangent_in, tangent_out, perm_in, perm_out) -> None:
@@ -43,13 +43,7 @@ def _check_side(side, tangent, pair, width) -> None:
     check_pair(pair, width, f"perm_{side}")
 
 
-def folded_linear_reference(x: Tensor, weight: Tensor, *_: Tensor | None) -> Tensor:
-    """The value of `folded_linear`: tangents are zero and permutations are in the weight."""
-    return torch.mm(_rows(x), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("poetx::folded_linear", mutates_args=())
-def folded_linear(
+def folded_linear_reference(
     x: Tensor,
     weight: Tensor,
     tangent_in: Tensor | None,
@@ -59,12 +53,13 @@ def folded_linear(
 ) -> Tensor:
     """``V = X Wᵀ`` with W from `fold_weight`; the tangents carry the gradients of the rotations.
 
-    With ``X' = X[:, perm_in]`` and ``V' = V[:, perm_out]``, for blocks k of their columns::
+    Their value is zero, and the permutations are in the weight. With ``X' = X[:, perm_in]`` and
+    ``V' = V[:, perm_out]``, for blocks k of their columns::
 
         dX = dV W,   dE_in,k = X'_kᵀ dX'_k,   dE_out,k = dV'_kᵀ V'_k
 
-    (`rotation_tangent` says what E is and takes it from there: E_in of Q_in, E_out flipped, of
-    −Q_out.) No activation is rotated, nothing but X and V is kept, and there is no gradient of W:
+    (`rotation_tangent` says what E is and takes it from there: E_in of Q_in, E_out transposed, of
+    −Q_out.) No activation is rotated, nothing but X and V is saved, and there is no gradient of W:
     POET-X (arXiv 2603.05500) in its folded form.
 
     Args:
@@ -72,21 +67,24 @@ def folded_linear(
         weight: W [n, m], taken as a constant.
         tangent_in: zeros [blocks, b, b] from `rotation_tangent`, or ``None`` where this side is
             not folded.
-        tangent_out: the same of the output side, flipped: its rotation stands on the left.
+        tangent_out: the same of the output side, transposed: its rotation stands on the left.
         perm_in, perm_out: permutation pairs of folded sides; ``None`` where x or V is in permuted
             coordinates itself.
 
     Returns:
         [..., n] of x's dtype, without a bias.
     """
-    _check(x, weight, tangent_in, tangent_out, perm_in, perm_out)
-    return folded_linear_reference(x, weight)
+    return torch.mm(_rows(x), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
 
 
-@folded_linear.register_fake
-def _(x, weight, tangent_in, tangent_out, perm_in, perm_out):
-    _check(x, weight, tangent_in, tangent_out, perm_in, perm_out)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+folded_linear = define(
+    "folded_linear",
+    folded_linear_reference,
+    check=_check,
+    fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    casts_first=True,
+    drawn="product",
+)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -138,22 +136,3 @@ def _rows(x: Tensor) -> Tensor:
 
 
 folded_linear.register_autograd(_backward, setup_context=_setup)
-
-
-def _autocast(device: str):
-    def cast_input(x, weight, tangent_in, tangent_out, perm_in, perm_out):
-        if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            x = x.to(torch.get_autocast_dtype(device))
-        with _ExcludeDispatchKeyGuard(
-            DispatchKeySet(getattr(DispatchKey, f"Autocast{device.upper()}"))
-        ):
-            return torch.ops.poetx.folded_linear(
-                x, weight, tangent_in, tangent_out, perm_in, perm_out
-            )
-
-    return cast_input
-
-
-_library = torch.library.Library("poetx", "IMPL")
-_library.impl("folded_linear", _autocast("cpu"), "AutocastCPU")
-_library.impl("folded_linear", _autocast("cuda"), "AutocastCUDA")

@@ -16,6 +16,7 @@ from poetx_compile._torch import peek_interpreter_stack
 from poetx_compile.ops.cayley import rotations, rotations_reference
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
+from poetx_compile.ops.registry import OPS, Op
 from poetx_compile.ops.rotate import rotate_blocks_reference
 
 _library = torch.library.Library("poetx", "FRAGMENT")
@@ -89,3 +90,4 @@ def _transformed() -> bool:
 
 
 _library.impl("orthogonal_equivalence", _compose, "CompositeImplicitAutograd")
+OPS["orthogonal_equivalence"] = Op(_compose, drawn="weight")

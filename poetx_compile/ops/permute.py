@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops import kernels
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.common import permutable
+from poetx_compile.ops.registry import define
 
 
 def check_pair(pair: Tensor | None, width: int, name: str) -> None:
@@ -52,13 +54,7 @@ def pair_index(pair: Tensor, row: int, width: int) -> Tensor:
     ).flatten()
 
 
-def permute_columns_reference(x: Tensor, pair: Tensor, inverse: bool) -> Tensor:
-    """The definition of `permute_columns` in plain torch ops."""
-    return x.index_select(-1, pair_index(pair, 1 if inverse else 0, x.shape[-1]))
-
-
-@torch.library.custom_op("poetx::permute_columns", mutates_args=())
-def permute_columns(x: Tensor, pair: Tensor, inverse: bool = False) -> Tensor:
+def permute_columns_reference(x: Tensor, pair: Tensor, inverse: bool = False) -> Tensor:
     """``x[..., pair[0]]``, or ``x[..., pair[1]]`` with `inverse`, by columns or chunks of them.
 
     Args:
@@ -68,16 +64,21 @@ def permute_columns(x: Tensor, pair: Tensor, inverse: bool = False) -> Tensor:
     Returns:
         [..., d], contiguous, of x's dtype.
     """
-    check_pair(pair, x.shape[-1], "pair")
-    if kernels.applies("permute_columns", x, pair, inverse):
-        return kernels.run("permute_columns", x, pair, inverse)
-    return permute_columns_reference(x, pair, inverse)
+    return x.index_select(-1, pair_index(pair, 1 if inverse else 0, x.shape[-1]))
 
 
-@permute_columns.register_fake
-def _(x: Tensor, pair: Tensor, inverse: bool = False) -> Tensor:
-    check_pair(pair, x.shape[-1], "pair")
-    return x.new_empty(x.shape)
+def _kernel_takes(x: Tensor, pair: Tensor, inverse: bool) -> bool:
+    return x.element_size() in (2, 4) and permutable(x, pair)
+
+
+permute_columns = define(
+    "permute_columns",
+    permute_columns_reference,
+    check=lambda x, pair, inverse: check_pair(pair, x.shape[-1], "pair"),
+    fake=lambda x, pair, inverse: x.new_empty(x.shape),
+    kernel=Kernel("permute.permute_columns", _kernel_takes),
+    drawn="activation",
+)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -13,7 +13,7 @@ backward     1    2    4    6    8   10
 
 Forward: Paterson-Stockmeyer evaluation. Backward: only the skew part of the gradient is needed, and
 it is ``K − Kᵀ`` with half of the terms (see `polynomial_backward`), so that nothing of the forward
-but the packed parameters has to be kept or computed again.
+but the packed parameters has to be saved or recomputed.
 """
 
 from __future__ import annotations

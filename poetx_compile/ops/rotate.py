@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile._torch import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
-from poetx_compile.ops import kernels
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.common import FLOATS, permutable, static
 from poetx_compile.ops.permute import check_pair, pair_index
 from poetx_compile.ops.precision import without_autocast
+from poetx_compile.ops.registry import define
 
 
-def _check(x: Tensor, rotation: Tensor, gather: Tensor | None, scatter: Tensor | None) -> None:
+def _check(x: Tensor, rotation: Tensor, gather, scatter, transpose: bool) -> None:
     torch._check(
         x.dim() >= 1 and x.is_floating_point(),
         lambda: f"poetx: x must be floating point [..., d], got {x.dtype} {list(x.shape)}",
@@ -38,15 +39,27 @@ def _check(x: Tensor, rotation: Tensor, gather: Tensor | None, scatter: Tensor |
 def rotate_blocks_reference(
     x: Tensor,
     rotation: Tensor,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    transpose: bool,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    transpose: bool = False,
 ) -> Tensor:
-    """The definition of `rotate_blocks` in plain torch ops (also what Inductor compiles).
+    """``y[..., σ] = x[..., γ] · blockdiag(G₁, …)``; coordinates past the last block pass through.
 
     The product is evaluated as ``x + x (G − I)``: exact at G = I in any dtype and under TF32, and a
     small rotation keeps its relative precision when it is rounded to bf16 (an entry 1 − θ²/2 of G
     would lose it).
+
+    Args:
+        x: [..., d], floating point. Under autocast it is cast to the autocast dtype, as the input
+            of a linear is; the rotation stays fp32 and is rounded as G − I.
+        rotation: [blocks, b, b] with blocks·b ≤ d, float32 or float64.
+        gather: permutation pair γ of the input columns, int64 [2, d/c] with any c that divides d
+            (see `permute_columns`), or ``None``.
+        scatter: permutation pair σ of the output columns, with a c of its own, or ``None``.
+        transpose: multiply by the transposed blocks.
+
+    Returns:
+        [..., d], contiguous, of x's dtype.
     """
     eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
     delta = ((rotation.mT if transpose else rotation) - eye).to(x.dtype)
@@ -71,40 +84,20 @@ def rotate_by_delta(
     return x
 
 
-@torch.library.custom_op("poetx::rotate_blocks", mutates_args=())
-@without_autocast
-def rotate_blocks(
-    x: Tensor,
-    rotation: Tensor,
-    gather: Tensor | None = None,
-    scatter: Tensor | None = None,
-    transpose: bool = False,
-) -> Tensor:
-    """``y[..., σ] = x[..., γ] · blockdiag(G₁, …)``; coordinates past the last block pass through.
-
-    Args:
-        x: [..., d], floating point. Under autocast it is cast to the autocast dtype, as the input
-            of a linear is.
-        rotation: [blocks, b, b] with blocks·b ≤ d, float32 or float64.
-        gather: permutation pair γ of the input columns, int64 [2, d/c] with any c that divides d
-            (see `permute_columns`), or ``None``.
-        scatter: permutation pair σ of the output columns, with a c of its own, or ``None``.
-        transpose: multiply by the transposed blocks.
-
-    Returns:
-        [..., d], contiguous, of x's dtype.
-    """
-    _check(x, rotation, gather, scatter)
-    if kernels.applies("rotate_blocks", x, rotation, gather, scatter, transpose):
-        return kernels.run("rotate_blocks", x, rotation, gather, scatter, transpose)
-    out = rotate_blocks_reference(x, rotation, gather, scatter, transpose).contiguous()
-    return out.clone() if out.data_ptr() == x.data_ptr() else out  # an op may not return its input
+def _kernel_takes(x: Tensor, rotation: Tensor, gather, scatter, transpose: bool) -> bool:
+    floats = x.dtype in FLOATS and rotation.dtype == torch.float32
+    return floats and static(rotation.shape[1]) and permutable(x, gather, scatter)
 
 
-@rotate_blocks.register_fake
-def _(x, rotation, gather=None, scatter=None, transpose=False):
-    _check(x, rotation, gather, scatter)
-    return x.new_empty(x.shape)
+rotate_blocks = define(
+    "rotate_blocks",
+    rotate_blocks_reference,
+    check=_check,
+    fake=lambda x, *_: x.new_empty(x.shape),
+    kernel=Kernel("rotate.rotate_blocks", _kernel_takes),
+    casts_first=True,
+    drawn="activation",
+)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -134,21 +127,3 @@ def _backward(ctx, grad):
 
 
 rotate_blocks.register_autograd(_backward, setup_context=_setup)
-
-
-def _autocast(device: str):
-    def cast_input(x, rotation, gather=None, scatter=None, transpose=False):
-        """Only x is cast: the rotation stays fp32 and is rounded as G − I (see the reference)."""
-        if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            x = x.to(torch.get_autocast_dtype(device))
-        with _ExcludeDispatchKeyGuard(
-            DispatchKeySet(getattr(DispatchKey, f"Autocast{device.upper()}"))
-        ):
-            return torch.ops.poetx.rotate_blocks(x, rotation, gather, scatter, transpose)
-
-    return cast_input
-
-
-_library = torch.library.Library("poetx", "IMPL")
-_library.impl("rotate_blocks", _autocast("cpu"), "AutocastCPU")
-_library.impl("rotate_blocks", _autocast("cuda"), "AutocastCUDA")

@@ -9,45 +9,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops import kernels
 from poetx_compile.ops.cayley import (
     cayley_exact,
     cayley_neumann_reference,
     check_skew,
     rotations,
 )
-from poetx_compile.ops.precision import ieee_fp32, without_autocast
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.common import LOW_PRECISION
+from poetx_compile.ops.kernels.low_precision import low_precision_applies
+from poetx_compile.ops.registry import define
 
 
-def _check(skew: Tensor, block_size: int, order: int | None, flipped: int) -> None:
+def check_blocks(skew: Tensor, block_size: int, order: int | None, _, flipped: int) -> None:
+    """Check the arguments of an op of packed skew blocks, the last `flipped` of them transposed."""
     check_skew(skew, block_size, 1 if order is None else order)
-    check_flipped(skew, flipped)
-
-
-def check_flipped(skew: Tensor, flipped: int) -> None:
-    """Check that there are as many blocks of `skew` as are taken negated."""
     torch._check(
         0 <= flipped <= skew.shape[0],
         lambda: f"poetx: flipped must be a number of the {skew.shape[0]} blocks, got {flipped}",
     )
 
 
-def flip(skew: Tensor, flipped: int) -> Tensor:
-    """`skew` with its last `flipped` blocks negated: a copy, or itself where there are none."""
+def transpose_last(skew: Tensor, flipped: int) -> Tensor:
+    """`skew` with its last `flipped` blocks transposed, which negates them: ``Qᵀ = −Q``.
+
+    A copy, or `skew` itself where there are none.
+    """
     if flipped == 0:
         return skew
-    kept = skew.shape[0] - flipped
-    return -skew if kept == 0 else torch.cat([skew[:kept], -skew[kept:]])
-
-
-def rotation_delta_reference(
-    skew: Tensor, block_size: int, order: int | None, dtype: torch.dtype, flipped: int = 0
-) -> Tensor:
-    """The definition of `rotation_delta` over those of the other ops."""
-    turned = flip(skew, flipped)
-    if order is None:
-        return minus_identity(cayley_exact(turned, block_size)).to(dtype)
-    return minus_identity(cayley_neumann_reference(turned, block_size, order)).to(dtype)
+    others = skew.shape[0] - flipped
+    return -skew if others == 0 else torch.cat([skew[:others], -skew[others:]])
 
 
 def minus_identity(rotation: Tensor) -> Tensor:
@@ -55,10 +46,7 @@ def minus_identity(rotation: Tensor) -> Tensor:
     return rotation - torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
 
 
-@torch.library.custom_op("poetx::rotation_delta", mutates_args=())
-@without_autocast
-@ieee_fp32()
-def rotation_delta(
+def rotation_delta_reference(
     skew: Tensor, block_size: int, order: int | None, dtype: torch.dtype, flipped: int = 0
 ) -> Tensor:
     """``G − I`` of packed skew blocks, for `fold_weight`. Takes no gradient.
@@ -69,21 +57,42 @@ def rotation_delta(
         order: k ≥ 1 of the Cayley-Neumann expansion, or ``None`` for the exact transform.
         dtype: of the result. For bf16 and fp16 the products inside may take bf16 operands, sums
             stay fp32 (docs/numerics.md).
-        flipped: how many blocks, the last ones, are taken of −Q: ``G(−Q) = G(Q)ᵀ``.
+        flipped: how many blocks, the last ones, are transposed: ``G(−Q) = G(Q)ᵀ``.
 
     Returns:
         [blocks, b, b] of `dtype`.
     """
-    _check(skew, block_size, order, flipped)
-    if kernels.applies("rotation_delta", skew, block_size, order, dtype, flipped):
-        return kernels.run("rotation_delta", skew, block_size, order, dtype, flipped)
-    # The expansion has kernels for more arguments than the delta.
-    return minus_identity(rotations(flip(skew, flipped), block_size, order)).to(dtype)
+    skew = transpose_last(skew, flipped)
+    if order is None:
+        return minus_identity(cayley_exact(skew, block_size)).to(dtype)
+    return minus_identity(cayley_neumann_reference(skew, block_size, order)).to(dtype)
 
 
-@rotation_delta.register_fake
-def _(
-    skew: Tensor, block_size: int, order: int | None, dtype: torch.dtype, flipped: int = 0
+def _without_kernel(
+    skew: Tensor, block_size: int, order: int | None, dtype: torch.dtype, flipped: int
 ) -> Tensor:
-    _check(skew, block_size, order, flipped)
+    """The reference over the op: the expansion has kernels for more arguments than the delta."""
+    return minus_identity(rotations(transpose_last(skew, flipped), block_size, order)).to(dtype)
+
+
+def _fake(skew, block_size, order, dtype, flipped):
     return skew.new_empty(skew.shape[0], block_size, block_size, dtype=dtype)
+
+
+def _kernel_takes(skew: Tensor, block_size: int, order: int | None, dtype, flipped: int) -> bool:
+    rounded = skew.dtype == torch.float32 and dtype in LOW_PRECISION
+    return rounded and low_precision_applies(block_size, order)
+
+
+rotation_delta = define(
+    "rotation_delta",
+    rotation_delta_reference,
+    check=check_blocks,
+    fake=_fake,
+    kernel=Kernel("cayley_low_precision.rotation_delta", _kernel_takes),
+    without_kernel=_without_kernel,
+    # The exact transform calls a solver: nothing to fuse there.
+    expands=lambda skew, block_size, order, *_: order is not None,
+    ieee=True,
+    drawn="rotation",
+)

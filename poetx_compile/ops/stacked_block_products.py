@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops import kernels
 from poetx_compile.ops.block_product import (
     block_product_gradients,
     block_product_reference,
     check_operands,
+    kernel_takes,
 )
+from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.precision import rotation_dtype, without_autocast
+from poetx_compile.ops.registry import define
 
 
 def _check(x1, y1, x2, y2, blocks1, blocks2, block_size, gather1, gather2) -> None:
@@ -41,25 +43,6 @@ def stacked_block_products_reference(
     blocks1: int,
     blocks2: int,
     block_size: int,
-    gather1: Tensor | None,
-    gather2: Tensor | None,
-) -> Tensor:
-    """The definition of `stacked_block_products` in plain torch ops."""
-    first = block_product_reference(x1, y1, blocks1, block_size, gather1, gather1)
-    second = block_product_reference(x2, y2, blocks2, block_size, gather2, gather2)
-    return torch.cat([first, second])
-
-
-@torch.library.custom_op("poetx::stacked_block_products", mutates_args=())
-@without_autocast
-def stacked_block_products(
-    x1: Tensor,
-    y1: Tensor,
-    x2: Tensor,
-    y2: Tensor,
-    blocks1: int,
-    blocks2: int,
-    block_size: int,
     gather1: Tensor | None = None,
     gather2: Tensor | None = None,
 ) -> Tensor:
@@ -80,17 +63,27 @@ def stacked_block_products(
         [blocks1 + blocks2, b, b] in float32 (float64 for float64 inputs), accumulated in that
         dtype.
     """
-    args = (x1, y1, x2, y2, blocks1, blocks2, block_size, gather1, gather2)
-    _check(*args)
-    if kernels.applies("stacked_block_products", *args):
-        return kernels.run("stacked_block_products", *args)
-    return stacked_block_products_reference(*args)
+    first = block_product_reference(x1, y1, blocks1, block_size, gather1, gather1)
+    second = block_product_reference(x2, y2, blocks2, block_size, gather2, gather2)
+    return torch.cat([first, second])
 
 
-@stacked_block_products.register_fake
-def _(x1, y1, x2, y2, blocks1, blocks2, block_size, gather1=None, gather2=None):
-    _check(x1, y1, x2, y2, blocks1, blocks2, block_size, gather1, gather2)
+def _fake(x1, y1, x2, y2, blocks1, blocks2, block_size, gather1, gather2):
     return x1.new_empty(blocks1 + blocks2, block_size, block_size, dtype=rotation_dtype(x1.dtype))
+
+
+def _kernel_takes(x1, y1, x2, y2, blocks1, blocks2, block_size, gather1, gather2) -> bool:
+    first = kernel_takes(x1, y1, blocks1, block_size, gather1, gather1)
+    return first and kernel_takes(x2, y2, blocks2, block_size, gather2, gather2)
+
+
+stacked_block_products = define(
+    "stacked_block_products",
+    stacked_block_products_reference,
+    check=_check,
+    fake=_fake,
+    kernel=Kernel("block_product.stacked_block_products", _kernel_takes),
+)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -6,7 +6,7 @@ back to Q. What is known there is the gradient with respect to an infinitesimal 
     ``G(Q') = (I + E) G(Q)``,  ``∂L/∂E = ∂L/∂G · Gᵀ``.
 
 E as a function of Q' is zero at Q' = Q; its derivative there is that of ``G(Q') G(Q)⁻¹``. The
-rotation of a block that multiplies from the other side is flipped, that of −Q: ``G(−Q) = G(Q)ᵀ``.
+rotation of a block that multiplies from the other side is transposed: ``G(−Q) = G(Q)ᵀ``.
 """
 
 from __future__ import annotations
@@ -14,18 +14,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops import kernels
-from poetx_compile.ops.cayley import check_grad, check_skew
+from poetx_compile.ops.cayley import check_grad, matrices_like, packed_like
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.low_precision import low_precision_applies
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.ops.polynomial import polynomial, polynomial_backward
-from poetx_compile.ops.precision import ieee_fp32, without_autocast
-from poetx_compile.ops.rotation_delta import check_flipped, flip
+from poetx_compile.ops.registry import define
+from poetx_compile.ops.rotation_delta import check_blocks, transpose_last
 
 
 def rotation_tangent_reference(
     skew: Tensor, block_size: int, order: int | None, narrow: bool = False, flipped: int = 0
 ) -> Tensor:
-    """The value of `rotation_tangent`: zeros [blocks, b, b]."""
+    """Zeros whose gradient is that of an infinitesimal rotation (see the module).
+
+    Args:
+        skew: [blocks, b(b−1)/2], float32 or float64: the entries of Q above the diagonal.
+        block_size: b ≥ 1.
+        order: k ≥ 1 of the Cayley-Neumann expansion, or ``None`` for the exact Cayley transform.
+        narrow: as for `cayley_neumann`; concerns the backward.
+        flipped: how many blocks, the last ones, are transposed, those of −Q.
+
+    Returns:
+        [blocks, b, b] of the same dtype, zero. It is meant for one level of differentiation: its
+        derivative is right at every Q, its value only at the Q that was folded.
+    """
     return skew.new_zeros(skew.shape[0], block_size, block_size)
 
 
@@ -37,11 +50,9 @@ def rotation_tangent_backward_reference(
     narrow: bool = False,
     flipped: int = 0,
 ) -> Tensor:
-    """The definition of the gradient of `rotation_tangent` in plain torch ops.
-
-    As exact with `narrow` as without.
-    """
-    return flip(pack(_gradient(grad, unpack(flip(skew, flipped), block_size), order)), flipped)
+    """Gradient of `rotation_tangent`: from [blocks, b, b] to the packed [blocks, b(b−1)/2]."""
+    q = unpack(transpose_last(skew, flipped), block_size)
+    return transpose_last(pack(_gradient(grad, q, order)), flipped)
 
 
 def _gradient(grad: Tensor, q: Tensor, order: int | None) -> Tensor:
@@ -54,72 +65,33 @@ def _gradient(grad: Tensor, q: Tensor, order: int | None) -> Tensor:
     return polynomial_backward(outer, q, order)
 
 
-def _check(skew: Tensor, block_size: int, order: int | None, flipped: int) -> None:
-    check_skew(skew, block_size, 1 if order is None else order)
-    check_flipped(skew, flipped)
-
-
-@torch.library.custom_op("poetx::rotation_tangent", mutates_args=())
-def rotation_tangent(
-    skew: Tensor, block_size: int, order: int | None, narrow: bool = False, flipped: int = 0
-) -> Tensor:
-    """Zeros whose gradient is that of an infinitesimal rotation (see the module).
-
-    Args:
-        skew: [blocks, b(b−1)/2], float32 or float64: the entries of Q above the diagonal.
-        block_size: b ≥ 1.
-        order: k ≥ 1 of the Cayley-Neumann expansion, or ``None`` for the exact Cayley transform.
-        narrow: as for `cayley_neumann`; concerns the backward.
-        flipped: how many blocks, the last ones, are those of −Q.
-
-    Returns:
-        [blocks, b, b] of the same dtype, zero. It is meant for one level of differentiation: its
-        derivative is right at every Q, its value only at the Q that was folded.
-    """
-    _check(skew, block_size, order, flipped)
-    return rotation_tangent_reference(skew, block_size, order)
-
-
-@torch.library.custom_op("poetx::rotation_tangent_backward", mutates_args=())
-@without_autocast
-@ieee_fp32()
-def rotation_tangent_backward(
-    grad: Tensor,
-    skew: Tensor,
-    block_size: int,
-    order: int | None,
-    narrow: bool = False,
-    flipped: int = 0,
-) -> Tensor:
-    """Gradient of `rotation_tangent`: from [blocks, b, b] to the packed [blocks, b(b−1)/2]."""
-    _check(skew, block_size, order, flipped)
+def _check_backward(grad: Tensor, skew: Tensor, block_size: int, *rest) -> None:
+    check_blocks(skew, block_size, *rest)
     check_grad(grad, skew, block_size)
-    args = (grad, skew, block_size, order, narrow, flipped)
-    if kernels.applies("rotation_tangent_backward", *args):
-        return kernels.run("rotation_tangent_backward", *args)
-    return rotation_tangent_backward_reference(*args)
 
 
-@rotation_tangent.register_fake
-def _(
-    skew: Tensor, block_size: int, order: int | None, narrow: bool = False, flipped: int = 0
-) -> Tensor:
-    _check(skew, block_size, order, flipped)
-    return skew.new_empty(skew.shape[0], block_size, block_size)
+def _backward_kernel_takes(
+    grad: Tensor, skew: Tensor, block_size: int, order: int | None, narrow: bool, flipped: int
+) -> bool:
+    fp32 = skew.dtype == grad.dtype == torch.float32
+    return fp32 and narrow and low_precision_applies(block_size, order)
 
 
-@rotation_tangent_backward.register_fake
-def _(
-    grad: Tensor,
-    skew: Tensor,
-    block_size: int,
-    order: int | None,
-    narrow: bool = False,
-    flipped: int = 0,
-) -> Tensor:
-    _check(skew, block_size, order, flipped)
-    check_grad(grad, skew, block_size)
-    return torch.empty_like(skew, memory_format=torch.contiguous_format)
+rotation_tangent = define(
+    "rotation_tangent",
+    rotation_tangent_reference,
+    check=check_blocks,
+    fake=matrices_like,
+    drawn="rotation",
+)
+rotation_tangent_backward = define(
+    "rotation_tangent_backward",
+    rotation_tangent_backward_reference,
+    check=_check_backward,
+    fake=packed_like,
+    kernel=Kernel("tangent.rotation_tangent_backward", _backward_kernel_takes),
+    ieee=True,
+)
 
 
 def _save(ctx, inputs, output) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import poetx_compile as poetx
 from poetx_compile.compile import folds as kept
 from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.ops import OPS
 from poetx_compile.optim.merge import merge
 from tests.helpers.graph_of import prepared
 from tests.helpers.models import SwiGLU
@@ -25,16 +26,15 @@ OPTIONS = {"stage": "aot_eager", "formulation": "folded", "keep_folded": "step"}
 @pytest.fixture
 def folds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
     """The shapes of the weights that were folded, in order."""
-    from poetx_compile.ops import fold
-
     seen: list[torch.Size] = []
-    reference = fold.fold_weight_reference
+    op = OPS["fold_weight"]
+    reference = op.reference
 
     def counting(weight, *args):
         seen.append(weight.shape)
         return reference(weight, *args)
 
-    monkeypatch.setattr(fold, "fold_weight_reference", counting)
+    monkeypatch.setattr(op, "reference", counting)
     kept.forget()
     yield seen
     kept.forget()
@@ -263,13 +263,13 @@ def test_weights_are_freed(folds, monkeypatch):
     assert len(first) == 3
     assert all(w() is not None for w in first)
     alive: list[int] = []
-    before = poetx.ops.fold.fold_weight_reference
+    before = OPS["fold_weight"].reference
 
     def looking(*args):
         alive.append(sum(w() is not None for w in first))
         return before(*args)
 
-    monkeypatch.setattr(poetx.ops.fold, "fold_weight_reference", looking)
+    monkeypatch.setattr(OPS["fold_weight"], "reference", looking)
     edit(model)
     run(batch())
     assert alive == [0, 0, 0], "the old weights are gone before the new ones are built"

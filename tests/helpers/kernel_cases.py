@@ -27,7 +27,7 @@ def pair(width: int) -> torch.Tensor:
 BF16 = torch.bfloat16
 
 
-def narrow(blocks: int, b: int) -> torch.Tensor:
+def rounded(blocks: int, b: int) -> torch.Tensor:
     return meta(blocks, b, b, dtype=BF16)
 
 
@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cayley backward, b 77": ("cayley_neumann_backward", (meta(4, 77, 77), skew(77), 77, 3)),
     "cayley backward, b 2": ("cayley_neumann_backward", (meta(4, 2, 2), skew(2), 2, 3)),
     **{
-        f"{op}, narrow, b {b}": (op, (*grad, skew(b), b, 3, True))
+        f"{op}, low precision, b {b}": (op, (*grad, skew(b), b, 3, True))
         for b in (2, 77, 256)
         for op, grad in (
             ("cayley_neumann", ()),
@@ -151,27 +151,27 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "fold both, b 192 and 128, tails": (
         "fold_weight",
-        (meta(1000, 496), narrow(2, 192), narrow(7, 128), pair(62), None, BF16),
+        (meta(1000, 496), rounded(2, 192), rounded(7, 128), pair(62), None, BF16),
     ),
     "fold both, b 128 and 248, tails": (
         "fold_weight",
-        (meta(1000, 528, dtype=BF16), narrow(4, 128), narrow(4, 248), None, None, BF16),
+        (meta(1000, 528, dtype=BF16), rounded(4, 128), rounded(4, 248), None, None, BF16),
     ),
     "fold one after the other, odd": (
         "fold_weight",
-        (meta(99, 200, dtype=BF16), narrow(2, 77), narrow(1, 77), None, pair(99), BF16),
+        (meta(99, 200, dtype=BF16), rounded(2, 77), rounded(1, 77), None, pair(99), BF16),
     ),
     "fold rows with a tail, b 192": (
         "fold_weight",
-        (meta(496, 512, dtype=BF16), None, narrow(2, 192), None, pair(496), BF16),
+        (meta(496, 512, dtype=BF16), None, rounded(2, 192), None, pair(496), BF16),
     ),
     "fold columns, b 192": (
         "fold_weight",
-        (meta(512, 496, dtype=BF16), narrow(2, 192), None, pair(62), None, BF16),
+        (meta(512, 496, dtype=BF16), rounded(2, 192), None, pair(62), None, BF16),
     ),
     "fold columns, odd": (
         "fold_weight",
-        (meta(512, 499, dtype=BF16), narrow(6, 77), None, pair(499), None, BF16),
+        (meta(512, 499, dtype=BF16), rounded(6, 77), None, pair(499), None, BF16),
     ),
     **{f"delta, b {b}": ("rotation_delta", (skew(b), b, 3, BF16, 2)) for b in (2, 77, 256)},
     "permute, widest": ("permute_columns", (meta(4096, 32768, dtype=BF16), pair(32768), False)),

@@ -118,7 +118,7 @@ def test_non_contiguous_arguments() -> None:
 
 
 @pytest.mark.parametrize("order", [1, 3, None])
-def test_narrow_is_exact_where_no_kernel_runs(order: int | None) -> None:
+def test_low_precision_is_exact_where_no_kernel_runs(order: int | None) -> None:
     skew = random_skew(3, 5)
     grad = torch.randn(3, 5, 5, dtype=torch.float64)
     results = []
@@ -126,11 +126,11 @@ def test_narrow_is_exact_where_no_kernel_runs(order: int | None) -> None:
         leaf = skew.clone().requires_grad_()
         out = ops.rotations(leaf, 5, order, narrow)
         results.append((out, *torch.autograd.grad(out, leaf, grad)))
-    for precise, narrow_one in zip(*results, strict=True):
-        assert torch.equal(precise, narrow_one)
+    for precise, permitted in zip(*results, strict=True):
+        assert torch.equal(precise, permitted)
 
 
-def test_the_backward_is_told_that_it_may_be_narrow() -> None:
+def test_the_backward_is_told_that_it_may_be_of_low_precision() -> None:
     class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.poetx.cayley_neumann_backward.default:

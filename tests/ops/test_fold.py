@@ -108,8 +108,8 @@ def test_autocast_changes_nothing() -> None:
 
 def test_opcheck() -> None:
     args = _arguments(CASES[1], torch.float32)
-    narrow = _arguments(CASES[1], torch.bfloat16, torch.float32)
-    torch.library.opcheck(ops.fold_weight, (*narrow, torch.bfloat16))
+    rounded = _arguments(CASES[1], torch.bfloat16, torch.float32)
+    torch.library.opcheck(ops.fold_weight, (*rounded, torch.bfloat16))
     torch.library.opcheck(ops.fold_weight, (args[0], None, args[2], None, args[4], torch.float32))
 
 

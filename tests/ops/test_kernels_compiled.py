@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from poetx_compile.ops import kernels
-from tests.helpers.kernel_cases import BF16, CASES, meta, narrow, needs_triton, pair, skew
+from poetx_compile.ops import OPS, kernels
+from tests.helpers.kernel_cases import BF16, CASES, meta, needs_triton, pair, rounded, skew
 
 pytestmark = needs_triton
 
@@ -27,7 +27,7 @@ TYPES = {
 }
 
 # Bytes a thread spills, as measured with the ptxas of each triton; all other kernels spill none.
-_ROTATION = ("cayley_neumann, narrow, b 256", "rotation_kernel")
+_ROTATION = ("cayley_neumann, low precision, b 256", "rotation_kernel")
 _DELTA = ("delta, b 256", "rotation_kernel")
 _TAILS = ("fold both, b 192 and 128, tails", "fold_both_kernel")
 # 64 elements a thread, twice: a few of them leave the registers.
@@ -53,7 +53,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
     from poetx_compile.ops.kernels import (
         block_product,
         cayley,
-        cayley_narrow,
+        cayley_low_precision,
         fold,
         fold_both,
         permute,
@@ -78,7 +78,16 @@ def compiled_launches(monkeypatch) -> list[Any]:
         options = {"num_warps": num_warps, "num_stages": num_stages}
         results.append(triton.compile(source, GPUTarget("cuda", 90, 32), options))
 
-    modules = (block_product, cayley, cayley_narrow, fold, fold_both, permute, rotate, tangent)
+    modules = (
+        block_product,
+        cayley,
+        cayley_low_precision,
+        fold,
+        fold_both,
+        permute,
+        rotate,
+        tangent,
+    )
     for module in modules:
         monkeypatch.setattr(module, "launch", compile_launch)
     return results
@@ -100,7 +109,7 @@ def test_kernel_compiles_fits_and_spills_what_is_recorded(case, compiled_launche
     import triton
 
     op, args = CASES[case]
-    kernels.implementation(op)(*args)
+    OPS[op].kernel.load()(*args)
     assert compiled_launches
     spilled = {}
     for kernel in compiled_launches:
@@ -117,16 +126,16 @@ def test_spills_are_recorded_of_cases_that_exist():
 
 
 @pytest.mark.parametrize("b", [2, 33, 77, 256])
-def test_narrow_kernels_need_the_shared_memory_they_ask_for(b, compiled_launches):
-    from poetx_compile.ops.kernels.narrow import NarrowTiling
+def test_low_precision_kernels_need_the_shared_memory_they_ask_for(b, compiled_launches):
+    from poetx_compile.ops.kernels.low_precision import LowPrecisionTiling
 
-    kernels.implementation("cayley_neumann")(skew(b), b, 3, True)
-    kernels.implementation("cayley_neumann_backward")(meta(4, b, b), skew(b), b, 3, True)
-    tangent = kernels.implementation("rotation_tangent_backward")
+    OPS["cayley_neumann"].kernel.load()(skew(b), b, 3, True)
+    OPS["cayley_neumann_backward"].kernel.load()(meta(4, b, b), skew(b), b, 3, True)
+    tangent = OPS["rotation_tangent_backward"].kernel.load()
     tangent(meta(4, b, b), skew(b), b, 3, True, 2)
     assert len(compiled_launches) == 2 + 4 + 4
     # Rows of a few bytes are padded; a kernel of any size starts with a kilobyte.
-    limit = max(NarrowTiling(b).shared_bytes(), 4096)
+    limit = max(LowPrecisionTiling(b).shared_bytes(), 4096)
     assert max(kernel.metadata.shared for kernel in compiled_launches) <= limit
 
 
@@ -134,14 +143,14 @@ def test_narrow_kernels_need_the_shared_memory_they_ask_for(b, compiled_launches
     ("b", "order", "capacity"),
     [(257, 3, SHARED_MEMORY), (256, 2, SHARED_MEMORY), (256, 3, 99 * 1024)],
 )
-def test_where_narrow_kernels_do_not_fit_the_precise_ones_run(
+def test_where_low_precision_kernels_do_not_fit_the_precise_ones_run(
     b, order, capacity, compiled_launches, monkeypatch
 ):
-    from poetx_compile.ops.kernels import narrow
+    from poetx_compile.ops.kernels import low_precision
 
-    monkeypatch.setattr(narrow, "shared_memory", lambda: capacity)
+    monkeypatch.setattr(low_precision, "shared_memory", lambda: capacity)
     monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
-    kernels.implementation("cayley_neumann")(skew(b), b, order, True)
+    OPS["cayley_neumann"].kernel.load()(skew(b), b, order, True)
     names = [kernel.metadata.name for kernel in compiled_launches]
     assert names[:2] == ["unpack_kernel", "square_kernel"]
     with FakeTensorMode():
@@ -149,13 +158,13 @@ def test_where_narrow_kernels_do_not_fit_the_precise_ones_run(
             torch.empty(4, b, b, device="cuda"),
             torch.empty(skew(b).shape, device="cuda"),
         )
-    assert not kernels.applies("rotation_tangent_backward", grad, packed, b, order, True)
-    assert not kernels.applies("rotation_delta", packed, b, order, BF16, 0)
+    assert not OPS["rotation_tangent_backward"].kernel.applies(grad, packed, b, order, True, 0)
+    assert not OPS["rotation_delta"].kernel.applies(packed, b, order, BF16, 0)
 
 
 def test_chain_of_products_keeps_all_warps_busy(compiled_launches):
     # 64 rows are four warps' share: the other four take half of the columns.
-    kernels.implementation("cayley_neumann")(skew(256), 256, 3, True)
+    OPS["cayley_neumann"].kernel.load()(skew(256), 256, 3, True)
     assembly = compiled_launches[1].asm["ttgir"]
     assert "warpsPerCTA = [4, 2]" in assembly
     assert assembly.count("ttng.warp_group_dot ") == 1  # in a loop
@@ -175,7 +184,7 @@ def test_rotation_takes_the_kernel_that_fits(b, capacity, name, compiled_launche
 
     monkeypatch.setattr(rotate, "shared_memory", lambda: capacity)
     x, rotation = meta(512, 512, dtype=BF16), meta(512 // b, b, b)
-    kernels.implementation("rotate_blocks")(x, rotation, None, None, False)
+    OPS["rotate_blocks"].kernel.load()(x, rotation, None, None, False)
     last = compiled_launches[-1].metadata
     assert last.name == name
     # `rotate_kernel` on less than 99 KiB would be Triton's error to report: compiled for 9.0 here.
@@ -197,7 +206,7 @@ def test_chunks_travel_as_whole_vectors(op, chunk, compiled_launches):
         "permute_columns": [(x, pairs[0], False)],
     }
     for args in arguments[op]:
-        kernels.implementation(op)(*args)
+        OPS[op].kernel.load()(*args)
     gathered, *rest = [k.asm["ptx"] for k in compiled_launches if "delta" not in k.metadata.name]
     assert not re.findall(r"(?:ld|st)\.global\S*\.b16", gathered)
     for plain in rest:
@@ -209,7 +218,7 @@ def test_chunks_travel_as_whole_vectors(op, chunk, compiled_launches):
 
 def test_stacked_products_share_one_loop(compiled_launches):
     x, wide = meta(512, 512, dtype=BF16), meta(512, 1024, dtype=BF16)
-    kernels.implementation("stacked_block_products")(x, x, wide, wide, 2, 4, 256, None, pair(64))
+    OPS["stacked_block_products"].kernel.load()(x, x, wide, wide, 2, 4, 256, None, pair(64))
     (kernel,) = compiled_launches
     assert kernel.asm["ttgir"].count("ttng.warp_group_dot ") == 1
 
@@ -221,7 +230,7 @@ def test_a_device_with_less_shared_memory_gets_narrower_tiles(compiled_launches,
     for capacity, tile in ((SHARED_MEMORY, 256), (163 * 1024, 256), (99 * 1024, 128)):
         monkeypatch.setattr(block_product, "shared_memory", lambda capacity=capacity: capacity)
         assert block_product.plan(8192, 4096, 16, 256, True).tile_n == tile
-        kernels.implementation("block_product")(x, x, 16, 256, None, None)
+        OPS["block_product"].kernel.load()(x, x, 16, 256, None, None)
         assert compiled_launches[-1].metadata.shared <= capacity
 
 
@@ -244,7 +253,7 @@ def test_products_of_few_tokens_fill_the_device_without_splits(tokens, blocks, t
 
 
 def test_precision_of_fp32_products_is_three_tf32_products(compiled_launches):
-    kernels.implementation("cayley_neumann")(skew(64), 64, 3)
+    OPS["cayley_neumann"].kernel.load()(skew(64), 64, 3)
     _, square, polynomial = compiled_launches
     for kernel in (square, polynomial):
         products = kernel.asm["ttgir"].count("ttng.warp_group_dot ")
@@ -253,7 +262,7 @@ def test_precision_of_fp32_products_is_three_tf32_products(compiled_launches):
 
 def both_sides(width: int, b_in: int, b_out: int) -> tuple[Any, ...]:
     """Arguments of `fold_weight` with rotations on both sides."""
-    deltas = narrow(width // b_in, b_in), narrow(512 // b_out, b_out)
+    deltas = rounded(width // b_in, b_in), rounded(512 // b_out, b_out)
     perm_in = pair(width // 16) if width % 16 == 0 else None
     return (meta(512, width, dtype=BF16), *deltas, perm_in, pair(512), BF16)
 
@@ -262,7 +271,7 @@ def both_sides(width: int, b_in: int, b_out: int) -> tuple[Any, ...]:
 def test_fold_of_both_sides_is_one_launch_that_fits(b, compiled_launches):
     from poetx_compile.ops.kernels.fold_both import FoldTiling
 
-    kernels.implementation("fold_weight")(*both_sides(512, b, 256))
+    OPS["fold_weight"].kernel.load()(*both_sides(512, b, 256))
     (fold,) = compiled_launches
     assert fold.metadata.name == "fold_both_kernel"
     assert fold.metadata.shared <= FoldTiling().shared_bytes(b)
@@ -287,7 +296,7 @@ def test_sides_that_do_not_fit_are_folded_one_after_the_other(
 
     for module in (fold, fold_both, rotate):
         monkeypatch.setattr(module, "shared_memory", lambda: capacity)
-    kernels.implementation("fold_weight")(*both_sides(width, b_in, b_out))
+    OPS["fold_weight"].kernel.load()(*both_sides(width, b_in, b_out))
     names = [kernel.metadata.name for kernel in compiled_launches]
     assert "fold_both_kernel" not in names
     assert any(name.startswith("rotate") for name in names)

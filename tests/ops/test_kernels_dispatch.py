@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poetx_compile import ops
-from poetx_compile.ops import kernels
+from poetx_compile.ops import OPS, kernels
 from poetx_compile.ops.kernels import common
 
 
@@ -38,17 +38,17 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
     }[op]
 
 
-@pytest.mark.parametrize("op", kernels.OPS)
+@pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.kernel])
 def test_the_device_of_the_tensors_decides_and_not_what_is_installed(op, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
     with FakeTensorMode():
-        assert kernels.applies(op, *_arguments(op, "cuda:0"))
+        assert OPS[op].kernel.applies(*_arguments(op, "cuda:0"))
 
     def refused(*_: Any) -> Any:
         raise AssertionError("a kernel was loaded for tensors on the CPU")
 
-    monkeypatch.setattr(kernels, "implementation", refused)
-    assert not kernels.applies(op, *_arguments(op, "cpu"))
+    monkeypatch.setattr(kernels.Kernel, "load", refused)
+    assert not OPS[op].kernel.applies(*_arguments(op, "cpu"))
     given = _arguments(op, "cpu")
     if op.endswith("_backward"):
         # Through autograd, as it is called.

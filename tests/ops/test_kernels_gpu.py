@@ -15,10 +15,11 @@ from torch._dynamo.utils import counters
 
 from poetx_compile import ops
 from poetx_compile.compile.lowerings import ExpandOps, compile_inner, register
-from poetx_compile.ops import kernels
+from poetx_compile.ops import OPS
 from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
 from poetx_compile.ops.fold import fold_weight_reference
+from poetx_compile.ops.kernels.common import MAX_PERMUTE_WIDTH
 from poetx_compile.ops.packing import pack
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
@@ -76,7 +77,7 @@ def wide(*args: Any) -> list[Any]:
 
 
 def check(op: str, reference: Callable[..., Tensor], *args: Any) -> Tensor:
-    assert kernels.applies(op, *args), "no kernel runs: the comparison would prove nothing"
+    assert OPS[op].kernel.applies(*args), "no kernel runs: the comparison would prove nothing"
     actual = getattr(torch.ops.poetx, op)(*args)
     assert actual.is_contiguous()
     assert_close(actual, reference(*wide(*args)), what=op)
@@ -87,7 +88,7 @@ def check(op: str, reference: Callable[..., Tensor], *args: Any) -> Tensor:
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 7])
 def test_cayley_neumann(b, order, poisoned):
     packed = skew(3, b)
-    rotation = check("cayley_neumann", cayley_neumann_reference, packed, b, order)
+    rotation = check("cayley_neumann", cayley_neumann_reference, packed, b, order, False)
     # The part that is not the identity keeps its relative precision.
     expected = cayley_neumann_reference(packed.double(), b, order)
     eye = torch.eye(b, device=DEVICE)
@@ -103,39 +104,39 @@ def test_cayley_neumann_of_zero_is_exactly_the_identity(poisoned):
 def test_cayley_neumann_backward(b, poisoned):
     grad = torch.randn(3, b, b, device=DEVICE)
     reference = cayley_neumann_backward_reference
-    check("cayley_neumann_backward", reference, grad, skew(3, b), b, 3)
-    check("cayley_neumann_backward", reference, grad.mT, skew(3, b), b, 3)
+    check("cayley_neumann_backward", reference, grad, skew(3, b), b, 3, False)
+    check("cayley_neumann_backward", reference, grad.mT, skew(3, b), b, 3, False)
 
 
 def test_cayley_neumann_backward_of_another_order_runs_the_reference():
     packed, grad = skew(2, 16), torch.randn(2, 16, 16, device=DEVICE)
-    assert not kernels.applies("cayley_neumann_backward", grad, packed, 16, 4)
+    assert not OPS["cayley_neumann_backward"].kernel.applies(grad, packed, 16, 4, False)
     actual = torch.ops.poetx.cayley_neumann_backward(grad, packed, 16, 4)
     assert_close(actual, cayley_neumann_backward_reference(*wide(grad, packed), 16, 4))
 
 
-NARROW_BLOCKS = [2, 3, 16, 33, 64, 77, 128, 192, 256]
+LOW_PRECISION_BLOCKS = [2, 3, 16, 33, 64, 77, 128, 192, 256]
 
 
-@pytest.mark.parametrize("b", NARROW_BLOCKS)
-def test_narrow_cayley_neumann(b, poisoned):
+@pytest.mark.parametrize("b", LOW_PRECISION_BLOCKS)
+def test_low_precision_cayley_neumann(b, poisoned):
     packed = skew(3, b)
     args = (packed, b, 3, True)
-    assert kernels.applies("cayley_neumann", *args)
+    assert OPS["cayley_neumann"].kernel.applies(*args)
     # Better than what rounds the part that is not the identity, be it to fp16.
     eye = torch.eye(b, device=DEVICE)
     expected = cayley_neumann_reference(packed.double(), b, 3) - eye.double()
     assert_close(torch.ops.poetx.cayley_neumann(*args) - eye, expected, torch.float16)
 
 
-def test_narrow_cayley_neumann_of_zero_is_exactly_the_identity(poisoned):
+def test_low_precision_cayley_neumann_of_zero_is_exactly_the_identity(poisoned):
     rotation = torch.ops.poetx.cayley_neumann(torch.zeros(2, 77 * 38, device=DEVICE), 77, 3, True)
     assert torch.equal(rotation, torch.eye(77, device=DEVICE).expand(2, 77, 77))
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])  # bf16 has the range of fp32
-@pytest.mark.parametrize("b", NARROW_BLOCKS)
-def test_narrow_cayley_neumann_backward(b, scale, poisoned):
+@pytest.mark.parametrize("b", LOW_PRECISION_BLOCKS)
+def test_low_precision_cayley_neumann_backward(b, scale, poisoned):
     grad, packed = scale * torch.randn(3, b, b, device=DEVICE).mT, skew(3, b)
     actual = torch.ops.poetx.cayley_neumann_backward(grad, packed, b, 3, True)
     expected = cayley_neumann_backward_reference(*wide(grad, packed), b, 3)
@@ -143,23 +144,23 @@ def test_narrow_cayley_neumann_backward(b, scale, poisoned):
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-@pytest.mark.parametrize("b", NARROW_BLOCKS)
-def test_narrow_rotation_tangent_backward(b, scale, poisoned):
+@pytest.mark.parametrize("b", LOW_PRECISION_BLOCKS)
+def test_low_precision_rotation_tangent_backward(b, scale, poisoned):
     for flipped in (0, 2):
         args = (scale * torch.randn(3, b, b, device=DEVICE).mT, skew(3, b), b, 3, True, flipped)
-        assert kernels.applies("rotation_tangent_backward", *args)
+        assert OPS["rotation_tangent_backward"].kernel.applies(*args)
         actual = torch.ops.poetx.rotation_tangent_backward(*args)
         assert actual.is_contiguous()
         assert_close(actual, rotation_tangent_backward_reference(*wide(*args)), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("b", NARROW_BLOCKS)
+@pytest.mark.parametrize("b", LOW_PRECISION_BLOCKS)
 def test_rotation_delta(b, dtype, poisoned):
     packed = skew(3, b)
     for flipped in (0, 2, 3):
         args = (packed, b, 3, dtype, flipped)
-        assert kernels.applies("rotation_delta", *args)
+        assert OPS["rotation_delta"].kernel.applies(*args)
         expected = rotation_delta_reference(packed.double(), b, 3, torch.float64, flipped)
         assert_close(torch.ops.poetx.rotation_delta(*args), expected, dtype)
 
@@ -171,14 +172,14 @@ def test_rotation_delta_without_a_kernel_of_its_own_is_that_of_the_rotations():
         (64, 3, torch.float),
     ):
         packed = skew(2, b)
-        assert not kernels.applies("rotation_delta", packed, b, order, dtype, 1)
+        assert not OPS["rotation_delta"].kernel.applies(packed, b, order, dtype, 1)
         actual = torch.ops.poetx.rotation_delta(packed, b, order, dtype, 1)
         expected = rotation_delta_reference(packed.double(), b, order, torch.float64, 1)
         assert_close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("skew_part", [0.0, 0.1, 1.0])
-def test_narrow_tangent_of_a_mostly_symmetric_gradient(skew_part):
+def test_low_precision_tangent_of_a_mostly_symmetric_gradient(skew_part):
     # Every plane at the limit of the angle guard, the worst case of the truncated series.
     b, angle = 256, 0.25
     q = torch.randn(3, b, b, device=DEVICE, dtype=torch.float64)
@@ -194,8 +195,8 @@ def test_narrow_tangent_of_a_mostly_symmetric_gradient(skew_part):
 def test_tangent_without_a_kernel_runs_the_reference():
     grad, packed = torch.randn(2, 16, 16, device=DEVICE), skew(2, 16)
     for order, narrow in ((3, False), (4, True), (None, True)):
-        args = (grad, packed, 16, order, narrow)
-        assert not kernels.applies("rotation_tangent_backward", *args)
+        args = (grad, packed, 16, order, narrow, 0)
+        assert not OPS["rotation_tangent_backward"].kernel.applies(*args)
         actual = torch.ops.poetx.rotation_tangent_backward(*args)
         assert_close(actual, rotation_tangent_backward_reference(*wide(*args)))
 
@@ -267,7 +268,7 @@ def test_fold_weight(dtype, shape, b_in, b_out, permuted, poisoned):
     for stored, sides in ((dtype, (0, 1)), (torch.float32, (0, 1)), (dtype, (0,)), (dtype, (1,))):
         given = [given[i] if i in sides else None for given in (deltas, orders) for i in (0, 1)]
         args = (weight.to(stored), *given)
-        assert kernels.applies("fold_weight", *args, dtype)
+        assert OPS["fold_weight"].kernel.applies(*args, dtype)
         actual = torch.ops.poetx.fold_weight(*args, dtype)
         assert actual.dtype == dtype
         assert actual.is_contiguous()
@@ -345,19 +346,19 @@ def test_permute_columns(dtype, shape, chunk, poisoned):
     x = (100 * torch.randn(shape, device=DEVICE)).to(dtype)
     order = pair(shape[-1], chunk)
     for inverse in (False, True):
-        assert kernels.applies("permute_columns", x, order, inverse)
+        assert OPS["permute_columns"].kernel.applies(x, order, inverse)
         actual = torch.ops.poetx.permute_columns(x, order, inverse)
         assert torch.equal(actual, permute_columns_reference(x, order, inverse))
 
 
 def test_where_no_kernel_applies_the_reference_runs():
-    order = pair(kernels.MAX_PERMUTE_WIDTH + 1)
-    x = torch.randn(2, kernels.MAX_PERMUTE_WIDTH + 1, device=DEVICE)
-    assert not kernels.applies("permute_columns", x, order, False)
+    order = pair(MAX_PERMUTE_WIDTH + 1)
+    x = torch.randn(2, MAX_PERMUTE_WIDTH + 1, device=DEVICE)
+    assert not OPS["permute_columns"].kernel.applies(x, order, False)
     assert torch.equal(torch.ops.poetx.permute_columns(x, order), x[:, order[0]])
     x = torch.randn(3, 8, device=DEVICE, dtype=torch.float64)
     rotation = near_identity(2, 4).double()
-    assert not kernels.applies("rotate_blocks", x, rotation, None, None, False)
+    assert not OPS["rotate_blocks"].kernel.applies(x, rotation, None, None, False)
     actual = torch.ops.poetx.rotate_blocks(x, rotation)
     assert_close(actual, rotate_blocks_reference(x.cpu(), rotation.cpu(), None, None, False))
 

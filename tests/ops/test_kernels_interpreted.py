@@ -41,7 +41,7 @@ builder.create_masked_store = lambda self, at, value, mask, *rest: (
 )
 
 from importlib import import_module
-from poetx_compile.ops import kernels
+from poetx_compile.ops import OPS
 from tests.helpers.tolerances import assert_close
 
 torch.manual_seed(0)
@@ -52,7 +52,7 @@ def reference(op, module):
     return getattr(import_module("poetx_compile.ops." + module), op + "_reference")
 
 def check(op, module, *args, dtype=None):
-    actual, expected = kernels.implementation(op)(*args), reference(op, module)(*args)
+    actual, expected = OPS[op].kernel.load()(*args), reference(op, module)(*args)
     assert actual.dtype == expected.dtype and actual.is_contiguous()
     assert_close(actual, expected, dtype, what=f"{op} {[getattr(a, 'shape', a) for a in args]}")
 
@@ -76,9 +76,9 @@ check("cayley_neumann_backward", "cayley", torch.randn(1, 70, 70), skew(1, 70), 
 # No matrix of a batch may read its neighbour; a strided gradient is taken as it is.
 check("cayley_neumann_backward", "cayley", torch.randn(3, 6, 6).mT, skew(3, 6), 6, 3)
 """,
-    "cayley_narrow": """
-from poetx_compile.ops.kernels import cayley_narrow, tangent
-from poetx_compile.ops.kernels.narrow import NarrowTiling
+    "cayley_low_precision": """
+from poetx_compile.ops.kernels import cayley_low_precision, tangent
+from poetx_compile.ops.kernels.low_precision import LowPrecisionTiling
 
 # fp32 operands show the algebra; fp16 operands, in place of bf16, that nothing else is rounded.
 small = {"panel": 32, "tile": 64, "tile_k": 32}
@@ -86,21 +86,21 @@ for b, sizes in ((2, {}), (5, {}), (33, {}), (70, {}), (70, small)):
     for operands, angle in ((torch.float32, 0.03), (torch.float16, 0.25)):
         # Spectral norms of about `angle`; at 0.03 the truncated series are exact to fp32.
         packed, grad = angle / 0.6 * skew(2, b), torch.randn(2, b, b)
-        given = {"tiling": NarrowTiling(b, **sizes), "operands": operands}
+        given = {"tiling": LowPrecisionTiling(b, **sizes), "operands": operands}
 
-        def narrow(host, module, *args, less=0.0):
+        def compare(host, module, *args, less=0.0):
             wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
             expected = reference(host.__name__, module)(*wide) - less
             accepted = args[:-1] if host.__name__.startswith("cayley") else args
             assert_close(host(*accepted, **given) - less, expected, operands, host.__name__)
 
-        narrow(cayley_narrow.cayley_neumann, "cayley", packed, b, 3, less=torch.eye(b))
-        narrow(cayley_narrow.cayley_neumann_backward, "cayley", grad, packed, b, 3)
+        compare(cayley_low_precision.cayley_neumann, "cayley", packed, b, 3, less=torch.eye(b))
+        compare(cayley_low_precision.cayley_neumann_backward, "cayley", grad, packed, b, 3)
         for flipped in (0, 1):
-            narrow(tangent.rotation_tangent_backward, "tangent", grad, packed, b, 3, True, flipped)
+            compare(tangent.rotation_tangent_backward, "tangent", grad, packed, b, 3, True, flipped)
             exact = reference("rotation_delta", "rotation_delta")
             expected = exact(packed.double(), b, 3, torch.float64, flipped)
-            delta = cayley_narrow.rotation_delta(packed, b, 3, operands, flipped, **given)
+            delta = cayley_low_precision.rotation_delta(packed, b, 3, operands, flipped, **given)
             assert delta.dtype == operands
             assert_close(delta, expected, operands, "rotation_delta")
 """,
@@ -130,7 +130,7 @@ for first, dtype in enumerate((torch.float32, torch.float16)):
     check("rotate_blocks", "rotate", x, rotation, None, None, False)
 identity = torch.eye(8).expand(2, 8, 8)
 x = torch.randn(5, 20).half()
-assert torch.equal(kernels.implementation("rotate_blocks")(x, identity, None, None, False), x)
+assert torch.equal(OPS["rotate_blocks"].kernel.load()(x, identity, None, None, False), x)
 """,
     "fold": """
 for rows, width, b in ((160, 64, 72), (256, 96, 128), (7, 10, 3), (200, 66, 65)):
@@ -232,18 +232,18 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32):
         x = (100 * torch.randn(shape)).to(dtype)
         for inverse in (False, True):
             args = (x, pair(shape[-1]), inverse)
-            actual = kernels.implementation("permute_columns")(*args)
+            actual = OPS["permute_columns"].kernel.load()(*args)
             assert torch.equal(actual, reference("permute_columns", "permute")(*args))
 for dtype in (torch.float32, torch.bfloat16):
     sizes = ((5, 96, 6), (300, 48, 1), (3, 40000, 2500), (9, 24, 3), (9, 24, 12))
     for tokens, width, chunks in sizes:
         x, order = torch.randn(tokens, width).to(dtype), pair(chunks)
         for inverse in (False, True):
-            actual = kernels.implementation("permute_columns")(x, order, inverse)
+            actual = OPS["permute_columns"].kernel.load()(x, order, inverse)
             assert torch.equal(actual, reference("permute_columns", "permute")(x, order, inverse))
 special = torch.tensor([[float("inf"), -0.0, float("nan"), -float("inf")]] * 3).bfloat16()
 order = pair(4)
-actual = kernels.implementation("permute_columns")(special, order, False)
+actual = OPS["permute_columns"].kernel.load()(special, order, False)
 assert torch.equal(actual.view(torch.int16), special.view(torch.int16)[:, order[0]])
 """,
 }

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from poetx_compile.compile.lowerings import ExpandOps
 from poetx_compile.compile.lowerings.trace import RESULT, arguments, trace_launches, written_by
-from poetx_compile.ops import kernels
+from poetx_compile.ops import OPS, kernels
 from tests.helpers.kernel_cases import BF16, CASES, needs_triton
 
 pytestmark = needs_triton
@@ -51,9 +51,9 @@ def written(gm: torch.fx.GraphModule) -> list[list[str] | None]:
     found: list[list[str] | None] = []
     for node in gm.graph.nodes:
         name = str(node.target).removeprefix("poetx.").removesuffix(".default")
-        if name in kernels.OPS:
+        if name in OPS and (kernel := OPS[name].kernel):
             values = map_arg(arguments(node), lambda n: n.meta["val"])
-            launches = trace_launches(name, values)
+            launches = trace_launches(kernel, values)
             result = launches and launches.meta[RESULT].meta["val"]
             assert result is None or (result.shape, result.dtype, result.stride()) == (
                 node.meta["val"].shape,
@@ -73,7 +73,7 @@ def test_kernels_write_what_is_called_out_and_nothing_else(case, offline_driver)
             torch.empty(a.shape, dtype=a.dtype, device="cuda") if isinstance(a, torch.Tensor) else a
             for a in args
         ]
-    traced = trace_launches(op, tuple(fake))
+    traced = trace_launches(OPS[op].kernel, tuple(fake))
     assert traced is not None
     for names in written_by(traced):
         assert names
@@ -104,7 +104,7 @@ def test_ops_become_launches_that_write_their_outputs_alone(offline_driver, chun
     assert written(gm) == [["out"], ["p_out", "h_out"], *[["out"]] * (4 if chunk == 1 else 3)]
 
 
-def test_narrow_tangents_become_launches(offline_driver):
+def test_low_precision_tangents_become_launches(offline_driver):
     op = torch.ops.poetx.rotation_tangent_backward
     mode = FakeTensorMode()
     with mode:
@@ -115,8 +115,8 @@ def test_narrow_tangents_become_launches(offline_driver):
     assert written(gm) == kernel
     # All others are the reference. (It indexes, for which even fake tensors need a build of torch
     # with CUDA: how it is expanded is tested on the CPU.)
-    assert kernels.applies("rotation_tangent_backward", grad, packed, 32, 3, True)
-    assert not kernels.applies("rotation_tangent_backward", grad, packed, 32, 3, False)
+    assert OPS["rotation_tangent_backward"].kernel.applies(grad, packed, 32, 3, True, 0)
+    assert not OPS["rotation_tangent_backward"].kernel.applies(grad, packed, 32, 3, False, 0)
 
 
 @pytest.mark.parametrize("chunk", [1, 16])

@@ -1,4 +1,4 @@
-"""`rotation_delta`: rotations without their identity, some of them flipped."""
+"""`rotation_delta`: rotations without their identity, some of them transposed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BLOCKS = [(0, 4), (3, 1), (2, 2), (1, 3), (3, 5), (2, 16)]
 
 def _expected(skew: torch.Tensor, b: int, order: int | None, flipped: int) -> torch.Tensor:
     rotation = references.cayley(skew.double(), b, order)
-    kept = len(skew) - flipped
-    if order is None:  # orthogonal: a flipped block is the transposed one
-        rotation = torch.cat([rotation[:kept], rotation[kept:].mT])
+    others = len(skew) - flipped
+    if order is None:  # orthogonal: G(−Q) is the transposed block
+        rotation = torch.cat([rotation[:others], rotation[others:].mT])
     else:
-        rotation[kept:] = references.cayley(-skew[kept:].double(), b, order)
+        rotation[others:] = references.cayley(-skew[others:].double(), b, order)
     return rotation - torch.eye(b, dtype=torch.float64)
 
 

@@ -43,7 +43,7 @@ def test_gradient_is_that_of_the_relative_rotation(blocks, b, order, dtype) -> N
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("flipped", [1, 3])
-def test_the_gradient_of_a_flipped_block_is_that_at_minus_q(order, flipped) -> None:
+def test_the_gradient_of_a_transposed_block_is_that_at_minus_q(order, flipped) -> None:
     skew = random_skew(3, 5, angle=0.5)
     grad = torch.randn(3, 5, 5, dtype=torch.float64)
     sign = torch.ones(3, 1, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_gradient_leads_back_through_a_product_that_was_folded(left) -> None:
 
 
 @pytest.mark.parametrize("order", [1, 3, None])
-def test_narrow_is_exact_where_no_kernel_runs(order) -> None:
+def test_low_precision_is_exact_where_no_kernel_runs(order) -> None:
     skew, grad = random_skew(3, 5), torch.randn(3, 5, 5, dtype=torch.float64)
     results = [
         gradient(ops.rotation_tangent, skew, grad, 5, order, narrow) for narrow in (False, True)

@@ -175,7 +175,7 @@ def test_importing_the_package_loads_no_kernel(tmp_path: Path) -> None:
     )
     out = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
     kernels = "poetx_compile.ops.kernels"
-    assert ast.literal_eval(out) == [kernels, f"{kernels}.common", f"{kernels}.narrow"]
+    assert ast.literal_eval(out) == [kernels, f"{kernels}.common", f"{kernels}.low_precision"]
 
 
 def test_the_readme_commands_are_one_line_each() -> None:

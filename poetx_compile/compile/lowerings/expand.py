@@ -22,55 +22,20 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.node import map_arg
 
-from poetx_compile import ops  # noqa: F401  (defines the ops)
 from poetx_compile._torch import CustomGraphPass, OpOverload, detect_fake_mode
 from poetx_compile.compile.lowerings.identity import cache_identity
 from poetx_compile.compile.lowerings.parameters import concatenate_parameters
 from poetx_compile.compile.lowerings.rejoin import rejoin_slices
 from poetx_compile.compile.lowerings.trace import arguments, signature, trace_reference
-from poetx_compile.ops import kernels
-from poetx_compile.ops.block_product import block_product_reference
-from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
-from poetx_compile.ops.fold import fold_weight_reference
-from poetx_compile.ops.folded_linear import folded_linear_reference
-from poetx_compile.ops.permute import permute_columns_reference
-from poetx_compile.ops.rotate import rotate_blocks_reference
-from poetx_compile.ops.rotation_delta import rotation_delta_reference
-from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
-from poetx_compile.ops.tangent import (
-    rotation_tangent_backward_reference,
-    rotation_tangent_reference,
-)
-
-REFERENCES: dict[str, Callable[..., Tensor]] = {
-    "cayley_neumann": cayley_neumann_reference,
-    "cayley_neumann_backward": cayley_neumann_backward_reference,
-    "rotation_delta": rotation_delta_reference,
-    "rotation_tangent": rotation_tangent_reference,
-    "rotation_tangent_backward": rotation_tangent_backward_reference,
-    "fold_weight": fold_weight_reference,
-    "folded_linear": folded_linear_reference,
-    "rotate_blocks": rotate_blocks_reference,
-    "block_product": block_product_reference,
-    "stacked_block_products": stacked_block_products_reference,
-    "permute_columns": permute_columns_reference,
-}
-"""Ops that are expanded. `cayley_exact` and its backward call a solver: nothing to fuse there."""
-
-_IEEE = {
-    "cayley_neumann",
-    "cayley_neumann_backward",
-    "rotation_delta",
-    "rotation_tangent_backward",
-}
-"""Ops with products of fp32 blocks (see `_needs_ieee`)."""
+from poetx_compile.ops import OPS
+from poetx_compile.ops.registry import Op
 
 # Kept from the replaced node: where it came from, and what the partitioner said about it.
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "from_node")
@@ -98,40 +63,38 @@ class ExpandOps(CustomGraphPass):
         # A model repeats a few shapes hundreds of times: each is traced once a graph.
         traces: dict[Hashable, fx.GraphModule | None] = {}
         for node in list(graph.nodes):
-            name = _op_name(node)
-            if name is None:
+            op = _op(node)
+            if op is None:
                 continue
             args = arguments(node)
-            key = (name, *map(signature, args))
+            key = (node.target, *map(signature, args))
             if key not in traces:
-                traces[key] = _expansion(name, args)
+                traces[key] = _expansion(op, args)
             expansion = traces[key]
             if expansion is not None:
                 _inline(graph, node, expansion)
         concatenate_parameters(graph)
 
 
-def _expansion(name: str, args: tuple[Any, ...]) -> fx.GraphModule | None:
-    """The graph that replaces op `name` at `args`; ``None`` where the op stays a call."""
+def _expansion(op: Op, args: tuple[Any, ...]) -> fx.GraphModule | None:
+    """The graph that replaces `op` at `args`; ``None`` where the op stays a call."""
     values = map_arg(args, lambda n: n.meta["val"])
-    if kernels.applies(name, *values):
+    if op.kernel is not None and op.kernel.applies(*values):
         return None  # `launches` takes it from here
-    # The exact transform calls a solver: nothing to fuse there.
-    solves = name == "rotation_delta" and values[2] is None
-    stays = solves or _needs_ieee(name, values)
-    return None if stays else trace_reference(REFERENCES[name], values)
+    stays = not op.expands(*values) or _needs_ieee(op, values)
+    return None if stays else trace_reference(op.reference, values)
 
 
-def _op_name(node: fx.Node) -> str | None:
-    """The name of the op of namespace ``poetx`` that `node` calls and that can be expanded."""
+def _op(node: fx.Node) -> Op | None:
+    """The op of namespace ``poetx`` that `node` calls."""
     target = node.target
     if node.op != "call_function" or not isinstance(target, OpOverload):
         return None
     name = target._schema.name.removeprefix("poetx::")
-    return name if target.namespace == "poetx" and name in REFERENCES else None
+    return OPS.get(name) if target.namespace == "poetx" else None
 
 
-def _needs_ieee(name: str, values: tuple[Any, ...]) -> bool:
+def _needs_ieee(op: Op, values: tuple[Any, ...]) -> bool:
     """Whether the op has to stay a call to keep its precision.
 
     The products of the rotations are IEEE fp32 whatever the user allows elsewhere. The op sees to
@@ -139,7 +102,7 @@ def _needs_ieee(name: str, values: tuple[Any, ...]) -> bool:
     """
     exact = torch.get_float32_matmul_precision() == "highest"
     fp32 = values[0].dtype == torch.float32
-    return name in _IEEE and fp32 and not exact
+    return op.ieee and fp32 and not exact
 
 
 def _inline(graph: fx.Graph, node: fx.Node, expansion: fx.GraphModule) -> None:

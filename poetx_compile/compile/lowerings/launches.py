@@ -21,7 +21,8 @@ from torch.fx.node import map_arg
 
 from poetx_compile._torch import OpOverload
 from poetx_compile.compile.lowerings.trace import RESULT, arguments, signature, trace_launches
-from poetx_compile.ops import kernels
+from poetx_compile.ops import OPS
+from poetx_compile.ops.kernels import Kernel
 
 _traces: WeakKeyDictionary[Any, dict[Hashable, fx.GraphModule | None]] = WeakKeyDictionary()
 """For each graph that is being lowered: a model repeats a few shapes hundreds of times."""
@@ -32,12 +33,13 @@ def register() -> None:
     """Register the lowerings; a second call does nothing."""
     from poetx_compile._torch import register_lowering
 
-    for name in kernels.OPS:
-        op = getattr(torch.ops.poetx, name).default
-        register_lowering(op, type_promotion_kind=None)(_lowering(op, name))
+    for name, op in OPS.items():
+        if op.kernel is not None:
+            overload = getattr(torch.ops.poetx, name).default
+            register_lowering(overload, type_promotion_kind=None)(_lowering(overload, op.kernel))
 
 
-def _lowering(op: OpOverload, name: str) -> Callable[..., Any]:
+def _lowering(op: OpOverload, kernel: Kernel) -> Callable[..., Any]:
     from poetx_compile._torch import V, constrain_to_fx_strides, fallback_handler
 
     call = fallback_handler(op, add_to_fallback_set=False)
@@ -46,10 +48,10 @@ def _lowering(op: OpOverload, name: str) -> Callable[..., Any]:
         node = V.graph.current_node
         given = arguments(node)
         traces = _traces.setdefault(V.graph, {})
-        key = (name, *map(signature, given))
+        key = (kernel, *map(signature, given))
         if key not in traces:
             values = map_arg(given, lambda n: n.meta["val"])
-            traces[key] = trace_launches(name, values) if kernels.applies(name, *values) else None
+            traces[key] = trace_launches(kernel, values) if kernel.applies(*values) else None
         launches = traces[key]
         if launches is None:
             args, kwargs = constrain_to_fx_strides(node, *args, **kwargs)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from poetx_compile._torch import OpOverload, _DisableAutocast, detect_fake_mode, triton_kernel_wrap
-from poetx_compile.ops import kernels
+from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.kernels.common import traced_launches
 
 log = logging.getLogger("poetx_compile")
@@ -63,15 +63,15 @@ def _trace(
         return make_fx(transform(call), decomposition_table=select_decomp_table())(*inputs)
 
 
-def trace_launches(op: str, values: tuple[Any, ...]) -> fx.GraphModule | None:
-    """The launches of the kernel of `op` as ``triton_kernel_wrapper_mutation`` nodes.
+def trace_launches(kernel: Kernel, values: tuple[Any, ...]) -> fx.GraphModule | None:
+    """The launches of the kernel of an op as ``triton_kernel_wrapper_mutation`` nodes.
 
     Arguments as for `trace_reference`. A graph to lower, not to rewrite: the launches write into
     buffers that stand before them, and in place of an output, which would be taken for one of the
     whole graph, ``meta[RESULT]`` is the node of the result. ``None`` where Triton could not tell
     what the launches write. Then the op has to stay a call, which launches the same kernel.
     """
-    host = kernels.implementation(op)
+    host = kernel.load()
 
     def recorded(*args: Any) -> Tensor:
         with traced_launches():

@@ -23,7 +23,7 @@ the incoming gradient), four launches of four products::
 In memory beside the result: Q, P and H (forward); Q, S, A, Y and M (backward). They are padded with
 zeros to N×N, whole tiles, so that rows are aligned and no product needs a mask.
 
-With `narrow`, order 3 and blocks that fit, the kernels of `cayley_narrow` run instead.
+With `narrow`, order 3 and blocks that fit, the kernels of `cayley_low_precision` run instead.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from poetx_compile.ops.kernels import cayley_narrow
+from poetx_compile.ops.kernels import cayley_low_precision
 from poetx_compile.ops.kernels.common import input_precision, launch, power_of_two
-from poetx_compile.ops.kernels.narrow import narrow_applies
+from poetx_compile.ops.kernels.low_precision import low_precision_applies
 from poetx_compile.ops.kernels.tiles import (
     above_diagonal,
     add_product,
@@ -207,8 +207,8 @@ class _Tiling:
 def cayley_neumann(skew: Tensor, block_size: int, order: int, narrow: bool = False) -> Tensor:
     """`ops.cayley_neumann` of fp32 blocks: 1 + ⌈(k+1)/2⌉ launches, at least two."""
     skew = skew.contiguous()
-    if narrow and narrow_applies(block_size, order):
-        return cayley_narrow.cayley_neumann(skew, block_size)
+    if narrow and low_precision_applies(block_size, order):
+        return cayley_low_precision.cayley_neumann(skew, block_size)
     blocks = skew.shape[0]
     tiling = _Tiling(block_size)
     programs, padded, constants = tiling.programs(blocks), tiling.padded, tiling.product()
@@ -244,8 +244,8 @@ def cayley_neumann_backward(
     """`ops.cayley_neumann_backward` of fp32 blocks of order 3: four launches."""
     assert order == 3, order
     grad, skew = grad.contiguous(), skew.contiguous()
-    if narrow and narrow_applies(block_size, order):
-        return cayley_narrow.cayley_neumann_backward(grad, skew, block_size)
+    if narrow and low_precision_applies(block_size, order):
+        return cayley_low_precision.cayley_neumann_backward(grad, skew, block_size)
     blocks = skew.shape[0]
     tiling = _Tiling(block_size)
     programs, padded = tiling.programs(blocks), tiling.padded

@@ -20,6 +20,13 @@ FUSED_RUN = 8
 load of a thread. Shorter ones cost 3 to 20 times the plain product, a permutation of its own one
 pass over the data."""
 
+MAX_PERMUTE_WIDTH = 32768
+"""Columns of a row that `permute_columns` holds in shared memory at once (4 bytes each), where the
+chunks of the permutation are too short to be moved one by one."""
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *LOW_PRECISION)
+
 _tracing = contextvars.ContextVar("poetx_tracing_launches", default=False)
 
 
@@ -115,6 +122,20 @@ def run_length(width: Any, block_size: int, *pairs: Tensor | None) -> int:
 def is_fused(pair: Tensor | None, width: Any, block_size: int) -> bool:
     """Whether a product of blocks gathers (scatters) by this pair itself."""
     return pair is not None and run_length(width, block_size, pair) >= FUSED_RUN
+
+
+def permutable(x: Tensor, *pairs: Tensor | None) -> bool:
+    """Whether the kernels take rows of this width and permute them by these pairs."""
+    width = x.shape[-1]
+    return static(width) and all(
+        pair is None or width <= MAX_PERMUTE_WIDTH or run_length(width, 0, pair) >= FUSED_RUN
+        for pair in pairs
+    )
+
+
+def static(*sizes: Any) -> bool:
+    """Whether these are plain ints: block sizes and row widths are constants of a kernel."""
+    return all(isinstance(size, int) for size in sizes)
 
 
 def row_or(pair: Tensor | None, row: int, otherwise: Tensor) -> Tensor:

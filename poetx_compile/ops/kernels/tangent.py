@@ -30,13 +30,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from poetx_compile.ops.kernels.cayley_narrow import (
+from poetx_compile.ops.kernels.cayley_low_precision import (
     packed_gradient,
     panel_position,
     split,
 )
 from poetx_compile.ops.kernels.common import launch
-from poetx_compile.ops.kernels.narrow import NarrowTiling
+from poetx_compile.ops.kernels.low_precision import LowPrecisionTiling
 from poetx_compile.ops.kernels.tiles import position, store_tile, tile_of
 
 
@@ -61,7 +61,7 @@ def series_kernel(
     resident = tile_of(q, columns, columns, N)
     store_tile(t_out + base, rows, columns, tl.dot(symmetric, resident), N)
     total = tl.zeros((PANEL, N), tl.float32)
-    for _ in range(3):  # not unrolled: see `cayley_narrow.rotation_kernel`
+    for _ in range(3):  # not unrolled: see `cayley_low_precision.rotation_kernel`
         total = tl.dot((panel + total).to(q.dtype.element_ty), resident)
     store_tile(f_out + base, rows, columns, panel + total, N)
     product = tl.dot((panel + 2 * total).to(q.dtype.element_ty), resident)
@@ -117,7 +117,7 @@ def rotation_tangent_backward(
     narrow: bool,
     flipped: int,
     *,
-    tiling: NarrowTiling | None = None,
+    tiling: LowPrecisionTiling | None = None,
     operands: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """`ops.rotation_tangent_backward` of fp32 blocks, order 3 and `narrow`; four launches.
@@ -130,12 +130,12 @@ def rotation_tangent_backward(
     assert order == 3, order
     assert narrow
     grad, skew = grad.contiguous(), skew.contiguous()
-    tiling = tiling or NarrowTiling(block_size)
+    tiling = tiling or LowPrecisionTiling(block_size)
     blocks = skew.shape[0]
-    kept = blocks - flipped
-    q, s, a = split(grad, skew, kept, tiling, operands)
+    first_negated = blocks - flipped
+    q, s, a = split(grad, skew, first_negated, tiling, operands)
     f, h, t, d, v = (torch.empty_like(q) for _ in range(5))
     launch(series_kernel, tiling.panels(blocks), q, s, f, h, t, **tiling.chain())
     programs, constants = tiling.tiles(blocks, tiling.high), tiling.product()
     launch(conjugate_right_kernel, programs, a, t, f, h, d, v, HIGH=tiling.high, **constants)
-    return packed_gradient(f, v, d, grad, kept, tiling)
+    return packed_gradient(f, v, d, grad, first_negated, tiling)

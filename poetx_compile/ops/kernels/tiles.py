@@ -46,9 +46,9 @@ def above_diagonal(rows, columns, B: tl.constexpr):
 
 
 @triton.jit
-def sign_of(block, kept):
-    """-1 of the blocks that are flipped, those from number `kept` on."""
-    return tl.where(block < kept, 1.0, -1.0)
+def sign_of(block, first_negated):
+    """-1 of the blocks from number `first_negated` on, which are transposed."""
+    return tl.where(block < first_negated, 1.0, -1.0)
 
 
 @triton.jit

@@ -42,7 +42,7 @@ def unpack_kernel(
     packed,  # f32[blocks, B(B-1)/2]
     out,  # [blocks, N, N]
     rest_out,  # [blocks, N, N], like out; HAS_REST = False: not written
-    kept,  # blocks from this number on are negated
+    first_negated,  # blocks from this number on are negated
     B: tl.constexpr,
     N: tl.constexpr,
     HAS_REST: tl.constexpr,
@@ -57,7 +57,7 @@ def unpack_kernel(
     packed += block * (B * (B - 1) // 2)
     base = block * (N * N)
     on_diagonal = row_tile == column_tile
-    value = _packed_tile(packed, rows, columns, sign_of(block, kept), B)
+    value = _packed_tile(packed, rows, columns, sign_of(block, first_negated), B)
     _store_skew(out + base, rows, columns, on_diagonal, value, N)
     if HAS_REST:
         rest = value - value.to(out.dtype.element_ty).to(tl.float32)
@@ -71,7 +71,7 @@ def unpack_and_split_kernel(
     q_out,  # [blocks, N, N]
     s_out,  # [blocks, N, N]
     a_out,  # [blocks, N, N]
-    kept,  # blocks of Q from this number on are negated
+    first_negated,  # blocks of Q from this number on are negated
     B: tl.constexpr,
     N: tl.constexpr,
     TILE: tl.constexpr,
@@ -87,12 +87,12 @@ def unpack_and_split_kernel(
     q_out += block * (N * N)
     s_out += block * (N * N)
     a_out += block * (N * N)
-    value = _packed_tile(packed, rows, columns, sign_of(block, kept), B)
+    value = _packed_tile(packed, rows, columns, sign_of(block, first_negated), B)
     _store_skew(q_out, rows, columns, row_tile == column_tile, value, N)
     direct = masked_tile(grad, rows, columns, B)
-    flipped = tl.trans(masked_tile(grad, columns, rows, B))
-    s = direct + flipped
-    a = direct - flipped
+    transposed = tl.trans(masked_tile(grad, columns, rows, B))
+    s = direct + transposed
+    a = direct - transposed
     store_tile(s_out, rows, columns, s, N)
     store_tile(a_out, rows, columns, a, N)
     if row_tile != column_tile:

@@ -12,8 +12,8 @@ MAX_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class NarrowTiling:
-    """Sizes of the narrow kernels for one block size, and the constants of their launches.
+class LowPrecisionTiling:
+    """Sizes of these kernels for one block size, and the constants of their launches.
 
     Args:
         block_size: b, 2 ≤ b ≤ 256.
@@ -106,8 +106,8 @@ class NarrowTiling:
         return 2 * max(chain, product)
 
 
-def narrow_applies(block_size: int, order: int | None) -> bool:
+def low_precision_applies(block_size: int, order: int | None) -> bool:
     """Whether the kernels with 2-byte operands take blocks of this size and order here."""
     if order != 3 or not 2 <= block_size <= MAX_BLOCK:
         return False
-    return NarrowTiling(block_size).shared_bytes() <= shared_memory()
+    return LowPrecisionTiling(block_size).shared_bytes() <= shared_memory()

@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from poetx_compile.ops.kernels.common import launch
-from poetx_compile.ops.kernels.narrow import NarrowTiling
+from poetx_compile.ops.kernels.low_precision import LowPrecisionTiling
 from poetx_compile.ops.kernels.tiles import (
     above_diagonal,
     identity,
@@ -129,7 +129,7 @@ def packed_gradient_kernel(
     addend,  # [blocks, N, N], 2-byte elements; read where HAS_ADDEND
     grad,  # f32[blocks, B, B]
     out,  # f32[blocks, B(B-1)/2]
-    kept,  # blocks from this number on are negated
+    first_negated,  # blocks from this number on are negated
     B: tl.constexpr,
     N: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
@@ -149,7 +149,7 @@ def packed_gradient_kernel(
     columns = column_tile * TILE + tl.arange(0, TILE)
     # What the end needs is on its way during the products.
     direct = masked_tile(grad, rows, columns, B)
-    flipped = masked_tile(grad, columns, rows, B)
+    mirrored = masked_tile(grad, columns, rows, B)
     product = tl.zeros((TILE, TILE), tl.float32)
     transpose = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, N, TILE_K):
@@ -162,10 +162,10 @@ def packed_gradient_kernel(
     if HAS_ADDEND:
         total += tile_of(addend, rows, columns, N).to(tl.float32)
         total -= tl.trans(tile_of(addend, columns, rows, N)).to(tl.float32)
-    leading = direct - tl.trans(flipped)
+    leading = direct - tl.trans(mirrored)
     out += block * (B * (B - 1) // 2)
     stored = above_diagonal(rows, columns, B)
-    result = sign_of(block, kept) * (2 * leading + total)
+    result = sign_of(block, first_negated) * (2 * leading + total)
     tl.store(out + packed_index(rows, columns, B), result, mask=stored)
 
 
@@ -173,7 +173,7 @@ def cayley_neumann(
     skew: Tensor,
     block_size: int,
     *,
-    tiling: NarrowTiling | None = None,
+    tiling: LowPrecisionTiling | None = None,
     operands: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Rotations of order 3 of contiguous fp32 `skew`; two launches.
@@ -188,7 +188,7 @@ def cayley_neumann(
         f32[blocks, b, b].
     """
     out = skew.new_empty(skew.shape[0], block_size, block_size)
-    _rotations(skew, out, skew.shape[0], False, tiling or NarrowTiling(block_size), operands)
+    _rotations(skew, out, skew.shape[0], False, tiling or LowPrecisionTiling(block_size), operands)
     return out
 
 
@@ -199,7 +199,7 @@ def rotation_delta(
     dtype: torch.dtype,
     flipped: int,
     *,
-    tiling: NarrowTiling | None = None,
+    tiling: LowPrecisionTiling | None = None,
     operands: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """`ops.rotation_delta` of fp32 `skew`, order 3, to bf16 or fp16; two launches.
@@ -213,18 +213,27 @@ def rotation_delta(
     skew = skew.contiguous()
     blocks = skew.shape[0]
     out = skew.new_empty(blocks, block_size, block_size, dtype=dtype)
-    _rotations(skew, out, blocks - flipped, True, tiling or NarrowTiling(block_size), operands)
+    _rotations(
+        skew, out, blocks - flipped, True, tiling or LowPrecisionTiling(block_size), operands
+    )
     return out
 
 
 def _rotations(
-    skew: Tensor, out: Tensor, kept: int, delta: bool, tiling: NarrowTiling, operands: torch.dtype
+    skew: Tensor,
+    out: Tensor,
+    first_negated: int,
+    delta: bool,
+    tiling: LowPrecisionTiling,
+    operands: torch.dtype,
 ) -> None:
     """Write the rotations of packed skew, or what they are without the identity, into `out`."""
     blocks, padded = skew.shape[0], tiling.padded
     q, rest = (skew.new_empty(blocks, padded, padded, dtype=operands) for _ in range(2))
     programs, b = tiling.unpacking_programs(blocks), tiling.block_size
-    launch(unpack_kernel, programs, skew, q, rest, kept, HAS_REST=True, **tiling.unpacking())
+    launch(
+        unpack_kernel, programs, skew, q, rest, first_negated, HAS_REST=True, **tiling.unpacking()
+    )
     constants = {"B": b, "DELTA": delta, **tiling.chain()}
     launch(rotation_kernel, tiling.panels(blocks), q, rest, out, **constants)
 
@@ -234,14 +243,14 @@ def cayley_neumann_backward(
     skew: Tensor,
     block_size: int,
     *,
-    tiling: NarrowTiling | None = None,
+    tiling: LowPrecisionTiling | None = None,
     operands: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Gradient of `cayley_neumann`: from f32[blocks, b, b] to f32[blocks, b(b−1)/2]; four launches.
 
     Arguments as for `cayley_neumann`; both tensors are contiguous.
     """
-    tiling = tiling or NarrowTiling(block_size)
+    tiling = tiling or LowPrecisionTiling(block_size)
     blocks = skew.shape[0]
     q, s, a = split(grad, skew, blocks, tiling, operands)
     b_out, m_out = torch.empty_like(q), torch.empty_like(q)
@@ -252,16 +261,22 @@ def cayley_neumann_backward(
 
 
 def split(
-    grad: Tensor, skew: Tensor, kept: int, tiling: NarrowTiling, operands: torch.dtype
+    grad: Tensor,
+    skew: Tensor,
+    first_negated: int,
+    tiling: LowPrecisionTiling,
+    operands: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Q, ``S = grad + gradᵀ`` and ``A = grad − gradᵀ``; padded, of `operands`.
 
-    Blocks of Q from number `kept` on are negated.
+    Blocks of Q from number `first_negated` on are negated.
     """
     blocks, padded = skew.shape[0], tiling.padded
     q, s, a = (skew.new_empty(blocks, padded, padded, dtype=operands) for _ in range(3))
     programs = tiling.unpacking_programs(blocks)
-    launch(unpack_and_split_kernel, programs, skew, grad, q, s, a, kept, **tiling.unpacking())
+    launch(
+        unpack_and_split_kernel, programs, skew, grad, q, s, a, first_negated, **tiling.unpacking()
+    )
     return q, s, a
 
 
@@ -270,12 +285,12 @@ def packed_gradient(
     right: Tensor,
     addend: Tensor | None,
     grad: Tensor,
-    kept: int,
-    tiling: NarrowTiling,
+    first_negated: int,
+    tiling: LowPrecisionTiling,
 ) -> Tensor:
     """``2 (grad − gradᵀ) + K − Kᵀ``, ``K = addend + leftᵀ right``, above the diagonal.
 
-    Blocks from number `kept` on are negated.
+    Blocks from number `first_negated` on are negated.
     """
     blocks, b = grad.shape[0], tiling.block_size
     out = grad.new_empty(blocks, b * (b - 1) // 2)
@@ -287,7 +302,7 @@ def packed_gradient(
         left if addend is None else addend,
         grad,
         out,
-        kept,
+        first_negated,
         B=b,
         HAS_ADDEND=addend is not None,
         **tiling.product(),
