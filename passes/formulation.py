@@ -133,8 +133,7 @@ class Formulation(GraphPass[Weight]):
         """Why every side rotates, where there is no choice."""
         if "folded" not in self.forms or self.formulation == "input_centric":
             return "folding was not asked for"
-        dtypes = {sides.compute_dtype(linear) for linear in weight.users}
-        if len(dtypes) != 1 or None in dtypes:
+        if len({sides.compute_dtype(linear) for linear in weight.users}) != 1:
             return "its calls compute in several dtypes"
         if self.formulation == "folded":
             return None

@@ -1,4 +1,4 @@
-"""The rewritten graph of a module, and checks that every pass must pass."""
+"""The graph of a module, rewritten by some passes or all, and checks that every pass must pass."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import poetx_compile as poetx
 from poetx_compile.inspect.explain import Explanation
+from poetx_compile.inspect.render import render
 from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.passes import GraphPass, Record, graphs, run
 from tests.helpers.tolerances import assert_close
 
 
@@ -29,6 +31,25 @@ def turned(model: nn.Module) -> nn.Module:
             noise = torch.randn(skew.shape, generator=generator, dtype=torch.float64)
             skew.data.copy_(0.1 * noise)
     return model
+
+
+def dynamo_graph(model: nn.Module, *inputs: Any) -> fx.GraphModule:
+    """Dynamo's graph of a model that has one."""
+    caught = []
+
+    def catch(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
+        caught.append(gm)
+        return gm
+
+    torch.compile(model, backend=catch, fullgraph=True)(*inputs)
+    return caught[0]
+
+
+def run_passes(passes: list[GraphPass], model: nn.Module, *inputs: Any) -> tuple[str, Record]:
+    """The graph after these passes alone, for a golden comparison, and what they recorded."""
+    graph, record = graphs.clone(dynamo_graph(model, *inputs)), Record()
+    run(passes, graph, record, verify=True)
+    return render(graph) + "\n", record
 
 
 def explained(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:

@@ -13,8 +13,7 @@ from poetx_compile.errors import RewriteError
 from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.passes import BatchCayley, InputCentric, Record, graphs, run
 from poetx_compile.passes.contexts import Contexts
-from tests.helpers.graph_of import prepared, turned
-from tests.passes.test_contract import dynamo_graph
+from tests.helpers.graph_of import dynamo_graph, prepared, turned
 
 
 class Body(nn.Module):

@@ -9,19 +9,8 @@ from torch import fx, nn
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
 from poetx_compile.passes import NAMES, GraphPass, Record, Refusal, graphs, run
-from tests.helpers.graph_of import after, prepared
+from tests.helpers.graph_of import after, dynamo_graph, prepared
 from tests.helpers.models import SwiGLU
-
-
-def dynamo_graph(model: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
-    caught = []
-
-    def catch(gm, _):
-        caught.append(gm)
-        return gm
-
-    torch.compile(model, backend=catch, fullgraph=True)(*inputs)
-    return caught[0]
 
 
 class Relabel(GraphPass[fx.Node]):

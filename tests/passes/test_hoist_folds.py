@@ -16,9 +16,8 @@ from poetx_compile.compile.options import BackendOptions
 from poetx_compile.compile.rewrite import rewrite
 from poetx_compile.passes import graphs, hoist_folds
 from poetx_compile.passes.hoist_folds import HoistFolds, Reads
-from tests.helpers.graph_of import after, explained, prepared
+from tests.helpers.graph_of import after, dynamo_graph, explained, prepared
 from tests.helpers.models import SwiGLU
-from tests.passes.test_contract import dynamo_graph
 
 
 def refusals(model: nn.Module, *inputs: torch.Tensor, **options) -> list[str]:

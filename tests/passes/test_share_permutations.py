@@ -7,14 +7,17 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from poetx_compile.passes import Formulation, SharePermutations
+from tests.helpers.graph_of import assert_equals_eager, explained, prepared, run_passes
 from tests.helpers.models import Attention, SwiGLU
+
+PASSES = [Formulation(), SharePermutations()]
 
 
 class TestGolden(expecttest.TestCase):
     def test_swiglu_mlp(self):
         model = prepared(SwiGLU())
-        graph = after(model, torch.randn(3, 16), disable_passes=["batch_cayley", "recompute"])
+        graph, _ = run_passes(PASSES, model, torch.randn(3, 16))
         self.assertExpectedInline(
             graph,
             """\
@@ -57,7 +60,7 @@ return (%18)
 
     def test_attention_with_q_k_v(self):
         model = prepared(Attention())
-        graph = after(model, torch.randn(2, 5, 16), disable_passes=["batch_cayley", "recompute"])
+        graph, _ = run_passes(PASSES, model, torch.randn(2, 5, 16))
         self.assertExpectedInline(
             graph,
             """\
