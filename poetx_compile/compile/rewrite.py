@@ -74,7 +74,7 @@ def rewrite(
             as it is.
     """
     _check_not_written(gm)
-    check_reduced(*(skew for e in _prepared(gm) for skew in (e.skew_in, e.skew_out)))
+    check_reduced(*(skew for e in _prepared(gm) for skew in e.skews))
     graph = graphs.clone(gm)
     record = passes.Record()
     adopter = None

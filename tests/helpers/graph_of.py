@@ -27,7 +27,7 @@ def turned(model: nn.Module) -> nn.Module:
     """A prepared `model` with rotations away from the identity."""
     generator = torch.Generator().manual_seed(1)
     for _, _, equivalence in prepared_linears(model):
-        for skew in (equivalence.skew_in, equivalence.skew_out):
+        for skew in equivalence.skews:
             noise = torch.randn(skew.shape, generator=generator, dtype=torch.float64)
             skew.data.copy_(0.1 * noise)
     return model
