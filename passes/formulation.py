@@ -34,6 +34,11 @@ class Weight:
         """The names of the folded sides."""
         return {choice.side for choice in self.choices if choice.folded}
 
+    @property
+    def form(self) -> str:
+        """The one of `FORMS` that was chosen."""
+        return "folded" if self.folded else "input_centric"
+
 
 class Formulation(GraphPass[Weight]):
     """Linear over an orthogonal-equivalence weight → the product, with each side rotated or folded.
@@ -110,11 +115,10 @@ class Formulation(GraphPass[Weight]):
         site.choices = self._choose(site.node, site.sides)
         if not site.folded and "input_centric" not in self.forms:
             raise Refusal("weight-centric: input_centric is among disable_passes")
-        compared = self.formulation == "auto" and any(c.cost for c in site.choices)
-        how = ", ".join(map(str, site.choices)) if compared else "folded"
-        if site.folded:
-            return how
-        return f"input_centric: {how}" if compared else "input_centric"
+        if self.formulation != "auto" or not any(choice.cost for choice in site.choices):
+            return site.form
+        chosen = ", ".join(map(str, site.choices))
+        return chosen if site.folded else f"{site.form}: {chosen}"
 
     def _choose(self, weight: fx.Node, both: tuple[Side, Side]) -> tuple[Choice, ...]:
         rotating = [side for side in both if side.blocks]
@@ -164,7 +168,7 @@ class Formulation(GraphPass[Weight]):
     def describe(self, site: Weight) -> dict[str, Any]:
         side_in, side_out = site.sides
         return {
-            "pass_name": "folded" if site.folded else "input_centric",
+            "pass_name": site.form,
             "layers": graphs.layers_of([site.node]),
             "shape": (side_out.width, side_in.width),
             "blocks": " | ".join(f"{side.blocks}x{side.block}" for side in site.sides),
@@ -172,8 +176,7 @@ class Formulation(GraphPass[Weight]):
         }
 
     def apply(self, graph: fx.Graph, site: Weight) -> None:
-        node, (side_in, side_out) = site.node, site.sides
-        narrow = sides.is_narrow(node)
+        node, narrow = site.node, sides.is_narrow(site.node)
         first = next(iter(node.users), node)
         weight = sides.frozen(self.contexts, node, node.args[0], first)
         rotations: dict[str, fx.Node] = {}
@@ -183,28 +186,38 @@ class Formulation(GraphPass[Weight]):
                 folds[side.name] = sides.fold(self.contexts, node, side, first, narrow)
             elif side.blocks:
                 rotations[side.name] = sides.rotation(self.contexts, node, side, first, narrow)
-        product: Any = graphs.LINEAR
-        operands: tuple[Any, ...] = (weight, None)
-        role = None
+        product: tuple[Any, ...] = (graphs.LINEAR, weight, None)
         if site.folded:
             (d_in, e_in, pair_in), (d_out, e_out, pair_out) = folds.values()
             args = (weight, d_in, d_out, pair_in, pair_out, sides.compute_dtype(first))
             fold_weight = torch.ops.poetx.fold_weight.default
             weight = sides.once(self.contexts, node, fold_weight, args, first, graphs.FOLDED_WEIGHT)
-            product = torch.ops.poetx.folded_linear.default
-            operands = (weight, e_in, e_out, pair_in, pair_out)
-            role = graphs.OUTPUT
-        if "out" in rotations:
-            role = graphs.INTERMEDIATE
+            folded_linear = torch.ops.poetx.folded_linear.default
+            product = (folded_linear, weight, e_in, e_out, pair_in, pair_out)
         for linear in list(node.users):
-            y, _, bias = graphs.linear_arguments(linear)
-            with graph.inserting_before(linear):
-                if "in" in rotations:
-                    y = sides.rotate(graph, y, rotations["in"], linear, gather=side_in.pair)
-                y = graphs.inherit(graph.call_function(product, (y, *operands)), linear, role)
-                if "out" in rotations:
-                    y = sides.rotate(graph, y, rotations["out"], linear, scatter=side_out.pair)
-                y = sides.add_bias(graph, y, bias, linear)
-            linear.replace_all_uses_with(y)
-            graph.erase_node(linear)
+            self._replace(graph, linear, site, rotations, product)
         graph.erase_node(node)
+
+    def _replace(
+        self,
+        graph: fx.Graph,
+        linear: fx.Node,
+        site: Weight,
+        rotations: dict[str, fx.Node],
+        product: tuple[Any, ...],
+    ) -> None:
+        """One call: rotate the input, multiply by ``(op, *operands)``, rotate, add the bias."""
+        op, *operands = product
+        side_in, side_out = site.sides
+        y, _, bias = graphs.linear_arguments(linear)
+        with graph.inserting_before(linear):
+            if "in" in rotations:
+                y = sides.rotate(graph, y, rotations["in"], linear, gather=side_in.pair)
+            role = graphs.OUTPUT if site.folded else None
+            role = graphs.INTERMEDIATE if "out" in rotations else role
+            y = graphs.inherit(graph.call_function(op, (y, *operands)), linear, role)
+            if "out" in rotations:
+                y = sides.rotate(graph, y, rotations["out"], linear, scatter=side_out.pair)
+            y = sides.add_bias(graph, y, bias, linear)
+        linear.replace_all_uses_with(y)
+        graph.erase_node(linear)

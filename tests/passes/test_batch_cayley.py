@@ -107,3 +107,20 @@ def test_gradients_equal_eager_over_several_batches():
 def test_a_budget_below_one_byte_is_refused():
     with pytest.raises(ConfigError, match="cayley_batch_bytes"):
         explained(prepared(nn.Linear(8, 8)), torch.randn(1, 8), cayley_batch_bytes=0)
+
+
+def test_rotations_computed_in_the_graph_are_refused_with_a_reason():
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = prepared(nn.Linear(8, 16))
+            self.skew = nn.Parameter(torch.zeros(1, 28))
+
+        def forward(self, x):
+            skew = {"parametrizations.weight.0.skew_in": self.skew.sin()}
+            return torch.func.functional_call(self.linear, skew, (x,))
+
+    graph, record = run_passes([Formulation(), BatchCayley()], Computed(), torch.randn(3, 8))
+    (event,) = record.refused("batch_cayley")
+    assert "is not an input of the graph" in event.detail
+    assert graph.count("poetx.cayley_neumann") == 2

@@ -12,7 +12,13 @@ from torch.utils.checkpoint import checkpoint
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
 from poetx_compile.passes import Event, Formulation, Machine, Record, graphs, run
-from tests.helpers.graph_of import dynamo_graph, explained, prepared, run_passes
+from tests.helpers.graph_of import (
+    assert_equals_eager,
+    dynamo_graph,
+    explained,
+    prepared,
+    run_passes,
+)
 from tests.helpers.models import MLP
 
 BYTES_ALONE = Machine(bytes=1e3, launch=1e-12)
@@ -289,6 +295,57 @@ def test_a_weight_read_twice_is_folded_once() -> None:
     graph, record = run_passes([Formulation("folded")], prepared(Twice()), torch.randn(3, 16))
     assert len(record.applied("folded")) == 2, "a parametrization computes the weight at each read"
     assert graph.count("poetx.fold_weight") == 1
+
+
+@pytest.mark.parametrize("formulation", ["folded", "input_centric"])
+def test_all_calls_with_one_reading_are_rewritten(formulation) -> None:
+    class OneReading(ReadsWeight):
+        def forward(self, x):
+            weight = self.proj.weight
+            return F.linear(F.linear(x, weight), weight, self.proj.bias)
+
+    model, x = prepared(OneReading(), formulation=formulation), torch.randn(3, 12)
+    graph, record = run_passes([Formulation(formulation)], model, x)
+    assert len(record.applied(formulation)) == 1
+    assert "orthogonal_equivalence" not in graph
+    assert_equals_eager(model, x, stage="eager")
+
+
+def test_a_reading_whose_calls_compute_in_several_dtypes_rotates() -> None:
+    class Mixed(ReadsWeight):
+        def forward(self, x):
+            weight = self.proj.weight
+            with torch.autocast("cpu", torch.bfloat16):
+                y = F.linear(x, weight)
+            return F.linear(y.float(), weight)
+
+    _, record = run_passes([Formulation("folded")], prepared(Mixed()), torch.randn(3, 12))
+    (event,) = record.applied("input_centric")
+    assert reasons(event) == {"its calls compute in several dtypes"}
+
+
+def test_a_weight_that_leaves_the_graph_stays_as_it_is() -> None:
+    class Returned(ReadsWeight):
+        def forward(self, x):
+            return x, self.proj.weight
+
+    _, record = run_passes([Formulation()], prepared(Returned()), torch.randn(3, 12))
+    (event,) = record.refused("input_centric")
+    assert "the weight leaves the graph" in event.detail
+
+
+def test_a_call_inside_a_transform_stays_as_it_is() -> None:
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return torch.func.vmap(lambda rows: self.proj(rows))(x)
+
+    _, record = run_passes([Formulation()], prepared(Mapped()), torch.randn(3, 5, 12))
+    (event,) = record.refused("input_centric")
+    assert event.detail == "weight-centric: inside a torch.func transform"
 
 
 @pytest.mark.parametrize("formulation", ["folded", "input_centric"])

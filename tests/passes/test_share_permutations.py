@@ -173,3 +173,11 @@ def test_groups_survive_saving_and_moving():
     assert e[0].perm_in.pair is e[2].perm_in.pair
     saved = [x.layout[3].item() for x in e]
     assert len(set(saved)) == 1, "the group id is saved"
+
+
+def test_chunks_are_left_to_the_products_which_gather_them() -> None:
+    model = prepared(SwiGLU(64, 96), 32, permutation="chunked")
+    graph, record = run_passes(PASSES, model, torch.randn(3, 64))
+    (event,) = record.refused("share_permutations")
+    assert event.detail == "chunks of columns are gathered inside the products"
+    assert "permute_columns" not in graph
