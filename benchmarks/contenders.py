@@ -51,8 +51,8 @@ def turn_(module: nn.Module, generator: torch.Generator) -> None:
     """Set the rotations of a prepared linear at random, below the angle guard."""
     equivalence = equivalence_of(module)
     assert equivalence is not None, "prepare has left the linear as it was"
-    gate.random_skew_(equivalence.skew_in, equivalence.block_in, generator)
-    gate.random_skew_(equivalence.skew_out, equivalence.block_out, generator)
+    for side in equivalence.sides:
+        gate.random_skew_(side.skew, side.block, generator)
 
 
 def compiled(module: nn.Module, stage: str) -> Callable[[Tensor], Tensor]:

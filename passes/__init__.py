@@ -2,8 +2,8 @@
 
 ======================  ========================================================================
 `adopt_linear`          plain linears of an unprepared model get the orthogonal-equivalence form
-`folded`                linear over such a weight → linear over a weight folded once a step
-`input_centric`         linear over such a weight → rotate, linear with the frozen weight, rotate
+`formulation`           linear over such a weight → the product, each side of the layer rotated
+                        (`input_centric`) or folded into the weight (`folded`)
 `share_permutations`    one gather for the layers fed by the same tensor
 `cancel_permutations`   no permutation where a scatter meets a gather of the same group
 `batch_cayley`          rotations of several layers in one launch, within a byte budget
@@ -23,26 +23,22 @@ from poetx_compile.passes.batch_cayley import DEFAULT_BYTES, BatchCayley
 from poetx_compile.passes.cancel_permutations import CancelPermutations
 from poetx_compile.passes.contract import Event, GraphPass, Record, Refusal, run
 from poetx_compile.passes.cost import Machine
-from poetx_compile.passes.folded import Folded
+from poetx_compile.passes.formulation import FORMS, Formulation
 from poetx_compile.passes.hoist_folds import HoistFolds
-from poetx_compile.passes.input_centric import InputCentric
 from poetx_compile.passes.recompute import Recompute
 from poetx_compile.passes.share_permutations import SharePermutations
 
-NAMES = tuple(
-    p.name
-    for p in (
-        AdoptLinear,
-        Folded,
-        InputCentric,
-        SharePermutations,
-        CancelPermutations,
-        BatchCayley,
-        HoistFolds,
-        Recompute,
-    )
+PASSES: tuple[type[GraphPass[Any]], ...] = (
+    AdoptLinear,
+    Formulation,
+    SharePermutations,
+    CancelPermutations,
+    BatchCayley,
+    HoistFolds,
+    Recompute,
 )
-"""Every pass by the name that `disable_passes` takes."""
+NAMES = (*(p.name for p in PASSES), *FORMS)
+"""What `disable_passes` takes: passes, and the forms that `formulation` chooses from."""
 
 
 def pipeline(
@@ -61,30 +57,29 @@ def pipeline(
     `budget`: whether there is a memory budget, under which folded weights may be given up.
     """
     folds = 1 if variant == "fast" and not budget else 2
+    forms = [form for form in FORMS if form not in disabled]
     passes: list[GraphPass[Any]] = [
-        Folded(formulation, folds, machine, within_guard),
-        InputCentric(),
+        Formulation(formulation, folds, machine, within_guard, forms),
         SharePermutations(),
         CancelPermutations(),
         BatchCayley(max_bytes),
         *([] if hoist is None else [hoist]),
         Recompute(variant, budget),
     ]
-    if formulation == "input_centric":
-        disabled = (*disabled, Folded.name)
     return [p for p in passes if p.name not in disabled]
 
 
 __all__ = [
+    "FORMS",
     "NAMES",
+    "PASSES",
     "AdoptLinear",
     "BatchCayley",
     "CancelPermutations",
     "Event",
-    "Folded",
+    "Formulation",
     "GraphPass",
     "HoistFolds",
-    "InputCentric",
     "Machine",
     "Recompute",
     "Record",

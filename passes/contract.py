@@ -36,7 +36,7 @@ class Refusal(Exception):
 class Event:
     """One decision of one pass about one layer (or several, for a pass over groups).
 
-    `costs` is what the cost model said, where it was asked: one `Choice` for each side.
+    `choices` says how each side of a layer runs, and why (`formulation`).
     """
 
     pass_name: str
@@ -45,7 +45,7 @@ class Event:
     detail: str
     shape: tuple[int, int] | None = None
     blocks: str = "-"
-    costs: tuple[Choice, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
 
 class Record:
@@ -83,12 +83,13 @@ class GraphPass(ABC, Generic[S]):
         """The candidates in graph order."""
 
     @abstractmethod
-    def describe(self, site: S) -> dict[str, Any]:
-        """The fields ``layers``, ``shape``, ``blocks`` and ``costs`` of the site's event."""
-
-    @abstractmethod
     def decide(self, site: S) -> str:
         """What will be done, in a few words. Raises `Refusal` where the site is left alone."""
+
+    @abstractmethod
+    def describe(self, site: S) -> dict[str, Any]:
+        """The other fields of a decided site's event: ``layers`` and what applies of ``shape``,
+        ``blocks``, ``choices``, and a ``pass_name`` where the outcome has a name of its own."""
 
     @abstractmethod
     def apply(self, graph: fx.Graph, site: S) -> None:
@@ -131,13 +132,13 @@ def _run_one(graph_pass: GraphPass[Any], module: fx.GraphModule, record: Record)
     """Apply one pass to one module; returns the number of rewrites."""
     decided = []
     for site in graph_pass.sites(module.graph):
-        described = graph_pass.describe(site)
         try:
             detail, applied = graph_pass.decide(site), True
             decided.append(site)
         except Refusal as refusal:
             detail, applied = refusal.reason, False
-        record.events.append(Event(graph_pass.name, applied=applied, detail=detail, **described))
+        event = Event(graph_pass.name, (), applied, detail)
+        record.events.append(dataclasses.replace(event, **graph_pass.describe(site)))
     for site in decided:
         graph_pass.apply(module.graph, site)
     return len(decided)

@@ -68,7 +68,7 @@ def break_even(rotate: sympy.Expr, fold: sympy.Expr) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Cost:
     """What the model says of one side of one layer.
 
     Args:
@@ -84,14 +84,34 @@ class Choice:
     tokens: int
 
     @property
-    def folded(self) -> bool:
-        """Whether folding is cheaper at `tokens`."""
+    def folding_is_cheaper(self) -> bool:
+        """Whether it is, at `tokens`."""
         return bool(self.fold < self.rotate.subs(TOKENS, self.tokens))
 
     @property
     def break_even(self) -> int:
         """The number of tokens up to which rotating costs no more than folding."""
         return break_even(self.rotate, self.fold)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How one side of one layer runs, and why.
+
+    Args:
+        side: ``"in"`` or ``"out"``.
+        folded: whether its rotation goes into the weight; otherwise it rotates the activation.
+        reason: why, in words.
+        cost: of both, where the model was asked.
+    """
+
+    side: str
+    folded: bool
+    reason: str
+    cost: Cost | None = None
+
+    def __str__(self) -> str:
+        return f"{'folded' if self.folded else 'rotated'} {self.side} ({self.reason})"
 
 
 def hint_of(shape: torch.Size) -> int:

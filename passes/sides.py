@@ -1,4 +1,4 @@
-"""The nodes that both formulations of a layer are made of."""
+"""The sides of an orthogonal-equivalence weight, and the nodes its formulations are made of."""
 
 from __future__ import annotations
 
@@ -82,10 +82,16 @@ def rotation(
     return once(contexts, place, target, args, origin, graphs.ROTATION)
 
 
-def folded(
-    contexts: Contexts, place: fx.Node, side: Side, origin: fx.Node, narrow: bool
-) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """What a folded side needs: its deltas, their tangent [blocks, b, b], its permutation.
+class Fold(NamedTuple):
+    """What a folded side needs: its deltas and their tangent [blocks, b, b], its permutation."""
+
+    delta: fx.Node | None = None
+    tangent: fx.Node | None = None
+    pair: fx.Node | None = None
+
+
+def fold(contexts: Contexts, place: fx.Node, side: Side, origin: fx.Node, narrow: bool) -> Fold:
+    """The `Fold` of a side, in front of `place`.
 
     The output side's rotations multiply the weight from the left: Gᵀ, flipped. The gradient goes
     through the tangent alone.
@@ -98,14 +104,22 @@ def folded(
     args = (side.skew, side.block, side.order, narrow, flipped)
     target = torch.ops.poetx.rotation_tangent.default
     tangent = once(contexts, place, target, args, origin, graphs.TANGENT)
-    return delta, tangent, side.pair
+    return Fold(delta, tangent, side.pair)
 
 
-def rotate(graph: fx.Graph, x: Any, rotations: Any, gather: Any, scatter: Any) -> fx.Node:
-    """``x`` rotated by blocks of columns."""
-    return graph.call_function(
-        torch.ops.poetx.rotate_blocks.default, (x, rotations, gather, scatter, False)
-    )
+def rotate(
+    graph: fx.Graph,
+    x: Any,
+    rotations: fx.Node,
+    origin: fx.Node,
+    *,
+    gather: fx.Node | None = None,
+    scatter: fx.Node | None = None,
+) -> fx.Node:
+    """``x`` rotated by blocks of columns: a layer's input, gathered, or its output, scattered."""
+    target = torch.ops.poetx.rotate_blocks.default
+    rotated = graph.call_function(target, (x, rotations, gather, scatter, False))
+    return graphs.inherit(rotated, origin, graphs.INTERMEDIATE if scatter is None else None)
 
 
 def add_bias(graph: fx.Graph, y: fx.Node, bias: Any, origin: fx.Node) -> fx.Node:
@@ -138,28 +152,22 @@ def once(
         return graphs.inherit(make(target, args), origin, role)
 
 
-def reader_other_than_linear(equivalence: fx.Node) -> str | None:
-    """The name of a reader of the weight that is no ``F.linear`` over it, if there is one."""
-    for user in equivalence.users:
-        if graphs.is_linear(user):
-            x, w, bias = graphs.linear_arguments(user)
-            if w is equivalence and x is not equivalence and bias is not equivalence:
-                continue
-        return getattr(user.target, "__name__", str(user.target))
-    return None
-
-
 def refusal_of_calls(contexts: Contexts, equivalence: fx.Node) -> str | None:
-    """Why a linear over this weight must stay one of torch's, if there is a reason."""
-    for linear in equivalence.users:
-        operands = graphs.linear_arguments(linear)
+    """Why this weight must be read as it is, by torch's own calls, if there is a reason."""
+    for user in equivalence.users:
+        operands = graphs.linear_arguments(user) if graphs.is_linear(user) else ()
+        if [operand is equivalence for operand in operands] != [False, True, False]:
+            if user.op == "output":
+                return "the weight leaves the graph, not read by F.linear there"
+            reader = getattr(user.target, "__name__", str(user.target))
+            return f"the weight is read by {reader}, not by F.linear"
         values = [n.meta.get(graphs.VALUE) for n in operands if isinstance(n, fx.Node)]
         if kinds := {type(v).__name__ for v in values if is_traceable_wrapper_subclass(v)}:
             return f"an operand is a {kinds.pop()}, which the rotations do not know"
-        if graphs.in_transform(linear):
+        if graphs.in_transform(user):
             return "inside a torch.func transform"
         # Tracing lets these pass, and torch raises when it runs: so must what replaces it.
-        with contexts.of(linear).casting():
+        with contexts.of(user).casting():
             dtypes = [_autocast_dtype(v) for v in values if isinstance(v, torch.Tensor)]
         if len(set(dtypes)) > 1:
             shown = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -174,13 +182,3 @@ def _autocast_dtype(operand: torch.Tensor) -> torch.dtype:
     if operand.dtype in castable and known and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return operand.dtype
-
-
-def describe(equivalence: fx.Node) -> dict[str, Any]:
-    """The fields of an event about one weight."""
-    side_in, side_out = sides_of(equivalence)
-    return {
-        "layers": graphs.layers_of([equivalence]),
-        "shape": (side_out.width, side_in.width),
-        "blocks": " | ".join(f"{side.blocks}x{side.block}" for side in (side_in, side_out)),
-    }

@@ -47,7 +47,8 @@ class BackendOptions:
         keep_folded: how long folded weights are kept: for a ``"call"`` (and its backward), or for a
             ``"step"``, over the micro-batches of an accumulated step and the batches of an
             evaluation (`hoist_folds`).
-        disable_passes: names of passes that are left out.
+        disable_passes: names of passes that are left out, or of a form of layers (``"folded"``,
+            ``"input_centric"``) that `formulation` is not to choose.
         verify_passes: lint and check all metadata after each pass.
         cayley_batch_bytes: byte budget of one batch of rotations (`batch_cayley`).
         machine: the rates by which ``formulation="auto"`` chooses; a dict with any of ``flops``,

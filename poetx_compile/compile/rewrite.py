@@ -22,7 +22,7 @@ from poetx_compile.distributed.wrappers import check_reduced
 from poetx_compile.errors import ConfigError, EffectiveWeightError
 from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.registry import registry
-from poetx_compile.passes import graphs, input_centric
+from poetx_compile.passes import graphs
 from poetx_compile.passes.writes import writes_to_weights
 
 log = logging.getLogger("poetx_compile")
@@ -74,7 +74,7 @@ def rewrite(
             as it is.
     """
     _check_not_written(gm)
-    check_reduced(*(skew for e in _prepared(gm) for skew in (e.skew_in, e.skew_out)))
+    check_reduced(*(skew for e in _prepared(gm) for skew in e.skews))
     graph = graphs.clone(gm)
     record = passes.Record()
     adopter = None
@@ -107,7 +107,7 @@ def rewrite(
     )
     passes.run(rest, graph, record, verify=options.verify_passes)
     if dry_run is None:
-        _warn_of_weights_that_leave(record)
+        _warn_of_weights_that_leave(graph)
     log.debug("rewritten graph:\n%s", graph.graph)
     parts: list[Adopter | FoldKeeper] = []  # in the order of their inputs
     if adopter is not None and (adopter.graph_pass.slots or adopter.zeros):
@@ -134,15 +134,15 @@ def _check_not_written(gm: fx.GraphModule) -> None:
         )
 
 
-def _warn_of_weights_that_leave(record: passes.Record) -> None:
-    left = [e for e in record.refused("input_centric") if e.detail == input_centric.LEAVES]
+def _warn_of_weights_that_leave(graph: fx.GraphModule) -> None:
+    left = [n for n in _equivalence_nodes(graph) if any(u.op == "output" for u in n.users)]
     if left:
         log.warning(
             "an effective weight of shape %s leaves the compiled graph, built as a dense matrix: "
             "right, and slow; what is written into it there is lost. Look for a graph break. "
             "Before torch 2.14 module.compile() does that for torch's own classes, such as "
             "nn.Sequential: use torch.compile(module)",
-            list(left[0].shape or ()),
+            list(graphs.shape_of(left[0]) or ()),
         )
 
 

@@ -12,7 +12,7 @@ from poetx_compile.layers.parametrization import equivalence_of, prepared_linear
 from poetx_compile.ops import rotations
 from poetx_compile.ops.packing import unpack
 from poetx_compile.ops.precision import ieee_fp32
-from poetx_compile.optim.blocks import by_kind, chunks, gather, sides
+from poetx_compile.optim.blocks import by_kind, chunks, gather
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
     model = unwrap_compiled(model)
     reshard(model)
     layers = list(prepared_linears(model))
-    pairs = [(e.order, skew, b) for _, _, e in layers for skew, b in sides(e)]
+    pairs = [(e.order, s.skew, s.block) for _, _, e in layers for s in e.sides if s.blocks]
     zero = torch.zeros(1, dtype=torch.float64)
     angles, errors = [zero[:0]], [zero]
     for order in dict.fromkeys(order for order, _, _ in pairs):
@@ -74,8 +74,7 @@ def effective_weight(linear: nn.Linear) -> Tensor:
     equivalence = equivalence_of(linear)
     if equivalence is None:
         return whole(linear.weight)
-    parameters = stored_weight(linear), equivalence.skew_in, equivalence.skew_out
-    return equivalence.effective(*map(whole, parameters))
+    return equivalence.effective(*map(whole, (stored_weight(linear), *equivalence.skews)))
 
 
 @torch.no_grad()

@@ -25,16 +25,11 @@ from poetx_compile.layers.eligibility import PREPARED, linears, refusals, unwrap
 from poetx_compile.layers.parametrization import equivalence_of
 from poetx_compile.layers.prepare import config_of
 from poetx_compile.layers.report import format_table
-from poetx_compile.passes import Event, Machine, Record, graphs
-from poetx_compile.passes.cost import Choice
-from poetx_compile.passes.folded import CONDITION
-
-_FORMULATIONS = ("folded", "input_centric")
-"""The passes that rewrite a layer, in the order they see it."""
+from poetx_compile.passes import FORMS, Event, Machine, Record, graphs
+from poetx_compile.passes.cost import Cost
 
 _ACROSS_LAYERS = ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds")
 """The passes whose decisions are about several layers at once."""
-
 
 NOT_SEEN = "no graph of these inputs calls it"
 
@@ -52,7 +47,7 @@ class ExplainRow:
     formulation: str
     status: str
     reason: str
-    costs: tuple[Choice, ...] = ()
+    costs: tuple[Cost, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +251,7 @@ def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> 
     by_name: dict[str, Event] = {}
     for graph in seen:
         for event in graph.record.events:
-            if event.pass_name not in ("adopt_linear", *_FORMULATIONS):
+            if event.pass_name not in ("adopt_linear", *FORMS):
                 continue
             for layer in event.layers:
                 _note(by_name, layer.name, event)
@@ -280,19 +275,19 @@ def _nodes(gm: torch.fx.GraphModule) -> int:
 def _note(events: dict[Any, Event], key: Any, event: Event) -> None:
     """Keep the last word on a layer; where its weight is read twice, the reading refused."""
     earlier = events.get(key)
-    if earlier is None or earlier.applied or earlier.pass_name != event.pass_name:
-        # Where no side was worth folding, the condition is worth reading.
-        if event.applied and earlier is not None and CONDITION in earlier.detail:
-            detail = f"{event.detail}: {earlier.detail}"
-            event = dataclasses.replace(event, detail=detail, costs=earlier.costs)
+    if (
+        earlier is None
+        or earlier.applied
+        or (earlier.pass_name in FORMS) != (event.pass_name in FORMS)
+    ):
         events[key] = event
 
 
 def _row(name: str, shape: tuple[int, int], event: Event | None, reason: str | None) -> ExplainRow:
-    if event is not None and event.pass_name in _FORMULATIONS:
+    if event is not None and event.pass_name in FORMS:
         if event.applied:
-            how = event.detail
-            return ExplainRow(name, shape, event.blocks, how, "rewritten", "", event.costs)
+            costs = tuple(choice.cost for choice in event.choices if choice.cost)
+            return ExplainRow(name, shape, event.blocks, event.detail, "rewritten", "", costs)
         return ExplainRow(name, shape, event.blocks, "weight_centric", "refused", event.detail)
     if reason not in (None, PREPARED):
         return ExplainRow(name, shape, "-", "plain", "skipped", reason)

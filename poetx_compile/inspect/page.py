@@ -17,7 +17,7 @@ import torch
 from poetx_compile.inspect.drawing import Drawn
 from poetx_compile.layers.report import compact
 from poetx_compile.passes import Event
-from poetx_compile.passes.cost import TOKENS, Choice
+from poetx_compile.passes.cost import TOKENS, Cost
 from poetx_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -158,10 +158,10 @@ def _passes(events: Iterable[Event]) -> str:
 
 
 def _costs(explanation: Explanation) -> str:
-    seen: dict[tuple[tuple[int, int], str, Choice], list[str]] = {}
+    seen: dict[tuple[tuple[int, int], str, Cost], list[str]] = {}
     for row in explanation.rows:
-        for choice in row.costs:
-            seen.setdefault((row.shape, row.blocks, choice), []).append(row.name)
+        for cost in row.costs:
+            seen.setdefault((row.shape, row.blocks, cost), []).append(row.name)
     if not seen:
         return ""
     machine = explanation.machine
@@ -179,23 +179,23 @@ T tokens, blocks of b, and elements of e bytes, in seconds a step:</p>
 <tbody>{body}</tbody></table></div></section>"""
 
 
-def _cost_row(shape: tuple[int, int], blocks: str, choice: Choice, names: list[str]) -> str:
+def _cost_row(shape: tuple[int, int], blocks: str, cost: Cost, names: list[str]) -> str:
     n, m = shape
-    slope = float(choice.rotate.coeff(TOKENS)) * 1e6
-    start = float(choice.rotate.subs(TOKENS, 0)) * 1e6
-    rotate = float(choice.rotate.subs(TOKENS, choice.tokens)) * 1e6
-    fold = float(choice.fold) * 1e6
+    slope = float(cost.rotate.coeff(TOKENS)) * 1e6
+    start = float(cost.rotate.subs(TOKENS, 0)) * 1e6
+    rotate = float(cost.rotate.subs(TOKENS, cost.tokens)) * 1e6
+    fold = float(cost.fold) * 1e6
     cells = [
         f'<td class="num">{n}×{m}</td>',
         f'<td class="blocks">{escape(blocks)}</td>',
-        f"<td>{choice.side}</td>",
+        f"<td>{cost.side}</td>",
         f'<td class="num">{slope:.3g}·T + {start:.3g} µs</td>',
-        f'<td class="num">{choice.tokens}</td>',
-        f'<td class="num">{"" if choice.folded else "<b>"}{rotate:.3g} µs'
-        f"{'' if choice.folded else '</b>'}</td>",
-        f'<td class="num">{"<b>" if choice.folded else ""}{fold:.3g} µs'
-        f"{'</b>' if choice.folded else ''}</td>",
-        f'<td class="num">{choice.break_even}</td>',
+        f'<td class="num">{cost.tokens}</td>',
+        f'<td class="num">{"" if cost.folding_is_cheaper else "<b>"}{rotate:.3g} µs'
+        f"{'' if cost.folding_is_cheaper else '</b>'}</td>",
+        f'<td class="num">{"<b>" if cost.folding_is_cheaper else ""}{fold:.3g} µs'
+        f"{'</b>' if cost.folding_is_cheaper else ''}</td>",
+        f'<td class="num">{cost.break_even}</td>',
         f'<td class="how">{escape(", ".join(compact(names)))}</td>',
     ]
     return f"<tr>{''.join(cells)}</tr>"

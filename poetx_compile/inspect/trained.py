@@ -79,8 +79,8 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
         seen.add(id(module))
         if (e := equivalence_of(module)) is not None:
             weight = stored_weight(module)
-            skews = [skew for skew in (e.skew_in, e.skew_out) if skew.requires_grad]
-            inside |= {id(weight), id(e.skew_in), id(e.skew_out)}
+            skews = [skew for skew in e.skews if skew.requires_grad]
+            inside |= {id(weight), *map(id, e.skews)}
             rotations += sum(skew.numel() for skew in skews)
             rotated += weight.numel() if skews else 0
             total += weight.numel()

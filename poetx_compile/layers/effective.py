@@ -53,10 +53,10 @@ def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
         e.check_stored(stored)
     sources = Sources(e, stored)
     if records:
-        weight = e.effective(stored, e.skew_in, e.skew_out)
+        weight = e.effective(stored, *e.skews)
     else:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version
-            weight = e.effective(stored, e.skew_in, e.skew_out)
+            weight = e.effective(stored, *e.skews)
     if keep and e.holds(stored):
         # With the memory it was made of: another tensor shall not get the same address.
         _kept[e] = sources, weight, [t.detach() for t in _tensors(e, stored)]
@@ -93,7 +93,7 @@ class Sources:
 
 
 def _tensors(e: OrthogonalEquivalence, stored: Tensor) -> tuple[Tensor, ...]:
-    return stored, e.skew_in, e.skew_out, e.perm_in.pair, e.perm_out.pair, e.layout
+    return stored, *e.skews, e.perm_in.pair, e.perm_out.pair, e.layout
 
 
 class EffectiveWeight(Tensor):
@@ -159,7 +159,7 @@ _REPLACED = (Tensor.data.__set__, Tensor.set_)  # type: ignore[attr-defined]
 def _set_flag(weight: EffectiveWeight, requires_grad: bool = True) -> EffectiveWeight:
     """Freeze or unfreeze the layer: of a computed weight, that is to say its rotations."""
     if (e := weight._sources.equivalence()) is not None:
-        for skew in (e.skew_in, e.skew_out):
+        for skew in e.skews:
             skew.requires_grad_(requires_grad and skew.numel() > 0)
     return weight
 

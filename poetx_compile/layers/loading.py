@@ -207,8 +207,8 @@ class _Load:
         """Find the permutations that change; all layers of such a one have to change with it."""
         wanted: dict[Permutation, dict[tuple[int, int], str]] = {}
         for e, layout in saved.items():
-            for permutation in (e.perm_in, e.perm_out):
-                draws = wanted.setdefault(permutation, {})
+            for side in e.sides:
+                draws = wanted.setdefault(side.permutation, {})
                 draws.setdefault((layout.seed, layout.draw), names[e])
         outside = share_permutations_with(saved)
         for permutation, draws in wanted.items():
@@ -219,7 +219,7 @@ class _Load:
                     f"different draws of it, {first[0]} and {others[0][0]} (seed, draw)"
                 )
             elif first[0] != (permutation.seed, permutation.draw):
-                left = [e for e in outside if permutation in (e.perm_in, e.perm_out)]
+                left = [e for e in outside if any(permutation is s.permutation for s in e.sides)]
                 if left:
                     known = [names[e] for e in left if e in names]
                     self.problems.append(
@@ -257,8 +257,7 @@ def _convert(layer: _Layer, state: State) -> None:
     dtype, device = rotation_dtype(weight.dtype), weight.device
     values = (
         e.permuted(weight),
-        torch.zeros(e.skew_in.shape, dtype=dtype, device=device),
-        torch.zeros(e.skew_out.shape, dtype=dtype, device=device),
+        *(torch.zeros(skew.shape, dtype=dtype, device=device) for skew in e.skews),
         e.here.tensor().to(device),
     )
     for (key, own), value in zip(layer.own.items(), values, strict=True):

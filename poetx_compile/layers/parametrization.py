@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,21 @@ def side_blocks(size: int, block_size: int) -> tuple[int, int]:
     """(number of blocks, b) of a side: a side shorter than b is one block; size 1 has no block."""
     b = min(size, block_size)
     return (0, 1) if size < 2 else (size // b, b)
+
+
+class Side(NamedTuple):
+    """One side of a layer: its packed skew parameter, its permutation, and its blocks of size b."""
+
+    name: str
+    skew: nn.Parameter
+    permutation: Permutation
+    blocks: int
+    block: int
+
+    @property
+    def elements(self) -> int:
+        """Of its rotations, unpacked."""
+        return self.blocks * self.block**2
 
 
 class OrthogonalEquivalence(nn.Module):
@@ -180,6 +195,19 @@ class OrthogonalEquivalence(nn.Module):
         """Whether parameters of this layer's own are in force: no stand-ins, none just gathered."""
         ours = isinstance(stored, nn.Parameter) and self._own[0] == id(self.skew_in)
         return ours and not (stored.is_inference() or self.skew_in.is_inference())
+
+    @property
+    def skews(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The packed skew parameters of the input and of the output side."""
+        return self.skew_in, self.skew_out
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """The input and the output side, as they are now."""
+        return (
+            Side("in", self.skew_in, self.perm_in, self.blocks_in, self.block_in),
+            Side("out", self.skew_out, self.perm_out, self.blocks_out, self.block_out),
+        )
 
     @property
     def trains(self) -> bool:
@@ -310,9 +338,9 @@ class OrthogonalEquivalence(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, metadata, strict, missing, unexpected, errors
         )
-        for permutation in (self.perm_in, self.perm_out):
-            if permutation.pair.is_meta:
-                permutation.settle(self.skew_in.device)
+        for side in self.sides:
+            if side.permutation.pair.is_meta:
+                side.permutation.settle(side.skew.device)
         self._announce()  # `assign=True` has made new parameters
         self._seal = None
         self.loads += 1
@@ -322,10 +350,12 @@ class OrthogonalEquivalence(nn.Module):
             self.interrupted = False
 
     def extra_repr(self) -> str:
-        return (
-            f"in={self.blocks_in}x{self.block_in}, out={self.blocks_out}x{self.block_out}, "
-            f"order={self.order}, draw={self.draw}"
-        )
+        blocks = ", ".join(f"{side.name}={side.blocks}x{side.block}" for side in self.sides)
+        return f"{blocks}, order={self.order}, draw={self.draw}"
+
+
+Layer = tuple[nn.Linear, OrthogonalEquivalence]
+"""A prepared linear and its parametrization."""
 
 
 def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
@@ -420,9 +450,9 @@ def share_permutations_with(
     A merge draws a permutation again for all layers that have it: they are merged together.
     """
     inside = set(equivalences)
-    permutations = {p for e in inside for p in (e.perm_in, e.perm_out)}
+    permutations = {side.permutation for e in inside for side in e.sides}
     outside = [e for e in registry.layers() if e not in inside]
-    return [e for e in outside if e.perm_in in permutations or e.perm_out in permutations]
+    return [e for e in outside if any(side.permutation in permutations for side in e.sides)]
 
 
 def check_alone(equivalences: Iterable[OrthogonalEquivalence]) -> None:

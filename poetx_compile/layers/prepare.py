@@ -135,20 +135,20 @@ def prepare(
     leave({name: found[name] for name in left}, left)
     for name, reason in reasons.items():
         if reason is None and name in adopted:
-            _move(found[name], name, adopted[name], config, groups.sides(name, found[name]))
+            _move(found[name], name, adopted[name], config, groups.permutations(name, found[name]))
             adopted[name].adopted = False
         elif reason is None:
             if config.normalize_rows:
                 _normalize_rows(found[name].weight)
-            perm_in, perm_out = groups.sides(name, found[name])
-            equivalence = OrthogonalEquivalence(found[name].weight, config, perm_in, perm_out)
+            permutations = groups.permutations(name, found[name])
+            equivalence = OrthogonalEquivalence(found[name].weight, config, *permutations)
             register(found[name], equivalence)
     guard_loads(model)
     rows = list(_rows(model, found, reasons))
     parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
     unfrozen = [p for p in trained_parameters(model) if not nn.parameter.is_lazy(p)]
     trainable = sum(p.numel() for p in unfrozen)
-    rotations = sum(e.skew_in.numel() + e.skew_out.numel() for _, _, e in prepared_linears(model))
+    rotations = sum(skew.numel() for _, _, e in prepared_linears(model) for skew in e.skews)
     return PrepareReport(rows, trainable, sum(p.numel() for p in parameters) - rotations)
 
 
@@ -236,7 +236,7 @@ def merge_and_unload(model: M) -> M:
     """
     plain = unwrap_compiled(model)
     layers = list(prepared_linears(plain))
-    if any(is_sharded(stored_weight(m), e.skew_in, e.skew_out) for _, m, e in layers):
+    if any(is_sharded(stored_weight(m), *e.skews) for _, m, e in layers):
         raise ParallelismError(SHARDED_EXPORT)
     check_stored_weights([(e, stored_weight(m)) for _, m, e in layers])
     for _, module, equivalence in layers:
@@ -291,20 +291,20 @@ def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXCo
         if reason is not None:
             continue
         module = found[name]
-        sides = registry.reserved(module) or groups.sides(name, module)
+        permutations = registry.reserved(module) or groups.permutations(name, module)
         if id(module) not in wanted:
-            registry.reserve(module, sides)
+            registry.reserve(module, permutations)
             continue
         state = registry.adopted.get(module.weight)
         assert state is not None
-        sides = tuple(side.to(module.weight.device) for side in sides)
-        if all(side.draw == 0 for side in sides):
-            _move(module, name, state, config, sides)
+        permutations = tuple(p.to(module.weight.device) for p in permutations)
+        if all(p.draw == 0 for p in permutations):
+            _move(module, name, state, config, permutations)
         else:
             registry.release(module.weight)
-            perm_in, perm_out = sides
+            perm_in, perm_out = permutations
             perm_out.redraw(perm_out.seed, perm_in.draw)  # both sides of a layer are at one draw
-            late = OrthogonalEquivalence(module.weight, config, *sides)
+            late = OrthogonalEquivalence(module.weight, config, *permutations)
             late.adopted = True
             register(module, late)
     guard_loads(model)
@@ -315,15 +315,15 @@ def _move(
     name: str,
     state: OrthogonalEquivalence,
     config: POETXConfig,
-    sides: tuple[Permutation, ...],
+    permutations: tuple[Permutation, ...],
 ) -> None:
     """Make an adopted state the parametrization of its linear, gradients included."""
     if all(getattr(state.config, f) == getattr(config, f) for f in _SHAPING):
-        state.perm_in, state.perm_out = sides
+        state.perm_in, state.perm_out = permutations
         state.configure(config)
         state.write_layout()
-    elif state.skew_in.grad is None and state.skew_out.grad is None:
-        state = OrthogonalEquivalence(module.weight, config, *sides)
+    elif all(skew.grad is None for skew in state.skews):
+        state = OrthogonalEquivalence(module.weight, config, *permutations)
     else:
         raise ConfigError(
             f"{name} was compiled with other POET-X options and holds gradients for them: leave "
@@ -385,19 +385,17 @@ def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
     e = equivalence
     notes = [] if reason is None else [reason]
     left_over = []
-    for side, size, blocks, b in (
-        ("in", module.in_features, e.blocks_in, e.block_in),
-        ("out", module.out_features, e.blocks_out, e.block_out),
-    ):
-        if blocks == 0:
-            notes.append(f"{side} side of size 1 is not rotated")
-        elif blocks * b < size:
-            left_over.append(f"{size - blocks * b} {side}")
+    for side in e.sides:
+        over = side.permutation.size - side.blocks * side.block
+        if side.blocks == 0:
+            notes.append(f"{side.name} side of size 1 is not rotated")
+        elif over:
+            left_over.append(f"{over} {side.name}")
     if left_over:
         notes.append(f"left over until the next merge: {', '.join(left_over)}")
     notes += _rank_notes(stored_weight(module))
-    blocks_text = f"{e.blocks_in}x{e.block_in} | {e.blocks_out}x{e.block_out}"
-    return LayerRow(name, shape, blocks_text, "prepared", "; ".join(notes))
+    blocks = " | ".join(f"{side.blocks}x{side.block}" for side in e.sides)
+    return LayerRow(name, shape, blocks, "prepared", "; ".join(notes))
 
 
 def _rank_notes(stored: Tensor) -> Iterator[str]:

@@ -51,14 +51,14 @@ class Registry:
         """Make a layer known, with the parameters it has now."""
         self.changed()
         self._by_id[id(layer)] = layer
-        self._by_rotation.update({id(skew): layer for skew in (layer.skew_in, layer.skew_out)})
+        self._by_rotation.update({id(skew): layer for skew in layer.skews})
         self._forget(layer)
 
     def retire(self, layer: OrthogonalEquivalence) -> None:
         """The weight of a layer is a plain one again."""
         self.changed()
         self._by_id.pop(id(layer), None)
-        for skew in (layer.skew_in, layer.skew_out):
+        for skew in layer.skews:
             self._by_rotation.pop(id(skew), None)
         self._forget(layer)
 
@@ -112,9 +112,9 @@ class Registry:
         for module, reason in list(self._declined.items()):
             yield module._parameters.get("weight"), reason
 
-    def reserve(self, module: nn.Module, sides: tuple[Permutation, ...]) -> None:
+    def reserve(self, module: nn.Module, permutations: tuple[Permutation, ...]) -> None:
         """Keep the permutations of a linear that no code has adopted yet; others have been."""
-        self._reserved[module] = sides
+        self._reserved[module] = permutations
 
     def reserved(self, module: nn.Module) -> tuple[Permutation, ...] | None:
         """What was kept for a linear; it is given out once."""

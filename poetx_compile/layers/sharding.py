@@ -60,7 +60,7 @@ def fully_shard_rotations(
             f"fully_shard_rotations: {type(module).__name__} {what}. Call it once on each module "
             "that fully_shard is called on, after prepare(model)"
         )
-    if any(is_sharded(e.skew_in, e.skew_out) for e in rotations):
+    if any(is_sharded(*e.skews) for e in rotations):
         raise ParallelismError(
             "fully_shard_rotations: the rotations are in the group of another module: call it "
             "before fully_shard"
@@ -94,7 +94,7 @@ def check_processes(model: nn.Module) -> None:
     check_layouts([e for _, _, e in layers])
     for name, module, e in layers:
         _check_placements(name, module, e)
-    rotations = {p for _, _, e in layers for p in (e.skew_in, e.skew_out)}
+    rotations = {skew for _, _, e in layers for skew in e.skews}
     for name, unit in model.named_modules():
         if is_fsdp_module(unit):
             trained = [p for p in own_parameters(unit) if p.requires_grad]
@@ -110,14 +110,14 @@ def check_processes(model: nn.Module) -> None:
 
 
 def _check_placements(name: str, module: nn.Module, e: OrthogonalEquivalence) -> None:
-    for skew in (e.skew_in, e.skew_out):
+    for skew in e.skews:
         for placement in skew.placements if is_sharded(skew) else ():  # type: ignore[attr-defined]
             if not keeps_rows(placement):
                 raise ParallelismError(
                     f"{name}: its rotations are placed {placement}, which cuts their blocks: leave "
                     "them to fully_shard as it is (Shard(0)); tensor parallelism is not supported"
                 )
-    if is_sharded(stored_weight(module)) and not all(map(is_sharded, (e.skew_in, e.skew_out))):
+    if is_sharded(stored_weight(module)) and not all(map(is_sharded, e.skews)):
         raise ParallelismError(
             f"{name}: its weight is sharded, its rotations are not (ignored_params?), and nobody "
             f"reduces their gradients: let fully_shard have them, or call {_HELPER}"
@@ -126,7 +126,7 @@ def _check_placements(name: str, module: nn.Module, e: OrthogonalEquivalence) ->
 
 def _check_alike(layers: list[tuple[str, nn.Linear, OrthogonalEquivalence]]) -> None:
     """Compare what decides merges over the processes of a sharded model."""
-    skews = [p for _, _, e in layers for p in (e.skew_in, e.skew_out)]
+    skews = [skew for _, _, e in layers for skew in e.skews]
     groups = groups_of(skews)
     if not groups:
         return

@@ -74,7 +74,7 @@ class Groups:
         for name, module, e in prepared_linears(model):
             if (id(module), "in") not in self.declared:
                 self.siblings[_sibling_key(name, module)] = e.perm_in
-            self.next = max(self.next, 1 + e.perm_in.group, 1 + e.perm_out.group)
+            self.next = max(self.next, *(1 + side.permutation.group for side in e.sides))
 
     def _declare(self, group: SharedGroup) -> None:
         """Check a declared group against the others and against what is prepared already."""
@@ -103,7 +103,7 @@ class Groups:
                 f"the others would join them at another draw: {_ALREADY}"
             )
 
-    def sides(self, name: str, module: nn.Linear) -> tuple[Permutation, Permutation]:
+    def permutations(self, name: str, module: nn.Linear) -> tuple[Permutation, Permutation]:
         """The permutations of the input and of the output side of a linear to be prepared."""
         device = module.weight.device
         perm_in, perm_out = (

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20
 """Bytes of unpacked fp32 blocks in one batch: 256 blocks of 256×256, enough to fill a GPU."""
@@ -20,13 +18,6 @@ class BlockKind(NamedTuple):
     size: int
     device: torch.device
     dtype: torch.dtype
-
-
-def sides(equivalence: OrthogonalEquivalence) -> list[tuple[nn.Parameter, int]]:
-    """(packed skew parameter, b) of the rotated sides; a side of size 1 has none."""
-    e = equivalence
-    pairs = [(e.skew_in, e.block_in), (e.skew_out, e.block_out)]
-    return [(skew, b) for skew, b in pairs if skew.numel() > 0]
 
 
 def by_kind(pairs: Sequence[tuple[Tensor, int]]) -> dict[BlockKind, list[Tensor]]:

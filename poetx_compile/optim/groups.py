@@ -14,7 +14,6 @@ from poetx_compile.config import POETXConfig, differences
 from poetx_compile.errors import ConfigError
 from poetx_compile.layers.eligibility import linears, unwrap_compiled
 from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
     equivalence_of,
     prepared_linears,
     stored_weight,
@@ -111,7 +110,7 @@ def param_groups(
     prepared_config(model)
     block_of: dict[nn.Parameter, tuple[int, nn.Parameter]] = {}
     for _, module, e in prepared_linears(model):
-        block_of |= {skew: (b, stored_weight(module)) for skew, b in skew_blocks(e)}
+        block_of |= {side.skew: (side.block, stored_weight(module)) for side in e.sides}
     stored = {weight for _, weight in block_of.values()}  # frozen, whatever their flags say
     dense: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -135,18 +134,6 @@ def param_groups(
         ratio = {RATIO: float(rate) / float(lr)} if lr > 0 else {}
         groups.append({**group, **RULES[rule].options, BLOCK: b, **ratio})
     return groups
-
-
-def skew_blocks(equivalence: OrthogonalEquivalence) -> list[tuple[nn.Parameter, int]]:
-    """(skew parameter, b) of both sides.
-
-    The empty parameter of a side of size 1 counts to the block size of the other side.
-    """
-    e = equivalence
-    return [
-        (e.skew_in, e.block_in if e.blocks_in else e.block_out),
-        (e.skew_out, e.block_out if e.blocks_out else e.block_in),
-    ]
 
 
 def prepared_config(model: nn.Module, config: POETXConfig | None = None) -> POETXConfig:

@@ -28,6 +28,7 @@ from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.parametrization import (
     INTERRUPTED,
+    Layer,
     OrthogonalEquivalence,
     check_alone,
     check_layouts,
@@ -81,16 +82,17 @@ def merge(model: nn.Module) -> None:
     check_alone(e for _, e in layers)
     check_layouts([e for _, e in layers])
     check_stored_weights([(e, stored_weight(m)) for m, e in layers])
-    _check_finite([skew for _, e in layers for skew in (e.skew_in, e.skew_out)])
+    skews = [skew for _, e in layers for skew in e.skews]
+    _check_finite(skews)
     for _, equivalence in layers:
         equivalence.interrupted = True
     try:
-        indices = redraw_all(p for _, e in layers for p in (e.perm_in, e.perm_out))
+        indices = redraw_all(side.permutation for _, e in layers for side in e.sides)
         for batch in _batches(layers):
             deltas_of = _merged_deltas([e for _, e in batch])
             for (module, equivalence), deltas in zip(batch, deltas_of, strict=True):
                 _merge_layer(stored_weight(module), equivalence, deltas, indices)
-        torch._foreach_zero_([local(skew) for _, e in layers for skew in (e.skew_in, e.skew_out)])
+        torch._foreach_zero_(list(map(local, skews)))
     except BaseException as error:
         error.add_note(f"poetx: {INTERRUPTED}")
         raise
@@ -123,16 +125,12 @@ def _check_finite(skews: Sequence[Tensor]) -> None:
             )
 
 
-Layer = tuple[nn.Linear, OrthogonalEquivalence]
-
-
 def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     """The layers in order, in batches whose rotations take `ROTATIONS_BYTES`, or of one layer."""
     batch: list[Layer] = []
     held = 0
     for layer in layers:
-        e = layer[1]
-        size = 4 * (e.blocks_in * e.block_in**2 + e.blocks_out * e.block_out**2)
+        size = 4 * sum(side.elements for side in layer[1].sides)
         if batch and held + size > ROTATIONS_BYTES:
             yield batch
             batch, held = [], 0
@@ -145,9 +143,9 @@ def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
 def _merged_deltas(equivalences: Sequence[OrthogonalEquivalence]) -> list[list[Tensor]]:
     """``R − I`` of the input and the output side of each layer, those of one kind at once."""
     sides = [
-        ((skew.device, skew.dtype, b, e.order, e.merge_rotation), skew)
+        ((s.skew.device, s.skew.dtype, s.block, e.order, e.merge_rotation), s.skew)
         for e in equivalences
-        for skew, b in ((e.skew_in, e.block_in), (e.skew_out, e.block_out))
+        for s in e.sides
     ]
     alike: dict[tuple, list[Tensor]] = defaultdict(list)
     for kind, skew in sides:

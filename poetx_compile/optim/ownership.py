@@ -14,13 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from poetx_compile.layers.parametrization import (
+    Layer,
     OrthogonalEquivalence,
     equivalence_of,
     stored_weight,
 )
 from poetx_compile.layers.registry import registry
-
-Layer = tuple[nn.Linear, OrthogonalEquivalence]
 
 
 @dataclasses.dataclass
@@ -79,18 +78,13 @@ class Ownership:
 ownership = Ownership()
 
 
-def sides_of(equivalence: OrthogonalEquivalence) -> dict[str, nn.Parameter]:
-    """The rotations of a layer by side."""
-    return {"in": equivalence.skew_in, "out": equivalence.skew_out}
-
-
 def own(equivalences: Iterable[OrthogonalEquivalence], optimizer: Optimizer) -> None:
     """Note that `optimizer` merges these layers, and trains those of their rotations it holds."""
     held = {p for group in optimizer.param_groups for p in group["params"]}
     for e in equivalences:
         record = ownership.record(e)
         record.optimizer, record.skew_in = weakref.ref(optimizer), id(e.skew_in)
-        record.unheld -= {side for side, skew in sides_of(e).items() if skew in held}
+        record.unheld -= {side.name for side in e.sides if side.skew in held}
 
 
 def owner(equivalence: OrthogonalEquivalence) -> Optimizer | None:
@@ -111,7 +105,7 @@ def layers_of(optimizer: Optimizer) -> list[Layer]:
     """The enrolled layers of which `optimizer` holds a parameter, in its order."""
     layers = dict(enrolled())
     # As they are now: sharding makes new parameters.
-    module_of = {p: m for m, e in layers.items() for p in (stored_weight(m), e.skew_in, e.skew_out)}
+    module_of = {p: m for m, e in layers.items() for p in (stored_weight(m), *e.skews)}
     parameters = (p for group in optimizer.param_groups for p in group["params"])
     found = dict.fromkeys(m for p in parameters if (m := module_of.get(p)) is not None)
     return [(m, layers[m]) for m in found]

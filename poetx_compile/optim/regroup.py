@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poetx_compile.layers.live_objects import LiveObjects
-from poetx_compile.layers.parametrization import OrthogonalEquivalence, stored_weight
+from poetx_compile.layers.parametrization import Layer, stored_weight
 from poetx_compile.optim.follow import FOLLOWS, GROUP, KEPT, follow, followed, number, ratio_to
-from poetx_compile.optim.groups import BLOCK, RATIO, Rule, rule_of, skew_blocks
-
-Layers = Sequence[tuple[nn.Linear, OrthogonalEquivalence]]
+from poetx_compile.optim.groups import BLOCK, RATIO, Rule, rule_of
 
 _SCHEDULER_RATES = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 _SCHEDULER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
@@ -27,7 +25,7 @@ _SCHEDULER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 
 def regroup(
     optimizer: Optimizer,
-    layers: Layers,
+    layers: Sequence[Layer],
     poetx_lr: float | None = None,
     *,
     whole: bool = False,
@@ -49,18 +47,20 @@ def regroup(
     moved: dict[tuple[int, int], list[tuple[nn.Linear, nn.Parameter, str]]] = {}
     for module, e in layers:
         weight = stored_weight(module)
-        for side, (skew, b) in zip(("in", "out"), skew_blocks(e), strict=True):
+        for side, other in zip(e.sides, reversed(e.sides), strict=True):
+            skew = side.skew
             here = where.get(skew)
             if (here is not None and BLOCK in groups[here]) or not skew.numel():
                 continue  # in a group of rotations already, or of a side that has none
             source = where.get(weight, here)
             if source is None and whole and skew.requires_grad:
-                source = where.get(e.skew_out if side == "in" else e.skew_in)
+                source = where.get(other.skew)
             if source is None:
                 continue  # trained by nobody
             name = names.get(weight, "weight")
-            name = names.get(skew, f"{name[: -len('weight')]}parametrizations.weight.0.skew_{side}")
-            moved.setdefault((source, b), []).append((module, skew, name))
+            prefix = name.removesuffix("weight") + "parametrizations.weight.0."
+            name = names.get(skew, f"{prefix}skew_{side.name}")
+            moved.setdefault((source, side.block), []).append((module, skew, name))
     rule, ratios = rule_of(optimizer), {}
     for (source, b), members in moved.items():  # what is refused is refused before any change
         weights = [stored_weight(module) for module, _, _ in members]
@@ -80,14 +80,14 @@ def regroup(
             _extend(scheduler, optimizer, before)
 
 
-def drop_weights(optimizer: Optimizer, layers: Layers) -> None:
+def drop_weights(optimizer: Optimizer, layers: Sequence[Layer]) -> None:
     """Take the frozen weights of `layers` out of all groups, with the moments of dense training.
 
     The empty skew parameters of sides of size 1 go as well: an optimiser that was built before the
     model had rotations has none, and the states of both fit each other.
     """
     gone: set[Tensor] = {stored_weight(module) for module, _ in layers}
-    gone.update(skew for _, e in layers for skew in (e.skew_in, e.skew_out) if not skew.numel())
+    gone.update(skew for _, e in layers for skew in e.skews if not skew.numel())
     for group in optimizer.param_groups:
         _drop(group, gone)
     for parameter in gone:

@@ -20,6 +20,7 @@ from poetx_compile.errors import (
 )
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.parametrization import (
+    Layer,
     OrthogonalEquivalence,
     PreparedLayers,
     check_alone,
@@ -30,7 +31,6 @@ from poetx_compile.layers.parametrization import (
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.sharding import check_processes
 from poetx_compile.optim.angle import ANGLE, AngleGuard
-from poetx_compile.optim.blocks import sides
 from poetx_compile.optim.follow import follow_all
 from poetx_compile.optim.groups import BLOCK, RULE, prepared_config
 from poetx_compile.optim.merge import check_whole, merge
@@ -85,7 +85,7 @@ def attach(
             "this optimiser is attached already: POETXAdamW and POETXMuon attach themselves, "
             "any other optimiser is attached once"
         )
-    skews = [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
+    skews = [skew for _, _, e in prepared_linears(model) for skew in e.skews]
     return attach_probed(optimizer, model, config, probe(optimizer, skews, config.moments))
 
 
@@ -144,7 +144,7 @@ class MergeSchedule:
         self._optimizer = weakref.ref(optimizer)
         self._ledger: dict[str, Any] = _fresh()
         self._loaded: dict[str, Any] | None = None
-        self._layers: list[tuple[nn.Linear, OrthogonalEquivalence]] = []
+        self._layers: list[Layer] = []
         self._skews: set[nn.Parameter] = set()
         self._weights: set[nn.Parameter] = set()
         self._loose: set[nn.Parameter] = set()
@@ -193,11 +193,9 @@ class MergeSchedule:
         assert optimizer is not None
         self._take(optimizer, [(m, e) for _, m, e in prepared_linears(self._model)])
 
-    def _take(
-        self, optimizer: Optimizer, layers: list[tuple[nn.Linear, OrthogonalEquivalence]]
-    ) -> None:
+    def _take(self, optimizer: Optimizer, layers: list[Layer]) -> None:
         """Merge `layers` from now on, all of them."""
-        skews = {p for _, e in layers for p in (e.skew_in, e.skew_out)}
+        skews = {skew for _, e in layers for skew in e.skews}
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in skews - owned if p.requires_grad and p.numel()]
         if missing:
@@ -213,7 +211,7 @@ class MergeSchedule:
         drop_weights(optimizer, layers)
         self._loose = skews & set(_loose_parameters(optimizer))  # as the user has built the groups
         if self._config.max_angle is not None:
-            pairs = [pair for _, e in layers for pair in sides(e)]
+            pairs = [(s.skew, s.block) for _, e in layers for s in e.sides if s.blocks]
             self._guard = AngleGuard(pairs, self._config.max_angle)
         self._settled(optimizer)
 
@@ -233,7 +231,7 @@ class MergeSchedule:
         strays = self._weights | (self._skews - self._loose) if apart else self._weights
         if any(p in strays for p in _loose_parameters(optimizer)):
             reshard(self._model)  # as in `_check_layers`
-            movable = [(m, e) for m, e in self._layers if not {e.skew_in, e.skew_out} & self._loose]
+            movable = [(m, e) for m, e in self._layers if self._loose.isdisjoint(e.skews)]
             regroup(optimizer, movable if apart else [])
             drop_weights(optimizer, self._layers)
             self._settled(optimizer)
@@ -383,7 +381,7 @@ class MergeSchedule:
             return
         reshard(self._model)  # FSDP2 may have left whole parameters in the place of its own
         here = [e for _, _, e in prepared_linears(self._model)]
-        skews = {p for e in here for p in (e.skew_in, e.skew_out)}
+        skews = {skew for e in here for skew in e.skews}
         if here != [e for _, e in self._layers] or skews != self._skews:
             raise StaleOptimizerError(
                 "the rotations of the model are no longer those this optimiser was built for "

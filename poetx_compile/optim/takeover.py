@@ -19,7 +19,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
 from poetx_compile.layers.live_objects import LiveObjects
 from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
+    Layer,
     PreparedLayers,
     check_alone,
     equivalence_of,
@@ -121,7 +121,7 @@ def take_over_all(live: LiveObjects, linears: Iterable[nn.Linear]) -> int:
 
 def _check(
     optimizer: Optimizer,
-    layers: list[tuple[nn.Linear, OrthogonalEquivalence]],
+    layers: list[Layer],
     schedule: MergeSchedule | None,
     poetx_lr: float | None,
 ) -> Probed:
@@ -130,9 +130,7 @@ def _check(
     if poetx_lr is not None and not poetx_lr >= 0:
         raise ConfigError(f"poetx_lr = {poetx_lr!r} is not allowed: use None, or a number ≥ 0")
     inside = {p for group in optimizer.param_groups for p in group["params"]}
-    missing = [
-        m for m, e in layers if e.trains and not {stored_weight(m), e.skew_in, e.skew_out} & inside
-    ]
+    missing = [m for m, e in layers if e.trains and not {stored_weight(m), *e.skews} & inside]
     if missing:
         raise UnownedRotationsError(
             f"{kind} holds the weights of {len(layers) - len(missing)} of {len(layers)} "
@@ -142,10 +140,10 @@ def _check(
     taken = PreparedLayers(m for m, _ in layers)
     config = prepared_config(taken, None if schedule is None else schedule.config)
     check_alone([*before, *(e for _, e in layers)])
-    tensors = {t for m, e in layers for t in (stored_weight(m), e.skew_in, e.skew_out)}
+    tensors = {t for m, e in layers for t in (stored_weight(m), *e.skews)}
     probed = probe(optimizer, tensors, config.moments)
     if probed.early:
-        late = [e for _, e in layers if not {e.skew_in, e.skew_out} & set(optimizer.state)]
+        late = [e for _, e in layers if optimizer.state.keys().isdisjoint(e.skews)]
         if late:
             raise AdoptionError(
                 f"{kind} makes its state when it is built, and was built before the model "
@@ -154,7 +152,7 @@ def _check(
     return probed
 
 
-def _tell(optimizer: Optimizer, layers: list[tuple[nn.Linear, OrthogonalEquivalence]]) -> None:
+def _tell(optimizer: Optimizer, layers: list[Layer]) -> None:
     config = layers[0][1].config
     blocks = {g[BLOCK]: g[RATIO] for g in optimizer.param_groups if FOLLOWS in g}
     rates = ", ".join(f"{ratio:.3g} x lr at b={b}" for b, ratio in blocks.items())

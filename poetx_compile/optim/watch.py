@@ -25,13 +25,14 @@ from poetx_compile.errors import NothingToTrainError, UnownedRotationsError
 from poetx_compile.layers.eligibility import linears
 from poetx_compile.layers.live_objects import LiveObjects
 from poetx_compile.layers.parametrization import (
+    Layer,
     OrthogonalEquivalence,
     equivalence_of,
     stored_weight,
 )
 from poetx_compile.layers.registry import registry
 from poetx_compile.optim.hooks import After, Before, step_hooks
-from poetx_compile.optim.ownership import Layer, held, layers_of, ownership, sides_of
+from poetx_compile.optim.ownership import held, layers_of, ownership
 from poetx_compile.optim.takeover import take_over
 
 log = logging.getLogger("poetx_compile")
@@ -131,7 +132,7 @@ watch = Watch()
 def _check_rotations(optimizer: Optimizer, layers: Sequence[Layer]) -> None:
     """Raise where an optimiser has frozen weights, and not their rotations."""
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
-    without = [e for _, e in layers if not {e.skew_in, e.skew_out} & parameters]
+    without = [e for _, e in layers if parameters.isdisjoint(e.skews)]
     if without:
         raise UnownedRotationsError(
             f"{type(optimizer).__name__} holds the weights of {len(without)} prepared layer(s), "
@@ -179,13 +180,14 @@ def _with_two_gradients() -> list[weakref.ref[nn.Linear]]:
     for e, record in ownership.records():
         if record.told or record.linear is None:
             continue
-        for side, skew in sides_of(e).items():
-            if side not in record.unheld or skew.grad is None:
+        for side in e.sides:
+            gradient = side.skew.grad
+            if side.name not in record.unheld or gradient is None:
                 continue
-            now = id(skew.grad), skew.grad._version
-            last, count = record.seen.get(side, (None, 0))
+            now = id(gradient), gradient._version
+            last, count = record.seen.get(side.name, (None, 0))
             if last != now:
-                record.seen[side] = now, count + 1
+                record.seen[side.name] = now, count + 1
                 if count:
                     idle.append(record.linear)
     return idle

@@ -1,4 +1,4 @@
-"""The rewritten graph of a module, and checks that every pass must pass."""
+"""The graph of a module, rewritten by some passes or all, and checks that every pass must pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import fx, nn
 
 import poetx_compile as poetx
 from poetx_compile.inspect.explain import Explanation
+from poetx_compile.inspect.render import render
+from poetx_compile.passes import GraphPass, Record, graphs, run
 from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close
 
@@ -21,16 +23,23 @@ def prepared(model: nn.Module, block_size: int | tuple[int, int] = 8, **config: 
     return turn(model)
 
 
-def dynamo_graph(model: nn.Module, *inputs: torch.Tensor) -> fx.GraphModule:
-    """What Dynamo gives to a backend."""
+def dynamo_graph(model: nn.Module, *inputs: Any) -> fx.GraphModule:
+    """Dynamo's graph of a model that has one."""
     caught = []
 
-    def catch(gm, _):
+    def catch(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
         caught.append(gm)
         return gm
 
     torch.compile(model, backend=catch, fullgraph=True)(*inputs)
     return caught[0]
+
+
+def run_passes(passes: list[GraphPass], model: nn.Module, *inputs: Any) -> tuple[str, Record]:
+    """The graph after these passes alone, for a golden comparison, and what they recorded."""
+    graph, record = graphs.clone(dynamo_graph(model, *inputs)), Record()
+    run(passes, graph, record, verify=True)
+    return render(graph) + "\n", record
 
 
 def explained(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:

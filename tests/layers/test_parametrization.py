@@ -53,6 +53,15 @@ def _linear(dtype: torch.dtype = torch.float32, m: int = 11, n: int = 7):
     return linear, equivalence
 
 
+def test_sides_are_what_the_module_holds_now() -> None:
+    linear, e = _linear(m=11, n=1)
+    before, out = e.sides
+    assert before == ("in", e.skew_in, e.perm_in, 2, 4)
+    assert (out.name, out.permutation, out.blocks, out.elements) == ("out", e.perm_out, 0, 0)
+    linear.load_state_dict(linear.state_dict(), assign=True)
+    assert e.sides[0].skew is e.skews[0] is e.skew_in is not before.skew
+
+
 @pytest.mark.parametrize(
     ("weight", "skew"),
     [

@@ -9,7 +9,8 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from poetx_compile.passes import BatchCayley, Formulation
+from tests.helpers.graph_of import assert_equals_eager, explained, prepared, run_passes
 from tests.helpers.models import Block, SwiGLU
 
 
@@ -26,7 +27,7 @@ class TestGolden(expecttest.TestCase):
     def test_batched_cayley(self):
         model = prepared(Two())
         self.assertExpectedInline(
-            after(model, torch.randn(3, 16)),
+            run_passes([Formulation(), BatchCayley()], model, torch.randn(3, 16))[0],
             """\
 up.original: f32[24, 16]
 up.skew_in: f32[2, 28]
@@ -39,13 +40,13 @@ down.skew_in: f32[3, 28]
 down.skew_out: f32[1, 28]
 down.perm_in: i64[2, 24]
 down.perm_out: i64[2, 8]
-%1: f32[9, 28] = cat([up.skew_in, up.skew_out, down.skew_in, down.skew_out]) [recompute]
-%2: f32[9, 8, 8] = poetx.cayley_neumann(%1, 8, 3) [recompute]
-%3: (f32[2, 8, 8], f32[3, 8, 8], f32[3, 8, 8], f32[1, 8, 8]) = split(%2, [2, 3, 3, 1]) [recompute]
-%4: f32[2, 8, 8] = getitem(%3, 0) [recompute]
-%5: f32[3, 8, 8] = getitem(%3, 1) [recompute]
-%6: f32[3, 8, 8] = getitem(%3, 2) [recompute]
-%7: f32[1, 8, 8] = getitem(%3, 3) [recompute]
+%1: f32[9, 28] = cat([up.skew_in, up.skew_out, down.skew_in, down.skew_out])
+%2: f32[9, 8, 8] = poetx.cayley_neumann(%1, 8, 3)
+%3: (f32[2, 8, 8], f32[3, 8, 8], f32[3, 8, 8], f32[1, 8, 8]) = split(%2, [2, 3, 3, 1])
+%4: f32[2, 8, 8] = getitem(%3, 0)
+%5: f32[3, 8, 8] = getitem(%3, 1)
+%6: f32[3, 8, 8] = getitem(%3, 2)
+%7: f32[1, 8, 8] = getitem(%3, 3)
 %8: f32[3, 16] = poetx.rotate_blocks(x, %4, up.perm_in, None, False)
 %9: f32[3, 24] = linear(%8, up.original, None)
 %10: f32[3, 24] = poetx.rotate_blocks(%9, %5, None, up.perm_out, False)
@@ -106,3 +107,20 @@ def test_gradients_equal_eager_over_several_batches():
 def test_a_budget_below_one_byte_is_refused():
     with pytest.raises(ConfigError, match="cayley_batch_bytes"):
         explained(prepared(nn.Linear(8, 8)), torch.randn(1, 8), cayley_batch_bytes=0)
+
+
+def test_rotations_computed_in_the_graph_are_refused_with_a_reason():
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = prepared(nn.Linear(8, 16))
+            self.skew = nn.Parameter(torch.zeros(1, 28))
+
+        def forward(self, x):
+            skew = {"parametrizations.weight.0.skew_in": self.skew.sin()}
+            return torch.func.functional_call(self.linear, skew, (x,))
+
+    graph, record = run_passes([Formulation(), BatchCayley()], Computed(), torch.randn(3, 8))
+    (event,) = record.refused("batch_cayley")
+    assert "is not an input of the graph" in event.detail
+    assert graph.count("poetx.cayley_neumann") == 2

@@ -11,7 +11,7 @@ import poetx_compile as poetx
 from poetx_compile.compile.outputs import checked
 from poetx_compile.errors import RewriteError
 from poetx_compile.layers.parametrization import prepared_linears
-from poetx_compile.passes import BatchCayley, InputCentric, Record, graphs, run
+from poetx_compile.passes import BatchCayley, Formulation, Record, graphs, run
 from poetx_compile.passes.contexts import Contexts
 from tests.helpers.graph_of import dynamo_graph, prepared
 from tests.helpers.rotations import turn
@@ -259,7 +259,7 @@ def test_a_pass_that_changes_what_receives_gradients_is_stopped(body):
     model = prepared(Body(body))
     root = graphs.clone(dynamo_graph(model, torch.randn(3, 12)))
     with pytest.raises(RewriteError, match="disable_passes"):
-        run([InputCentric(), Careless()], root, Record())
+        run([Formulation(), Careless()], root, Record())
 
 
 def test_a_teacher_without_gradients_is_not_adopted():

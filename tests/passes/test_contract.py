@@ -88,6 +88,7 @@ def test_every_pass_can_be_left_out_and_the_function_stays(name):
     y = torch.compile(model, backend=poetx.poetx_backend, options=options)(x)
     torch.testing.assert_close(y, model(x))
     marks = {
+        "formulation": "orthogonal_equivalence",
         "folded": "rotate_blocks",
         "input_centric": "orthogonal_equivalence",
         "share_permutations": "rotate_blocks(x, ",

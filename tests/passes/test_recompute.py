@@ -29,6 +29,17 @@ def test_fast_keeps_u_and_mem_keeps_only_the_input():
     assert mem == []  # x is an input of the graph
 
 
+def test_a_folded_layer_keeps_its_input_its_output_and_its_weight_at_most() -> None:
+    model = prepared(SwiGLU(), formulation="folded")
+    x = torch.randn(2, 16)
+    fast = [shape for _, shape in saved_activations(model, x, "fast")]
+    mem = [shape for _, shape in saved_activations(model, x, "mem")]
+    weights = {tuple(p.shape) for n, p in model.named_parameters() if n.endswith("original")}
+    assert weights & set(fast)
+    assert not weights & set(mem)
+    assert not [shape for shape in (*fast, *mem) if shape[-2:] == (8, 8)]
+
+
 def test_mem_keeps_less_in_a_block():
     model = prepared(Block())
     x = torch.randn(2, 6, 16)

@@ -7,14 +7,17 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared
+from poetx_compile.passes import Formulation, SharePermutations
+from tests.helpers.graph_of import assert_equals_eager, explained, prepared, run_passes
 from tests.helpers.models import Attention, SwiGLU
+
+PASSES = [Formulation(), SharePermutations()]
 
 
 class TestGolden(expecttest.TestCase):
     def test_swiglu_mlp(self):
         model = prepared(SwiGLU())
-        graph = after(model, torch.randn(3, 16), disable_passes=["batch_cayley", "recompute"])
+        graph, _ = run_passes(PASSES, model, torch.randn(3, 16))
         self.assertExpectedInline(
             graph,
             """\
@@ -57,7 +60,7 @@ return (%18)
 
     def test_attention_with_q_k_v(self):
         model = prepared(Attention())
-        graph = after(model, torch.randn(2, 5, 16), disable_passes=["batch_cayley", "recompute"])
+        graph, _ = run_passes(PASSES, model, torch.randn(2, 5, 16))
         self.assertExpectedInline(
             graph,
             """\
@@ -170,3 +173,11 @@ def test_groups_survive_saving_and_moving():
     assert e[0].perm_in.pair is e[2].perm_in.pair
     saved = [x.layout[3].item() for x in e]
     assert len(set(saved)) == 1, "the group id is saved"
+
+
+def test_chunks_are_left_to_the_products_which_gather_them() -> None:
+    model = prepared(SwiGLU(64, 96), 32, permutation="chunked")
+    graph, record = run_passes(PASSES, model, torch.randn(3, 64))
+    (event,) = record.refused("share_permutations")
+    assert event.detail == "chunks of columns are gathered inside the products"
+    assert "permute_columns" not in graph

@@ -223,7 +223,8 @@ def _reasons(file: str) -> Iterator[tuple[str, str]]:
 def test_every_refusal_is_explained(where: str) -> None:
     known = list(_reasons("poetx_compile/layers/eligibility.py"))
     if where == "passes":
-        known = [*_messages("Refusal"), *_reasons("passes/sides.py")]
+        files = ("passes/sides.py", "passes/formulation.py")
+        known = [*_messages("Refusal"), *(reason for file in files for reason in _reasons(file))]
     entries = _entries("docs/how-to/debug-a-refusal.md")
     assert known
     missing = [f"{at}: {text}" for at, text in known if not any(e.search(text) for e in entries)]
@@ -231,9 +232,9 @@ def test_every_refusal_is_explained(where: str) -> None:
 
 
 def test_every_pass_has_a_page() -> None:
-    from poetx_compile.passes import NAMES
+    from poetx_compile.passes import PASSES
 
-    assert {page.stem for page in ROOT.glob("docs/passes/*.md")} == set(NAMES)
+    assert {page.stem for page in ROOT.glob("docs/passes/*.md")} == {p.name for p in PASSES}
 
 
 def test_the_api_page_is_that_of_the_docstrings_whatever_ran_before() -> None:

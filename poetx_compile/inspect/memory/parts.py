@@ -43,14 +43,14 @@ def step(model: nn.Module, optimizer: str) -> int:
 def rotations(model: nn.Module) -> int:
     """What a step builds of all skew parameters, in the dtype of the weights."""
     return sum(
-        stored_weight(module).element_size()
-        * (e.blocks_in * e.block_in**2 + e.blocks_out * e.block_out**2)
+        stored_weight(module).element_size() * side.elements
         for _, module, e in prepared_linears(model)
+        for side in e.sides
     )
 
 
 def _skews(model: nn.Module) -> list[nn.Parameter]:
-    return [skew for _, _, e in prepared_linears(model) for skew in (e.skew_in, e.skew_out)]
+    return [skew for _, _, e in prepared_linears(model) for skew in e.skews]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
