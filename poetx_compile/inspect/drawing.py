@@ -63,7 +63,7 @@ class Drawn:
         parameters: names and types of the parameters and buffers it reads.
         text: its line in `render`.
         source: the user's line of code it comes from.
-        again: whether the backward builds it again, whatever the memory budget.
+        again: whether the backward recomputes it, whatever the memory budget.
     """
 
     label: str

@@ -186,7 +186,7 @@ class OrthogonalEquivalence(nn.Module):
         return self.skew_in.requires_grad or self.skew_out.requires_grad
 
     def train(self, mode: bool = True) -> OrthogonalEquivalence:
-        effective.forget(self)
+        effective.free(self)
         return super().train(mode)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ class OrthogonalEquivalence(nn.Module):
         )
         for permutation in (self.perm_in, self.perm_out):
             if permutation.pair.is_meta:
-                permutation.settle(self.skew_in.device)
+                permutation.move_to(self.skew_in.device)
         self._announce()  # `assign=True` has made new parameters
         self._seal = None
         self.loads += 1

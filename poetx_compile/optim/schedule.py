@@ -215,16 +215,16 @@ class MergeSchedule:
         if self._config.max_angle is not None:
             pairs = [pair for _, e in layers for pair in sides(e)]
             self._guard = AngleGuard(pairs, self._config.max_angle)
-        self._settled(optimizer)
+        self._claim(optimizer)
 
-    def _settled(self, optimizer: Optimizer) -> None:
-        """Skew parameters are in their groups."""
+    def _claim(self, optimizer: Optimizer) -> None:
+        """Own the skew parameters in the groups, and put the keys of the counters there."""
         own(self.equivalences, optimizer)
         for group in self._groups(optimizer):
             for key, value in self._placeholders().items():
                 group.setdefault(key, value)
 
-    def _settle(self, optimizer: Optimizer) -> None:
+    def _tidy_groups(self, optimizer: Optimizer) -> None:
         """Put right what was added to the groups since: by whoever unfreezes a part of the model.
 
         Frozen weights leave them. Where rotations have groups of their own, others get some too.
@@ -236,7 +236,7 @@ class MergeSchedule:
             movable = [(m, e) for m, e in self._layers if not {e.skew_in, e.skew_out} & self._loose]
             regroup(optimizer, movable if apart else [])
             drop_weights(optimizer, self._layers)
-            self._settled(optimizer)
+            self._claim(optimizer)
 
     def _placeholders(self) -> dict[str, Any]:
         """The keys of the counters in a live group. Their values are in the ledger alone: a
@@ -259,7 +259,7 @@ class MergeSchedule:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._check_layers()
-        self._settle(optimizer)
+        self._tidy_groups(optimizer)
         follow_all(optimizer)
         if self._starts_anew:
             self._ledger = self._started_anew()
@@ -306,7 +306,7 @@ class MergeSchedule:
         self._ledger = ledger
 
     def _before_state_dict(self, optimizer: Optimizer) -> None:
-        self._settle(optimizer)
+        self._tidy_groups(optimizer)
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Write the counters into the saved groups, the same into each, so that each is whole.
@@ -324,7 +324,7 @@ class MergeSchedule:
             saved.update({key: ledger[key] for key in self._placeholders() if key in saved})
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._settle(optimizer)
+        self._tidy_groups(optimizer)
         self._loaded = None
         groups = []
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
@@ -360,7 +360,7 @@ class MergeSchedule:
         if self._loaded is not None:
             self._ledger, self._loaded = self._loaded, None
         if self._guard is not None:
-            self._guard.forget()
+            self._guard.drop_pending()
         self._rates.loaded(optimizer)
 
     # --- the transaction --------------------------------------------------------------------------
