@@ -165,7 +165,9 @@ class POETXConfig:
     def from_dict(cls, values: dict[str, Any]) -> POETXConfig:
         """The inverse of `to_dict`; an unknown field raises `ConfigError`."""
         if not isinstance(values, dict):
-            raise ConfigError(f"{values!r} is no dict of the fields of POETXConfig")
+            raise ConfigError(
+                f"{values!r} is no dict of the fields of POETXConfig: give what to_dict makes"
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

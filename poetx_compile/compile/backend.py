@@ -89,9 +89,9 @@ def _warn_at_the_limit() -> None:
         log.warning(
             "graph %d of one function, the last that torch._dynamo.config.recompile_limit = %d "
             "allows: whatever needs another one runs eagerly from now on, with every effective "
-            "weight recomputed, which is slow. TORCH_LOGS=recompiles tells what varies. Sizes: "
-            "torch.compile(..., dynamic=True) or torch._dynamo.mark_dynamic. An error in place of "
-            "the eager run: torch.compile(..., fullgraph=True)",
+            "weight recomputed, which is slow. TORCH_LOGS=recompiles tells what varies. Use "
+            "torch.compile(..., dynamic=True) or torch._dynamo.mark_dynamic for sizes, and "
+            "torch.compile(..., fullgraph=True) for an error in place of the eager run",
             limit,
             limit,
         )

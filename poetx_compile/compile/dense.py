@@ -67,8 +67,8 @@ def _tell(optimizer: Optimizer, held: set[torch.Tensor]) -> None:
             log.warning(
                 "%d of %d nn.Linear of %s train densely: %s. Dynamo ran them outside of its graphs "
                 "(a frame that it skips, a graph break in a loop, nn.LSTM; TORCH_LOGS=graph_breaks "
-                "tells), or inside of torch.cond or map. Rotations of a model that "
-                "poetx_compile.prepare(model) has prepared before train everywhere",
+                "tells), or inside of torch.cond or map. Call "
+                "poetx_compile.prepare(model) before compiling: its rotations train everywhere",
                 len(dense),
                 len(found),
                 type(root).__name__,

@@ -41,8 +41,8 @@ NOT_GATHERED = (
     "not supported, leave it out of the plan.)"
 )
 NOT_ASSIGNED = (
-    "the weight of a sharded layer cannot be assigned: model.load_state_dict({'name.weight': "
-    "tensor}, strict=False) takes whole weights and keeps each process's part"
+    "the weight of a sharded layer cannot be assigned: give the whole weight to "
+    "model.load_state_dict({'name.weight': tensor}, strict=False), which keeps each process's part"
 )
 CAST = (
     "a mixed precision policy of FSDP2 cast them. Call "
@@ -218,7 +218,10 @@ class OrthogonalEquivalence(nn.Module):
         """
         n, m = shape = (self.perm_out.size, self.perm_in.size)
         if tuple(weight.shape) != shape:
-            raise ValueError(f"a weight of shape {list(weight.shape)} is not one of {[n, m]}")
+            raise ValueError(
+                f"a weight of shape {list(weight.shape)} is not one of {[n, m]}: assign one of the "
+                "layer's shape"
+            )
         rows = pair_index(self.perm_out.pair_on(weight.device), 0, n)
         columns = pair_index(self.perm_in.pair_on(weight.device), 0, m)
         return weight.detach().index_select(0, rows).index_select(1, columns)

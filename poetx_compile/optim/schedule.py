@@ -83,7 +83,7 @@ def attach(
     if schedule_of(optimizer) is not None:
         raise ConfigError(
             "this optimiser is attached already: POETXAdamW and POETXMuon attach themselves, "
-            "any other optimiser is attached once"
+            "attach any other optimiser once"
         )
     skews = [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
     return attach_probed(optimizer, model, config, probe(optimizer, skews, config.moments))
