@@ -66,7 +66,8 @@ INTERNAL = (
 INTRODUCTION = """# API
 
 Everything public, from its docstrings. `poetx` is `poetx_compile`; what has another home says so.
-This page is written by `python docs/build_api.py`. [Troubleshooting](troubleshooting.md#by-class) has the errors.
+What is raised is in the docstrings, and in [troubleshooting](troubleshooting.md#by-class) by class.
+This page is written by `python docs/build_api.py`.
 """
 
 _HEADING = re.compile(r"^(Args|Attributes|Parameters|Buffers|Returns|Raises|Yields):$")
@@ -143,6 +144,8 @@ def _markdown(doc: str) -> str:
     for paragraph in _paragraphs(doc):
         first, *others = paragraph
         heading = _HEADING.match(first)
+        if heading and heading.group(1) == "Raises":
+            continue  # messages say what to do, and troubleshooting has the classes
         if heading:
             section = heading.group(1)
             lines += [f"**{section}**", ""]

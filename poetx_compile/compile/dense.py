@@ -79,7 +79,7 @@ def _tell(optimizer: Optimizer, held: set[torch.Tensor]) -> None:
 
 
 def _compiles() -> bool:
-    """Whether anything alive was given to our backend: a third of the time of a census."""
+    """Whether anything alive was given to our backend: a third of the time of `LiveObjects`."""
     holders = gc.get_referrers(poetx_backend)
     # An object holds its attributes itself, or by a dictionary.
     attributes = (h if type(h) is dict else getattr(h, "__dict__", {}) for h in holders)

@@ -130,7 +130,7 @@ class AngleGuard:
         """Drop the measurement under way: another state has been loaded."""
         self._pending = None
 
-    def start_anew(self, ledger: Ledger, step: int) -> None:
+    def restart(self, ledger: Ledger, step: int) -> None:
         """Measure now, and wait: the rotations are not those that the steps so far have made."""
         self.drop_pending()
         angle = _Measurement(self._skews, ledger, step).read()

@@ -261,8 +261,8 @@ class MergeSchedule:
         self._check_layers()
         self._tidy_groups(optimizer)
         follow_all(optimizer)
-        if self._starts_anew:
-            self._ledger = self._started_anew()
+        if self._guard_restarts:
+            self._ledger = self._restarted()
         loads = self._count_loads()
         if loads != self._loads or not self._stepped:  # what DDP or a checkpoint has put there
             check_stored_weights([(e, stored_weight(m)) for m, e in self._layers])
@@ -272,14 +272,14 @@ class MergeSchedule:
         return sum(e.loads for _, e in self._layers)
 
     @property
-    def _starts_anew(self) -> bool:
-        """Whether the guard does at the next step: weights were loaded, the optimiser was not."""
+    def _guard_restarts(self) -> bool:
+        """Whether it does at the next step: weights were loaded, the optimiser was not."""
         return self._guard is not None and not self._restored and self._count_loads() != self._loads
 
-    def _started_anew(self) -> dict[str, Any]:
+    def _restarted(self) -> dict[str, Any]:
         ledger = dict(self._ledger)
         assert self._guard is not None
-        self._guard.start_anew(ledger, ledger[STEP])
+        self._guard.restart(ledger, ledger[STEP])
         return ledger
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -314,8 +314,8 @@ class MergeSchedule:
         They are those that the next step of this run starts from, and are written there alone: a
         run that saves is the run that does not.
         """
-        if self._starts_anew:  # the run that goes on from here cannot know
-            ledger = self._started_anew()
+        if self._guard_restarts:  # the run that goes on from here cannot know
+            ledger = self._restarted()
         else:
             ledger = dict(self._ledger)
             if self._guard is not None:

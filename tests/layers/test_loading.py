@@ -267,7 +267,7 @@ def test_a_load_that_is_cut_off_is_refused_until_it_is_repeated(monkeypatch) -> 
 
 
 @pytest.mark.parametrize(("assign", "strict"), [(False, True), (True, True), (False, False)])
-def test_plain_weights_are_stored_permuted_and_rotations_start_anew(assign, strict) -> None:
+def test_plain_weights_are_stored_permuted_and_rotations_start_again(assign, strict) -> None:
     plain, model = tiny(), trained(tiny())
     result = model.load_state_dict(copy.deepcopy(plain.state_dict()), strict=strict, assign=assign)
     assert result.missing_keys == result.unexpected_keys == []
