@@ -38,6 +38,7 @@ def poetx_backend(
 
     Rewrites the linears of a prepared model, so that activations are rotated or rotations folded
     into weights, whichever costs less, and compiles the result.
+
     A model that nobody prepared is served as well, once it is called for training: its linears are
     adopted (`adopt_linear`) with the configuration given in `options`, and any optimiser over
     ``model.parameters()`` takes the rotations over. Its first graph is compiled without Inductor:

@@ -221,8 +221,8 @@ def merge_and_unload(model: M) -> M:
 
     Parameter names are the original ones again, the weights train again (but those whose rotations
     are frozen), and the outputs are those of the prepared model (to the rounding of the weight's
-    dtype). Compiled again, these weights
-    train densely until `prepare` is called. A model that is not prepared is returned as it is.
+    dtype). Compiled again, these weights train densely until `prepare` is called. A model that is
+    not prepared is returned as it is.
 
     Args:
         model: a prepared model, compiled or not.

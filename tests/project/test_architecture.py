@@ -112,7 +112,8 @@ def state(source: str) -> set[str]:
         if isinstance(statement.value, ast.Call):
             made = ast.unparse(statement.value.func).rpartition(".")[2]
         remembers = made in CONTAINERS or (made[:1].isupper() and made not in CONSTANTS)
-        found |= {t for t in map(ast.unparse, targets) if remembers or t in written}
+        names = {target.id for target in targets if isinstance(target, ast.Name)}
+        found |= names if remembers else names & written
     return found
 
 
