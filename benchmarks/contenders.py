@@ -15,7 +15,7 @@ from benchmarks.options import Session
 from poetx_compile.layers.parametrization import equivalence_of
 
 
-def forget() -> None:
+def drop_compiled() -> None:
     """Drop the compiled code of earlier layers, and what only they hold.
 
     All layers run the code of `nn.Linear.forward`: the guards of one would be checked for the next.

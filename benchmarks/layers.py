@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
 
 def measure(session: Session, case: Case, stage: str) -> Row:
     """The row of a POET-X layer: gate, times, saved bytes, floors."""
-    contenders.forget()
+    contenders.drop_compiled()
     layer = contenders.poetx_linear(session, case.in_features, case.out_features, case.config())
     fast = contenders.compiled(layer, stage)
     x, dy = _data(session, case)
@@ -83,7 +83,7 @@ def measure(session: Session, case: Case, stage: str) -> Row:
 
 def measure_peer(session: Session, case: Case, other: peer.Peer, stage: str) -> Row:
     """The row of a peer's layer, gated by output and dX: its parameters have their own layout."""
-    contenders.forget()
+    contenders.drop_compiled()
     layer = other.layer(session, case.in_features, case.out_features, case.block_size, case.variant)
     fast = contenders.compiled(layer, stage)
     x, dy = _data(session, case)

@@ -9,12 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import poetx_compile as poetx
-from poetx_compile import errors, passes
+from poetx_compile import passes
 from poetx_compile.compile import folds, options
 from poetx_compile.inspect import diagnostics, estimate, explain
 from poetx_compile.integrations import huggingface
 from poetx_compile.layers import report
 from poetx_compile.optim import MergeSchedule
+
+RETURNED = [
+    report.PrepareReport,
+    report.LayerRow,
+    MergeSchedule,
+    explain.Explanation,
+    explain.ExplainRow,
+    estimate.Estimate,
+    estimate.MemoryRow,
+]
+"""Users make none of these: their signatures are left out."""
 
 SECTIONS: list[tuple[str, list[Any]]] = [
     ("Say what is trained", [poetx.POETXConfig, poetx.prepare, poetx.merge_and_unload]),
@@ -41,18 +52,7 @@ SECTIONS: list[tuple[str, list[Any]]] = [
             diagnostics.spectrum_drift,
         ],
     ),
-    (
-        "What is returned",
-        [
-            report.PrepareReport,
-            report.LayerRow,
-            MergeSchedule,
-            explain.Explanation,
-            explain.ExplainRow,
-            estimate.Estimate,
-            estimate.MemoryRow,
-        ],
-    ),
+    ("What is returned", RETURNED),
 ]
 
 INTERNAL = (
@@ -66,6 +66,7 @@ INTERNAL = (
 INTRODUCTION = """# API
 
 Everything public, from its docstrings. `poetx` is `poetx_compile`; what has another home says so.
+What is raised is in the docstrings, and in [troubleshooting](troubleshooting.md#by-class) by class.
 This page is written by `python docs/build_api.py`.
 """
 
@@ -78,7 +79,7 @@ def page() -> str:
     listed = [value for _, values in SECTIONS for value in values]
     rest = [getattr(poetx, n) for n in poetx.__all__ if not inspect.ismodule(getattr(poetx, n))]
     rest = [value for value in rest if value not in listed]
-    sections = [*SECTIONS, *([("More", rest)] if rest else []), ("Errors", _errors())]
+    sections = [*SECTIONS, *([("More", rest)] if rest else [])]
     parts = [INTRODUCTION]
     for title, values in sections:
         parts.append(f"## {title}\n")
@@ -87,18 +88,10 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def _errors() -> list[Any]:
-    found = [e for _, e in inspect.getmembers(errors, inspect.isclass)]
-    ours = (e for e in found if issubclass(e, errors.POETXError))
-    return sorted(ours, key=lambda e: inspect.getsourcelines(e)[1])
-
-
 def _described(value: Any) -> str:
     doc = inspect.cleandoc(value.__doc__ or "")
-    if inspect.isclass(value) and issubclass(value, Exception):
-        bases = ", ".join(f"`{base.__name__}`" for base in value.__bases__)
-        return f"### {value.__name__}\n\n({bases}) {_inline(doc)}\n"
-    text = f"### {value.__name__}\n\n{_home(value)}{_signature(value)}\n{_markdown(doc)}"
+    signature = "" if value in RETURNED else f"{_signature(value)}\n"
+    text = f"### {value.__name__}\n\n{_home(value)}{signature}{_markdown(doc)}"
     if inspect.isclass(value):
         for name, kind in vars(value).items():
             member = kind.fget if isinstance(kind, property) else getattr(value, name)
@@ -151,6 +144,8 @@ def _markdown(doc: str) -> str:
     for paragraph in _paragraphs(doc):
         first, *others = paragraph
         heading = _HEADING.match(first)
+        if heading and heading.group(1) == "Raises":
+            continue  # messages say what to do, and troubleshooting has the classes
         if heading:
             section = heading.group(1)
             lines += [f"**{section}**", ""]

@@ -8,7 +8,7 @@
 `cancel_permutations`   no permutation where a scatter meets a gather of the same group
 `batch_cayley`          rotations of several layers in one launch, within a byte budget
 `hoist_folds`           folds leave the graph, to be kept between its calls (only where asked for)
-`recompute`             what the backward builds again (variants fast and mem)
+`recompute`             what the backward recomputes (variants fast and mem)
 ======================  ========================================================================
 
 Passes know FX and the names and shapes of the ops; they import no kernel.

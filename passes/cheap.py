@@ -1,4 +1,4 @@
-"""Values that cost no product: what a backward may as well build again from what is kept anyway."""
+"""Values that cost no product: what a backward may as well recompute from what is kept anyway."""
 
 from __future__ import annotations
 

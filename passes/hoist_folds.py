@@ -13,7 +13,7 @@ from torch import fx, nn
 from poetx_compile.passes import columns, graphs
 from poetx_compile.passes.contract import GraphPass, Refusal
 
-IN_CHECKPOINT = "inside an activation checkpoint, whose body is built again with its folds"
+IN_CHECKPOINT = "inside an activation checkpoint, whose body is recomputed with its folds"
 
 _STEPS = frozenset([torch.cat, torch.split, operator.getitem, "detach"])
 """What stands between an input and a fold: nothing that draws numbers or depends on the call."""

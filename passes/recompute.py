@@ -1,4 +1,4 @@
-"""Pass `recompute`: what the backward builds again instead of keeping (variants fast and mem)."""
+"""Pass `recompute`: what the backward recomputes instead of keeping (variants fast and mem)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Recompute(GraphPass[fx.Node]):
     """Tags nodes for the partitioner; the graph itself does not change.
 
     ==========  ================================  ==========================================
-    variant     built again in the backward       kept for the backward
+    variant     recomputed in the backward        kept for the backward
     ==========  ================================  ==========================================
     ``fast``    rotations (from packed skew)      input-centric: x (or its gather) and u;
                                                   folded: x, v and the folded weight
@@ -33,11 +33,11 @@ class Recompute(GraphPass[fx.Node]):
 
     v is the layer's own output. What multiplies it, or applies an activation or an attention to it,
     keeps it for its own backward; an output that is only added to something (an output or a down
-    projection, on its way to the residual stream) is kept by nobody else and is built again. The
+    projection, on its way to the residual stream) is kept by nobody else and is recomputed. The
     norm in front of a layer, and what elementwise nodes make of kept outputs (the product of a gate
-    and its partner, rotary positions), cost no product and are built again as well.
+    and its partner, rotary positions), cost no product and are recomputed as well.
 
-    With a budget, what ``mem`` builds again is *ranked*: by the floating point operations of one
+    With a budget, what ``mem`` recomputes is *ranked*: by the floating point operations of one
     element, and in graph order among equals. Norms, activations and gathers take none; then come
     rotated inputs, folded weights, and products, those over few features first. The partitioner
     gives up as many of them as it takes (`poetx_compile.compile.partition`).
@@ -60,7 +60,7 @@ class Recompute(GraphPass[fx.Node]):
         always = {node for node, role in roles if role in _NEVER_KEPT}
         if self.variant == "fast" and not self.budget:
             return [node for node in graph.nodes if node in always]
-        again = {node for node, role in roles if role in _BUILT_AGAIN}
+        again = {node for node, role in roles if role in _RECOMPUTED}
         again |= {node for node, role in roles if role == graphs.OUTPUT and _only_added(node)}
         layers = [n for n in graph.nodes if graphs.is_op(n, *_LAYERS)]
         kept = [n for n, role in roles if role == graphs.OUTPUT and n not in again]
@@ -77,7 +77,7 @@ class Recompute(GraphPass[fx.Node]):
 
     def decide(self, site: fx.Node) -> str:
         how = "may be" if site in self._ranks else "is"
-        return f"{site.name} {how} built again in the backward"
+        return f"{site.name} {how} recomputed in the backward"
 
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
         rank = self._ranks.pop(site, 0)
@@ -87,14 +87,14 @@ class Recompute(GraphPass[fx.Node]):
 
 
 def rank_of(node: fx.Node) -> int | None:
-    """The rank that `Recompute` gave under a budget, from 1; 0 for what is built again in any case,
+    """The rank that `Recompute` gave under a budget, from 1; 0 for what is recomputed in any case,
     ``None`` for what it did not tag."""
     rank = node.meta.get("ac_graph_id", 0) - _REGION
     return rank if rank >= 0 else None
 
 
-def settle(node: fx.Node, *, given_up: bool) -> None:
-    """Decide a tagged node: it is built again, or left to the partitioner."""
+def resolve(node: fx.Node, *, given_up: bool) -> None:
+    """Decide a tagged node: it is recomputed, or left to the partitioner."""
     if given_up:
         node.meta |= {"recompute": CheckpointPolicy.MUST_RECOMPUTE, "ac_graph_id": _REGION}
     else:
@@ -102,7 +102,7 @@ def settle(node: fx.Node, *, given_up: bool) -> None:
 
 
 _NEVER_KEPT = (graphs.ROTATION, graphs.TANGENT)
-_BUILT_AGAIN = (*_NEVER_KEPT, graphs.INTERMEDIATE, graphs.FOLDED_WEIGHT)
+_RECOMPUTED = (*_NEVER_KEPT, graphs.INTERMEDIATE, graphs.FOLDED_WEIGHT)
 _LAYERS = (
     torch.ops.poetx.rotate_blocks,
     torch.ops.poetx.permute_columns,

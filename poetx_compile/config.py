@@ -42,17 +42,17 @@ class POETXConfig:
             merge.
         permutation: ``"random"``, or ``"chunked"`` for random chunks of up to 64 neighbouring
             coordinates, which kernels gather at no extra cost.
-        variant: what the backward keeps: ``"fast"`` keeps what costs time to build again, ``"mem"``
-            builds again what costs memory to keep (docs/passes/recompute.md).
+        variant: what the backward keeps: ``"fast"`` keeps what costs time to recompute, ``"mem"``
+            recomputes what costs memory to keep (docs/passes/recompute.md).
         formulation: ``"input_centric"`` rotates activations, ``"folded"`` builds the effective
             weight once a call; ``"auto"`` takes the cheaper one for each side of each layer.
         keep_in_eval: keep the effective weights while an eager model is evaluated (`model.eval()`,
             no gradients) instead of computing them at every call: a second copy of the prepared
             weights, freed by `model.train()` or the next optimiser step.
         memory_budget: ``None``, or how much may be kept between forward and backward at most: a
-            fraction in (0, 1] of the bytes that variant ``"fast"`` keeps. What is cheapest to build
-            again goes first: norms and activations, then folded weights, then products. ``"mem"``
-            keeps the least there is, and takes no budget.
+            fraction in (0, 1] of the bytes that variant ``"fast"`` keeps. What is cheapest to
+            recompute goes first: norms and activations, then folded weights, then products.
+            ``"mem"`` keeps the least there is, and takes no budget.
         seed: seed of the permutations; never touches the global generators.
         target_modules: which `nn.Linear` to convert: ``None`` or ``"all-linear"`` for all eligible
             ones, a regular expression that must match the whole name, or a list of names or name
@@ -165,7 +165,9 @@ class POETXConfig:
     def from_dict(cls, values: dict[str, Any]) -> POETXConfig:
         """The inverse of `to_dict`; an unknown field raises `ConfigError`."""
         if not isinstance(values, dict):
-            raise ConfigError(f"{values!r} is no dict of the fields of POETXConfig")
+            raise ConfigError(
+                f"{values!r} is no dict of the fields of POETXConfig: give what to_dict makes"
+            )
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:

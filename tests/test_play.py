@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from poetx_compile.compile import folds as kept
+from poetx_compile.compile import folds
 from poetx_compile.layers import effective
 from poetx_compile.layers.parametrization import OrthogonalEquivalence, stored_weight
 from poetx_compile.optim import merge as merge_module
@@ -123,7 +123,7 @@ def keep_a_weight_that_was_written(patch: pytest.MonkeyPatch) -> None:
 
 
 def keep_a_fold_that_was_written(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(kept.Kept, "are_those_of", lambda *_: True)
+    patch.setattr(folds.Cached, "are_those_of", lambda *_: True)
 
 
 def forget_the_counters(patch: pytest.MonkeyPatch) -> None:

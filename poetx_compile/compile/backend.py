@@ -39,6 +39,7 @@ def poetx_backend(
 
     Rewrites the linears of a prepared model, so that activations are rotated or rotations folded
     into weights, whichever costs less, and compiles the result.
+
     A model that nobody prepared is served as well, once it is called for training: its linears are
     adopted (`adopt_linear`) with the configuration given in `options`, and any optimiser over
     ``model.parameters()`` takes the rotations over. Its first graph is compiled without Inductor:
@@ -88,9 +89,9 @@ def _warn_at_the_limit() -> None:
         log.warning(
             "graph %d of one function, the last that torch._dynamo.config.recompile_limit = %d "
             "allows: whatever needs another one runs eagerly from now on, with every effective "
-            "weight built anew, which is slow. TORCH_LOGS=recompiles tells what varies. Sizes: "
-            "torch.compile(..., dynamic=True) or torch._dynamo.mark_dynamic. An error in place of "
-            "the eager run: torch.compile(..., fullgraph=True)",
+            "weight recomputed, which is slow. TORCH_LOGS=recompiles tells what varies. Use "
+            "torch.compile(..., dynamic=True) or torch._dynamo.mark_dynamic for sizes, and "
+            "torch.compile(..., fullgraph=True) for an error in place of the eager run",
             limit,
             limit,
         )

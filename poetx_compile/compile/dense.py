@@ -68,8 +68,8 @@ def _tell(optimizer: Optimizer, held: set[torch.Tensor]) -> None:
             log.warning(
                 "%d of %d nn.Linear of %s train densely: %s. Dynamo ran them outside of its graphs "
                 "(a frame that it skips, a graph break in a loop, before torch 2.15 nn.LSTM; "
-                "TORCH_LOGS=graph_breaks tells), or inside of torch.cond or map. Rotations of a "
-                "model that poetx_compile.prepare(model) has prepared before train everywhere",
+                "TORCH_LOGS=graph_breaks tells), or inside of torch.cond or map. Call "
+                "poetx_compile.prepare(model) before compiling: its rotations train everywhere",
                 len(dense),
                 len(found),
                 type(root).__name__,
@@ -80,7 +80,7 @@ def _tell(optimizer: Optimizer, held: set[torch.Tensor]) -> None:
 
 
 def _compiles() -> bool:
-    """Whether anything alive was given to our backend: a third of the time of a census."""
+    """Whether anything alive was given to our backend: a third of the time of `LiveObjects`."""
     holders = gc.get_referrers(poetx_backend)
     # An object holds its attributes itself, or by a dictionary.
     attributes = (h if type(h) is dict else getattr(h, "__dict__", {}) for h in holders)

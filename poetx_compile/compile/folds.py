@@ -1,5 +1,5 @@
-"""Folded weights that are kept between calls of compiled code: over the micro-batches of a step,
-and over the batches of an evaluation (``options={"keep_folded": "step"}``).
+"""The fold cache: folded weights that outlive a call of compiled code, over the micro-batches of a
+step and over the batches of an evaluation (``options={"keep_folded": "step"}``).
 
 `hoist_folds` takes the folds out of a graph. What binds the compiled graph to its weights looks, at
 every call, at the tensors they are made of, and folds again where
@@ -41,10 +41,10 @@ STAND_INS = (
     "given to torch.func.functional_call)"
 )
 
-_kept: Any = registry.cache()
+_cache: Any = registry.cache()
 
 
-class Kept(NamedTuple):
+class Cached(NamedTuple):
     """Folded weights, and what they were made of."""
 
     recipe: str
@@ -53,7 +53,7 @@ class Kept(NamedTuple):
     weights: Sequence[Tensor]
 
     @classmethod
-    def of(cls, recipe: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Kept:
+    def of(cls, recipe: str, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Cached:
         """`weights` as `recipe` makes them of `tensors`, now."""
         return cls(recipe, torch.is_grad_enabled(), Snapshot(tensors), weights)
 
@@ -80,23 +80,23 @@ def _unseen(skews: Sequence[Any], others: Sequence[Any]) -> str | None:
 
 
 def forget() -> None:
-    """Drop all folded weights that are kept in this process: the next call of each model folds."""
-    _kept.clear()
+    """Empty the fold cache of this process: the next call of each model folds again."""
+    _cache.clear()
 
 
-class FoldKeeper:
+class FoldCache:
     """Folds of one compiled graph that outlive its calls: binds the pass to the graph's inputs.
 
-    The weights are kept for each instance of a model apart, since instances may share compiled
-    code, one set for each: another graph of the same layers (other shapes, another mode) takes them
-    over where its folds are the same, and takes their place where they are not.
+    Each instance of a model has a set of weights of its own, since instances may share compiled
+    code, and no more than one: another graph of the same layers (other shapes, another mode) takes
+    it over where its folds are the same, and replaces it where they are not.
 
     Args:
         gm: Dynamo's graph.
         example_inputs: what it was compiled for.
         cuda_graphs: whether it will be captured.
         compile_folds: compiles the graph of the folds, which takes no gradients.
-        kept: where the weights are kept; the process-wide registry by default.
+        cache: where the weights go; the cache of the process by default.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class FoldKeeper:
         example_inputs: Sequence[Any],
         cuda_graphs: bool,
         compile_folds: Compiler,
-        kept: Any = None,
+        cache: Any = None,
     ):
         self.inputs = example_inputs
         self.cuda_graphs = cuda_graphs
         self.compile_folds = compile_folds
-        self.kept = _kept if kept is None else kept
+        self.cache = _cache if cache is None else cache
         self.under_fsdp = graphs.fsdp_inputs(gm)
         self.graph_pass = HoistFolds(self._refuse)
 
@@ -134,7 +134,7 @@ class FoldKeeper:
 
     def bind(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled` with its folded weights, folded again at a call where they have changed."""
-        module, reads, cache = self.graph_pass.module, self.graph_pass.reads, self.kept
+        module, reads, cache = self.graph_pass.module, self.graph_pass.reads, self.cache
         assert module is not None
         recipe, positions = module.code, sorted(reads.all)
         # Not in Dynamo's context: these inputs have constant sizes, and nothing to guard.
@@ -152,12 +152,12 @@ class FoldKeeper:
             del found
             if layer is not None:
                 cache.pop(layer, None)  # the old weights go before the new ones come
-            # Inference tensors could not be kept for a backward.
+            # A backward could not use inference tensors.
             with torch.inference_mode(False), torch.no_grad():
                 weights = fold(*tensors)
             # Another instance that shares this code may be one to fold for at each call.
             if layer is not None and not _unseen(*([args[i] for i in part] for part in reads)):
-                cache[layer] = Kept.of(recipe, tensors, weights)
+                cache[layer] = Cached.of(recipe, tensors, weights)
             return weights
 
         return lambda *args: compiled(*args, *weights_of(args))

@@ -81,7 +81,9 @@ class BackendOptions:
                 raise ConfigError(f"option {name} = {value!r} is not allowed: use one of {allowed}")
         budget, verify = parsed.cayley_batch_bytes, parsed.verify_passes
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-            raise ConfigError(f"option cayley_batch_bytes = {budget!r} is not allowed: bytes ≥ 1")
+            raise ConfigError(
+                f"option cayley_batch_bytes = {budget!r} is not allowed: use an int ≥ 1"
+            )
         if not isinstance(verify, bool):
             raise ConfigError(f"option verify_passes = {verify!r} is not allowed: use a bool")
         if parsed.inductor and parsed.stage != "inductor":
@@ -144,8 +146,8 @@ def _inductor_settings(mode: str | None, options: dict[str, Any]) -> dict[str, A
     unknown = sorted(k for k in names if k not in known)
     if unknown:
         raise ConfigError(
-            f"unknown option(s) {', '.join(unknown)}: neither an option of poetx_backend "
-            f"({', '.join((*_own_names(), *sorted(_CONFIG_FIELDS)))}) nor one of "
+            f"unknown option(s) {', '.join(unknown)}: use those of poetx_backend "
+            f"({', '.join((*_own_names(), *sorted(_CONFIG_FIELDS)))}) or of "
             "torch._inductor.list_options()"
         )
     return settings | names

@@ -3,7 +3,7 @@
 *Reductions stay.* The pass tags nodes of Dynamo's graph, and a norm is one node there. Building it
 again would read each row twice; its mean, one number a row, costs nothing to keep.
 
-*Budgets.* Under a ``memory_budget`` the pass says what the backward could build again, in the order
+*Budgets.* Under a ``memory_budget`` the pass says what the backward could recompute, in the order
 of what that costs. How many bytes it saves is known only once the joint graph is split: it is split
 a first time with nothing given up, which is what variant ``"fast"`` keeps, and again with as much
 given up as the budget asks for. torch's own budget
@@ -103,7 +103,7 @@ def _split(
     for node in joint.graph.nodes:
         rank = recompute.rank_of(node)
         if rank is not None:
-            recompute.settle(node, given_up=rank <= limit and not _is_reduced(node))
+            recompute.resolve(node, given_up=rank <= limit and not _is_reduced(node))
     options: dict[str, Any] = {"compiler": "inductor", **kwargs}
     forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **options)
     return forward, backward

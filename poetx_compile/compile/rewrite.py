@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from poetx_compile import passes
 from poetx_compile.adoption.adopter import Adopter
 from poetx_compile.adoption.settling import settle
-from poetx_compile.compile.folds import Compiler, FoldKeeper
+from poetx_compile.compile.folds import Compiler, FoldCache
 from poetx_compile.compile.options import BackendOptions
 from poetx_compile.config import COMPILE_TIME, POETXConfig, differing
 from poetx_compile.distributed.wrappers import check_reduced
@@ -34,7 +34,7 @@ class DryRun:
 
     Attributes:
         adopted: weight → the state that adoption would make for it.
-        folds: folded weights that would be kept between calls, by layer.
+        folds: folded weights that would be cached between calls, by layer.
     """
 
     adopted: Any = dataclasses.field(default_factory=WeakTensorKeyDictionary)
@@ -70,7 +70,7 @@ def rewrite(
 
     Args:
         dry_run: where what is made goes; without it, what is adopted is adopted for good.
-        compile_folds: compiles the graph of folds that are kept between calls; by default it runs
+        compile_folds: compiles the graph of cached folds; by default it runs
             as it is.
     """
     _check_not_written(gm)
@@ -90,11 +90,11 @@ def rewrite(
         )
         passes.run([adopter.graph_pass], graph, record, verify=options.verify_passes)
     config = config_in_force(gm, options)
-    keeper = None
+    folds = None
     if options.keep_folded == "step":
         _check_may_keep(config)
-        kept = None if dry_run is None else dry_run.folds
-        keeper = FoldKeeper(gm, example_inputs, options.cuda_graphs, compile_folds, kept)
+        cache = None if dry_run is None else dry_run.folds
+        folds = FoldCache(gm, example_inputs, options.cuda_graphs, compile_folds, cache)
     rest = passes.pipeline(
         variant=config.variant,
         budget=config.memory_budget is not None,
@@ -103,18 +103,18 @@ def rewrite(
         machine=options.machine,
         max_bytes=options.cayley_batch_bytes,
         disabled=options.disable_passes,
-        hoist=None if keeper is None else keeper.graph_pass,
+        hoist=None if folds is None else folds.graph_pass,
     )
     passes.run(rest, graph, record, verify=options.verify_passes)
     if dry_run is None:
         _warn_of_weights_that_leave(graph)
     log.debug("rewritten graph:\n%s", graph.graph)
-    parts: list[Adopter | FoldKeeper] = []  # in the order of their inputs
+    parts: list[Adopter | FoldCache] = []  # in the order of their inputs
     if adopter is not None and (adopter.graph_pass.slots or adopter.zeros):
         parts.append(adopter)
-    if keeper is not None and keeper.graph_pass.module is not None:
-        record.hoisted = keeper.graph_pass.module
-        parts.append(keeper)
+    if folds is not None and folds.graph_pass.module is not None:
+        record.hoisted = folds.graph_pass.module
+        parts.append(folds)
 
     def bind(compiled: Callable[..., Any]) -> Callable[..., Any]:
         for part in reversed(parts):

@@ -186,11 +186,17 @@ def _source(args: argparse.Namespace) -> Any:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"--factory {args.factory}: {error}") from error
     if not callable(function):
-        raise ConfigError(f"--factory {args.factory} is a {type(function).__name__}, no function")
+        raise ConfigError(
+            f"--factory {args.factory} is a {type(function).__name__}, no function: name one that "
+            "makes the model"
+        )
     with torch.device("meta"):
         model = function()
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"--factory {args.factory} returned a {type(model).__name__}, no module")
+        raise ConfigError(
+            f"--factory {args.factory} returned a {type(model).__name__}, no module: let it return "
+            "the model"
+        )
     return model
 
 

@@ -35,7 +35,7 @@ LEGEND = (
     ("weight", "weight being built"),
     ("rotation", "rotations"),
     ("activation", "activation rotated or permuted"),
-    ("other", "everything else; dashed: built again in the backward"),
+    ("other", "everything else; dashed: recomputed in the backward"),
 )
 
 _ROTATE = "2 · max(2·T·b·d / flops, 2·T·d·e / bytes) + 2 · launch"

@@ -1,11 +1,12 @@
-"""The effective weight as eager code meets it: kept while a model is evaluated, written through.
+"""The effective weight as eager code meets it: cached while a model is evaluated, written through.
 
 A prepared layer has no weight of its own, so `linear.weight` computes one. Two things that hold for
 a plain parameter are made to hold here:
 
 - **Reading it again costs nothing** where nothing can have changed: in evaluation mode
-  (`model.eval()`) without gradients the weight is kept, until one of the tensors it is made of gets
-  another version or other memory, `model.train()` or `eval()` is called, or any optimiser steps.
+  (`model.eval()`) without gradients the weight is cached, until one of the tensors it is made of
+  gets another version or other memory, `model.train()` or `eval()` is called, or any optimiser
+  steps.
   Meanwhile each layer holds its weight twice (`POETXConfig.keep_in_eval` turns that off).
 - **Writing it in place stores it**, with the rotations back at the identity, as assigning
   `linear.weight = value` does: `torch.nn.init`, `linear.reset_parameters()`,
@@ -38,16 +39,16 @@ _GIVEN_TO_COMPILED_CODE = (
     "linear.weight inside of it, or give it linear.weight.clone()"
 )
 
-_kept = registry.cache()  # layer → sources, weight, the memory it was made of
+_cache = registry.cache()  # layer → sources, weight, the memory it was made of
 
 
 def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
-    """The effective weight of `stored`, computed unless it has been kept."""
+    """The effective weight of `stored`, computed unless it is cached."""
     e = equivalence
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     keep = not e.training and not records and e.config.keep_in_eval
-    if keep and (kept := _kept.get(e)) is not None and kept[0].are_those_of(e, stored):
-        return EffectiveWeight.of(kept[1], kept[0])
+    if keep and (cached := _cache.get(e)) is not None and cached[0].are_those_of(e, stored):
+        return EffectiveWeight.of(cached[1], cached[0])
     e.check_layout()
     if e.holds(stored) and not (torch.is_grad_enabled() and e.trains):
         e.check_stored(stored)
@@ -59,13 +60,13 @@ def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
             weight = e.effective(stored, *e.skews)
     if keep and e.holds(stored):
         # With the memory it was made of: another tensor shall not get the same address.
-        _kept[e] = sources, weight, [t.detach() for t in _tensors(e, stored)]
+        _cache[e] = sources, weight, [t.detach() for t in _tensors(e, stored)]
     return EffectiveWeight.of(weight, sources)
 
 
-def forget(equivalence: OrthogonalEquivalence) -> None:
-    """Free the weight that is kept for a layer."""
-    _kept.pop(equivalence, None)
+def free(equivalence: OrthogonalEquivalence) -> None:
+    """Free the cached weight of a layer."""
+    _cache.pop(equivalence, None)
 
 
 class Sources:

@@ -37,7 +37,7 @@ from poetx_compile.ops.precision import rotation_dtype
 
 CONVERT = (
     "What was trained is kept by loading poetx.plain_state_dict(state) instead: the effective "
-    "weights, with rotations that start anew at the identity."
+    "weights, with new rotations at the identity."
 )
 
 State = dict[str, Any]
@@ -182,7 +182,7 @@ class _Load:
             if missing := [key for key in own if key not in state]:
                 self.problems.append(
                     f"{layer.name}: the state has {found[0]} and not {', '.join(missing)}, "
-                    "and a part of them means nothing"
+                    "and a part of them means nothing: load all of them"
                 )
                 return
             *_, key = own
@@ -199,7 +199,7 @@ class _Load:
                 if state[key].shape != tensor.shape:
                     self.problems.append(
                         f"{key}: size mismatch: {list(state[key].shape)} was saved, the model has "
-                        f"{list(tensor.shape)}"
+                        f"{list(tensor.shape)}: build the model that was saved"
                     )
             saved[e] = layout
 
@@ -216,7 +216,8 @@ class _Load:
             if others:
                 self.problems.append(
                     f"{first[1]} and {others[0][1]} share a permutation and were saved at "
-                    f"different draws of it, {first[0]} and {others[0][0]} (seed, draw)"
+                    f"different draws of it, {first[0]} and {others[0][0]} (seed, draw): load "
+                    "what was saved together"
                 )
             elif first[0] != (permutation.seed, permutation.draw):
                 left = [e for e in outside if any(permutation is s.permutation for s in e.sides)]

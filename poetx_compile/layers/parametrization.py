@@ -42,8 +42,8 @@ NOT_GATHERED = (
     "not supported, leave it out of the plan.)"
 )
 NOT_ASSIGNED = (
-    "the weight of a sharded layer cannot be assigned: model.load_state_dict({'name.weight': "
-    "tensor}, strict=False) takes whole weights and keeps each process's part"
+    "the weight of a sharded layer cannot be assigned: give the whole weight to "
+    "model.load_state_dict({'name.weight': tensor}, strict=False), which keeps each process's part"
 )
 CAST = (
     "a mixed precision policy of FSDP2 cast them. Call "
@@ -215,7 +215,7 @@ class OrthogonalEquivalence(nn.Module):
         return self.skew_in.requires_grad or self.skew_out.requires_grad
 
     def train(self, mode: bool = True) -> OrthogonalEquivalence:
-        effective.forget(self)
+        effective.free(self)
         return super().train(mode)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -247,7 +247,10 @@ class OrthogonalEquivalence(nn.Module):
         """
         n, m = shape = (self.perm_out.size, self.perm_in.size)
         if tuple(weight.shape) != shape:
-            raise ValueError(f"a weight of shape {list(weight.shape)} is not one of {[n, m]}")
+            raise ValueError(
+                f"a weight of shape {list(weight.shape)} is not one of {[n, m]}: assign one of the "
+                "layer's shape"
+            )
         rows = pair_index(self.perm_out.pair_on(weight.device), 0, n)
         columns = pair_index(self.perm_in.pair_on(weight.device), 0, m)
         return weight.detach().index_select(0, rows).index_select(1, columns)
@@ -340,7 +343,7 @@ class OrthogonalEquivalence(nn.Module):
         )
         for side in self.sides:
             if side.permutation.pair.is_meta:
-                side.permutation.settle(side.skew.device)
+                side.permutation.move_to(side.skew.device)
         self._announce()  # `assign=True` has made new parameters
         self._seal = None
         self.loads += 1

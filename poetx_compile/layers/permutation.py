@@ -137,7 +137,7 @@ class Permutation(nn.Module):
             self.pair.copy_(self.peek(seed, draw))
             self.seed, self.draw = seed, draw
 
-    def settle(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Be on `device`: drawn there again, for the pair of a module on meta has no values."""
         if device != self.pair.device:
             self.pair = self.peek(self.seed, self.draw).to(device)
@@ -151,7 +151,7 @@ class Permutation(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Permutation:
         # Only a change of device is followed: `to_empty` leaves no garbage behind, and a cast of
         # all buffers (`Module.type`) leaves indices.
-        self.settle(fn(self.pair).device)
+        self.move_to(fn(self.pair).device)
         return self
 
     def extra_repr(self) -> str:

@@ -100,7 +100,7 @@ def prepare(
     model = unwrap_compiled(model)
     if config is not None and not isinstance(config, POETXConfig):
         raise ConfigError(
-            f"config = {config!r} is no POETXConfig: POETXConfig.from_dict makes one of a dict"
+            f"config = {config!r} is no POETXConfig: use POETXConfig.from_dict for a dict"
         )
     earlier = config_of(model)
     if earlier is not None and config is not None and config != earlier:
@@ -222,8 +222,8 @@ def merge_and_unload(model: M) -> M:
 
     Parameter names are the original ones again, the weights train again (but those whose rotations
     are frozen), and the outputs are those of the prepared model (to the rounding of the weight's
-    dtype). Compiled again, these weights
-    train densely until `prepare` is called. A model that is not prepared is returned as it is.
+    dtype). Compiled again, these weights train densely until `prepare` is called. A model that is
+    not prepared is returned as it is.
 
     Args:
         model: a prepared model, compiled or not.
@@ -345,7 +345,7 @@ def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:
             dropped = True
             log.warning(
                 "%s was adopted by a compiled graph but is not trained through rotations (%s): its "
-                "weight trains densely from now on",
+                "weight trains densely from now on. Call prepare before compiling",
                 name or "(root)",
                 reasons[name],
             )

@@ -52,7 +52,7 @@ class Registry:
         self.changed()
         self._by_id[id(layer)] = layer
         self._by_rotation.update({id(skew): layer for skew in layer.skews})
-        self._forget(layer)
+        self._drop_cached(layer)
 
     def retire(self, layer: OrthogonalEquivalence) -> None:
         """The weight of a layer is a plain one again."""
@@ -60,7 +60,7 @@ class Registry:
         self._by_id.pop(id(layer), None)
         for skew in layer.skews:
             self._by_rotation.pop(id(skew), None)
-        self._forget(layer)
+        self._drop_cached(layer)
 
     def layers(self) -> list[OrthogonalEquivalence]:
         """Every layer that is alive, in a module or not."""
@@ -117,10 +117,10 @@ class Registry:
         self._reserved[module] = permutations
 
     def reserved(self, module: nn.Module) -> tuple[Permutation, ...] | None:
-        """What was kept for a linear; it is given out once."""
+        """The permutations reserved for a linear; they are given out once."""
         return self._reserved.pop(module, None)
 
-    # --- what is kept for layers ------------------------------------------------------------------
+    # --- caches -----------------------------------------------------------------------------------
 
     def cache(self) -> MutableMapping[OrthogonalEquivalence, Any]:
         """A dictionary by layers for values computed from them: emptied around every step of an
@@ -131,11 +131,11 @@ class Registry:
         return cache
 
     def clear_caches(self) -> None:
-        """Free everything that is kept."""
+        """Empty all caches."""
         for cache in self._caches:
             cache.clear()
 
-    def _forget(self, layer: OrthogonalEquivalence) -> None:
+    def _drop_cached(self, layer: OrthogonalEquivalence) -> None:
         for cache in self._caches:
             cache.pop(layer, None)
 

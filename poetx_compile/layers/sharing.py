@@ -166,7 +166,7 @@ def _resolve(
                 if id(module) not in trained:
                     raise ConfigError(
                         f"{where}: {pattern!r} names {name}, which is not trained through "
-                        f"rotations ({reasons[name]})"
+                        f"rotations ({reasons[name]}): leave that side out"
                     )
                 label = f"{where} below {'.'.join(prefix) or 'the model'}"
                 group = groups.setdefault(prefix, SharedGroup(label))
@@ -175,7 +175,9 @@ def _resolve(
                     group.members.append((name, module, side))
         for prefix, group in groups.items():
             if missing := [p for p in patterns if p not in seen[prefix]]:
-                raise ConfigError(f"{group.label}: nothing there matches {missing[0]!r}")
+                raise ConfigError(
+                    f"{group.label}: nothing there matches {missing[0]!r}: declare it apart"
+                )
         if all(len(group.members) == 1 for group in groups.values()):
             raise ConfigError(
                 f"{where}: every group has one side, so nothing is shared: what precedes a match "
@@ -188,7 +190,7 @@ def _parse(patterns: Sequence[str], where: str) -> Iterator[tuple[str, tuple[str
     """(pattern, the parts of the name, side) of each pattern of one declaration."""
     if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
         raise ConfigError(
-            f"{where} = {patterns!r} is not allowed: a declaration is a sequence of sides, as in "
+            f"{where} = {patterns!r} is not allowed: give a sequence of sides, as in "
             "shared=[('gate_proj.out', 'up_proj.out', 'down_proj.in')]"
         )
     for pattern in patterns:
@@ -222,6 +224,10 @@ def _check_alike(group: SharedGroup) -> None:
         sizes[f"{name}.{side}"] = str(size)
         devices[f"{name}.{side}"] = str(weight.device)
     if len(set(sizes.values())) > 1:
-        raise ConfigError(f"{group.label}: sides of different sizes ({shown(sizes)})")
+        raise ConfigError(
+            f"{group.label}: sides of different sizes ({shown(sizes)}): declare them apart"
+        )
     if len(set(devices.values())) > 1:
-        raise ConfigError(f"{group.label}: sides on different devices ({shown(devices)})")
+        raise ConfigError(
+            f"{group.label}: sides on different devices ({shown(devices)}): declare them apart"
+        )

@@ -126,13 +126,13 @@ class AngleGuard:
         if not pending.before_merge:
             ledger.update({ANGLE: angle, ANGLE_STEP: pending.step, TRAVEL: 0.0})
 
-    def forget(self) -> None:
+    def drop_pending(self) -> None:
         """Drop the measurement under way: another state has been loaded."""
         self._pending = None
 
-    def start_anew(self, ledger: Ledger, step: int) -> None:
+    def restart(self, ledger: Ledger, step: int) -> None:
         """Measure now, and wait: the rotations are not those that the steps so far have made."""
-        self.forget()
+        self.drop_pending()
         angle = _Measurement(self._skews, ledger, step).read()
         if math.isfinite(angle):
             ledger.update({ANGLE: angle, ANGLE_STEP: step, TRAVEL: 0.0})

@@ -22,8 +22,8 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the gradients of all parameters of an attached optimiser, between backward and step.
 
-    The limit is `max_norm`, but after a merge that reset the moments (``moments="reset"``): there
-    the first steps have moments of a single gradient and turn far, so it rises linearly from
+    The limit is `max_norm`, except after a merge that reset the moments (``moments="reset"``):
+    there the first steps have moments of a single gradient and turn far, so it rises linearly from
     `start` to `max_norm` over `ramp` steps (POET-X, arXiv 2603.05500: from 0.1, over 10). After a
     merge that kept them it is `max_norm`. With a `GradScaler`, unscale the gradients first.
 

@@ -6,12 +6,12 @@ Before each step of any optimiser of the process:
    modules (`adoption.settling`).
 2. `Before.OWN`: the optimiser takes over rotations whose weights it holds; what it cannot train is
    refused or told (`optim.watch`).
-3. What is kept of layers, effective and folded weights, is freed: it is out of date after the step,
-   and memory is short.
+3. The caches of effective and folded weights are emptied: they are out of date after the step, and
+   memory is short.
 
 Then come the hooks of `attach`, which belong to one optimiser, around the step itself. After it:
 
-4. What is kept is freed once more: a closure may have run the model.
+4. The caches are emptied once more: a closure may have run the model.
 5. `After.COUNT`: rotations that get gradients and that no optimiser holds (`optim.watch`).
 6. `After.DENSE`: what trains densely in compiled models is told (`compile.dense`).
 

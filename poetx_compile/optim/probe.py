@@ -104,8 +104,8 @@ def probe(optimizer: Optimizer, parameters: Iterable[Tensor], moments: str) -> P
             make, early = _maker(optimizer, wanted)
         except _NotCopied as error:
             log.warning(
-                "%s cannot be tried on small parameters (%s): if it remembers values of its "
-                "parameters, training is wrong after a merge",
+                "%s cannot be tried on small parameters (%s): look whether it remembers "
+                "values of its parameters, which are wrong after a merge",
                 type(optimizer).__name__,
                 error,
             )

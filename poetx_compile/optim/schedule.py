@@ -83,7 +83,7 @@ def attach(
     if schedule_of(optimizer) is not None:
         raise ConfigError(
             "this optimiser is attached already: POETXAdamW and POETXMuon attach themselves, "
-            "any other optimiser is attached once"
+            "attach any other optimiser once"
         )
     skews = [skew for _, _, e in prepared_linears(model) for skew in e.skews]
     return attach_probed(optimizer, model, config, probe(optimizer, skews, config.moments))
@@ -213,16 +213,16 @@ class MergeSchedule:
         if self._config.max_angle is not None:
             pairs = [(s.skew, s.block) for _, e in layers for s in e.sides if s.blocks]
             self._guard = AngleGuard(pairs, self._config.max_angle)
-        self._settled(optimizer)
+        self._claim(optimizer)
 
-    def _settled(self, optimizer: Optimizer) -> None:
-        """Skew parameters are in their groups."""
+    def _claim(self, optimizer: Optimizer) -> None:
+        """Own the skew parameters in the groups, and put the keys of the counters there."""
         own(self.equivalences, optimizer)
         for group in self._groups(optimizer):
             for key, value in self._placeholders().items():
                 group.setdefault(key, value)
 
-    def _settle(self, optimizer: Optimizer) -> None:
+    def _tidy_groups(self, optimizer: Optimizer) -> None:
         """Put right what was added to the groups since: by whoever unfreezes a part of the model.
 
         Frozen weights leave them. Where rotations have groups of their own, others get some too.
@@ -234,7 +234,7 @@ class MergeSchedule:
             movable = [(m, e) for m, e in self._layers if self._loose.isdisjoint(e.skews)]
             regroup(optimizer, movable if apart else [])
             drop_weights(optimizer, self._layers)
-            self._settled(optimizer)
+            self._claim(optimizer)
 
     def _placeholders(self) -> dict[str, Any]:
         """The keys of the counters in a live group. Their values are in the ledger alone: a
@@ -257,10 +257,10 @@ class MergeSchedule:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._check_layers()
-        self._settle(optimizer)
+        self._tidy_groups(optimizer)
         follow_all(optimizer)
-        if self._starts_anew:
-            self._ledger = self._started_anew()
+        if self._guard_restarts:
+            self._ledger = self._restarted()
         loads = self._count_loads()
         if loads != self._loads or not self._stepped:  # what DDP or a checkpoint has put there
             check_stored_weights([(e, stored_weight(m)) for m, e in self._layers])
@@ -270,14 +270,14 @@ class MergeSchedule:
         return sum(e.loads for _, e in self._layers)
 
     @property
-    def _starts_anew(self) -> bool:
-        """Whether the guard does at the next step: weights were loaded, the optimiser was not."""
+    def _guard_restarts(self) -> bool:
+        """Whether it does at the next step: weights were loaded, the optimiser was not."""
         return self._guard is not None and not self._restored and self._count_loads() != self._loads
 
-    def _started_anew(self) -> dict[str, Any]:
+    def _restarted(self) -> dict[str, Any]:
         ledger = dict(self._ledger)
         assert self._guard is not None
-        self._guard.start_anew(ledger, ledger[STEP])
+        self._guard.restart(ledger, ledger[STEP])
         return ledger
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -304,7 +304,7 @@ class MergeSchedule:
         self._ledger = ledger
 
     def _before_state_dict(self, optimizer: Optimizer) -> None:
-        self._settle(optimizer)
+        self._tidy_groups(optimizer)
 
     def _after_state_dict(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """Write the counters into the saved groups, the same into each, so that each is whole.
@@ -312,8 +312,8 @@ class MergeSchedule:
         They are those that the next step of this run starts from, and are written there alone: a
         run that saves is the run that does not.
         """
-        if self._starts_anew:  # the run that goes on from here cannot know
-            ledger = self._started_anew()
+        if self._guard_restarts:  # the run that goes on from here cannot know
+            ledger = self._restarted()
         else:
             ledger = dict(self._ledger)
             if self._guard is not None:
@@ -322,7 +322,7 @@ class MergeSchedule:
             saved.update({key: ledger[key] for key in self._placeholders() if key in saved})
 
     def _before_load(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._settle(optimizer)
+        self._tidy_groups(optimizer)
         self._loaded = None
         groups = []
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
@@ -358,7 +358,7 @@ class MergeSchedule:
         if self._loaded is not None:
             self._ledger, self._loaded = self._loaded, None
         if self._guard is not None:
-            self._guard.forget()
+            self._guard.drop_pending()
         self._rates.loaded(optimizer)
 
     # --- the transaction --------------------------------------------------------------------------

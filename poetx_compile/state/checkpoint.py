@@ -82,7 +82,10 @@ def load_checkpoint(
     """
     value = read_checkpoint(path)
     if optimizer is not None and value["optimizer"] is None:
-        raise CheckpointError(f"{os.fspath(path)} holds no state of an optimiser")
+        raise CheckpointError(
+            f"{os.fspath(path)} holds no state of an optimiser: load the model alone, and "
+            "start a new optimiser"
+        )
     if model is not None:
         model, state = unwrap_compiled(model), dict(value["model"])
         fit_names(state, model)
@@ -106,8 +109,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise CheckpointError(message) from error
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{os.fspath(path)} was not written by poetx_compile.save_checkpoint: torch.load reads "
-            "it, and load_state_dict of model and optimiser take what it gives"
+            f"{os.fspath(path)} was not written by poetx_compile.save_checkpoint: read it with "
+            "torch.load, and give its parts to load_state_dict of model and optimiser"
         )
     return value
 
@@ -124,11 +127,16 @@ def _check(value: Any, where: str) -> None:
         for key, inner in value.items():
             if not isinstance(key, str | int | float):
                 raise TypeError(
-                    f"a checkpoint cannot hold the key {key!r} at {where or 'its root'}"
+                    f"a checkpoint cannot hold the key {key!r} at {where or 'its root'}: use "
+                    "strings and numbers"
                 )
             _check(inner, f"{where}.{key}" if where else str(key))
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             _check(inner, f"{where}.{index}")
     elif not isinstance(value, _PLAIN) or is_traceable_wrapper_subclass(value):
-        raise TypeError(f"a checkpoint cannot hold the {type(value).__name__} at {where}")
+        raise TypeError(
+            f"a checkpoint cannot hold the {type(value).__name__} at {where}: give whole tensors, "
+            "plain values, and dicts, lists and tuples of them; of a sharded model, its gathered "
+            "state"
+        )

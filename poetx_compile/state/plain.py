@@ -95,7 +95,9 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
     """The stored weight, the skew parameters and the layout of the layer at `prefix`."""
     start = f"{prefix}parametrizations.weight."
     if missing := [start + name for name in _NAMES if start + name not in state]:
-        raise IncompatibleStateError(f"the state dict has no {', '.join(missing)}")
+        raise IncompatibleStateError(
+            f"the state dict has no {', '.join(missing)}: give the whole state"
+        )
     if others := [k for k in state if k.startswith(start) and not _KEY.fullmatch(k)]:
         raise IncompatibleStateError(
             f"{others[0]} belongs to another parametrization of the weight: remove it first "

@@ -180,7 +180,7 @@ def test_weights_of_zeros_are_named_with_the_reason(caplog: pytest.LogCaptureFix
 
 def test_where_our_backend_was_given_nothing_no_census_is_taken(monkeypatch: pytest.MonkeyPatch):
     def refused() -> None:
-        raise AssertionError("a census was taken")
+        raise AssertionError("the live objects were looked for")
 
     monkeypatch.setattr(dense, "LiveObjects", refused)
     held = in_place(MLP())  # by nobody else

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from poetx_compile.compile import folds as kept
+from poetx_compile.compile import folds as fold_cache
 from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.ops import OPS
 from poetx_compile.optim.merge import merge
@@ -35,9 +35,9 @@ def folds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
         return reference(weight, *args)
 
     monkeypatch.setattr(op, "reference", counting)
-    kept.forget()
+    fold_cache.forget()
     yield seen
-    kept.forget()
+    fold_cache.forget()
 
 
 def folded(model: nn.Module | None = None) -> nn.Module:
@@ -98,7 +98,7 @@ def load(model: nn.Module) -> None:
 
 def forget(model: nn.Module) -> None:
     skew_of(model).data.mul_(2)
-    kept.forget()
+    fold_cache.forget()
 
 
 CHANGES = {
@@ -183,7 +183,7 @@ def test_stand_ins_that_reach_shared_code_are_folded_for_at_each_call(folds):
     torch.compile(model, backend=backend, fullgraph=True)(batch())
     ((code, inputs),) = codes
     gathered = [nn.Parameter(2 * t) if isinstance(t, nn.Parameter) else t for t in inputs]
-    kept.forget()
+    fold_cache.forget()
     folds.clear()
     (first,) = code(*gathered)
     for tensor in gathered[1:]:  # as FSDP writes them: past their versions
@@ -192,7 +192,7 @@ def test_stand_ins_that_reach_shared_code_are_folded_for_at_each_call(folds):
     (second,) = code(*gathered)
     assert len(folds) == 6
     assert not torch.equal(first, second)
-    assert not kept._kept
+    assert not fold_cache._cache
 
 
 def test_blocks_compiled_one_by_one(folds):
@@ -231,7 +231,7 @@ def test_an_evaluation_folds_once_and_sees_weights_that_were_exchanged_for_it(fo
         assert_close(y, model(x))
         y.square().sum().backward()
     assert len(folds) == 3 * 3, "training, the evaluations, training"
-    kept.forget()
+    fold_cache.forget()
     with torch.inference_mode(), torch.enable_grad():
         run(batch())
     run(batch()).sum().backward()
@@ -257,7 +257,7 @@ def test_weights_are_freed(folds, monkeypatch):
     run(batch()).sum().backward()
 
     def weights() -> list[weakref.ref]:
-        return [weakref.ref(w) for found in kept._kept.values() for w in found.weights]
+        return [weakref.ref(w) for found in fold_cache._cache.values() for w in found.weights]
 
     first = weights()
     assert len(first) == 3
@@ -284,7 +284,7 @@ def test_weights_are_freed(folds, monkeypatch):
     assert len(third) == 3
     del model, run, optimizer
     gc.collect()
-    assert not kept._kept
+    assert not fold_cache._cache
     assert all(w() is None for w in third)
 
 
@@ -294,9 +294,9 @@ def test_unloading_frees_them(folds):
     with torch.no_grad():
         run(batch())
     parameters = list(model.parameters())  # an optimiser that is still there
-    assert kept._kept
+    assert fold_cache._cache
     poetx.merge_and_unload(model)
-    assert not kept._kept
+    assert not fold_cache._cache
     del parameters
 
 
@@ -304,11 +304,11 @@ def test_explaining_keeps_nothing(folds):
     model = folded()
     poetx.explain(model, batch(), options=OPTIONS)
     assert folds
-    assert not kept._kept
+    assert not fold_cache._cache
 
 
 def test_inductor():
-    kept.forget()
+    fold_cache.forget()
     model = prepared(nn.Linear(8, 1, bias=False), formulation="folded")
     run = compiled(model, stage="inductor")
     with torch.no_grad():
@@ -317,7 +317,7 @@ def test_inductor():
                 x = torch.randn(6, 8)
                 assert_close(run(x), model(x))
             edit(model)
-    assert len(kept._kept) == 1
+    assert len(fold_cache._cache) == 1
 
 
 @pytest.mark.gpu

@@ -121,7 +121,7 @@ def check_whole_plain_weights_are_kept_in_parts_also_from_meta() -> None:
         model.eval()
         with torch.no_grad():
             before = [model(batch(0)[:, :-1]) for _ in range(2)][-1]
-        assert not any(e in effective._kept for _, _, e in prepared_linears(model))
+        assert not any(e in effective._cache for _, _, e in prepared_linears(model))
         merge(model)
         assert_close(model(batch(0)[:, :-1]), before)
         with raises(ParallelismError, "takes whole weights and keeps each process's part"):

@@ -56,7 +56,7 @@ def prepared(model: nn.Module, **config) -> nn.Module:
 
 
 def kept(model: nn.Module) -> int:
-    return sum(e in effective._kept for _, _, e in prepared_linears(model))
+    return sum(e in effective._cache for _, _, e in prepared_linears(model))
 
 
 # Kept
@@ -185,7 +185,7 @@ def test_what_is_kept_is_freed(freed_by: str) -> None:
     if freed_by == "step":
         torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0).step()
     elif freed_by == "deletion":
-        weights = [weakref.ref(effective._kept[e][1]) for _, _, e in prepared_linears(model)]
+        weights = [weakref.ref(effective._cache[e][1]) for _, _, e in prepared_linears(model)]
         del model
         gc.collect()
         assert not any(weight() is not None for weight in weights)

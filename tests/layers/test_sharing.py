@@ -239,8 +239,8 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize(
     ("make", "shared", "message"),
     [
-        (SwiGLU, GATED, r"shared\[0\] = 'gate_proj.out' is not allowed: a declaration is"),
-        (SwiGLU, [(1, 2)], "is not allowed: a declaration is"),
+        (SwiGLU, GATED, r"shared\[0\] = 'gate_proj.out' is not allowed: give a sequence"),
+        (SwiGLU, [(1, 2)], "is not allowed: give a sequence"),
         (SwiGLU, [("gate_proj", "up_proj")], "'gate_proj' is no side"),
         (SwiGLU, [("gate_proj.weight",)], "'gate_proj.weight' is no side"),
         (SwiGLU, [("in", "out")], "'in' is no side"),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from poetx_compile import passes
-from poetx_compile.compile import folds as kept
+from poetx_compile.compile import folds
 from poetx_compile.compile.options import BackendOptions
 from poetx_compile.compile.rewrite import rewrite
 from poetx_compile.passes import graphs, hoist_folds
@@ -179,15 +179,15 @@ def test_nothing_moves_where_it_is_not_asked_for_or_disabled():
 def test_cuda_graphs():
     model = prepared(nn.Linear(16, 16), formulation="folded")
     options = {"triton.cudagraphs": True}
-    assert refusals(model, torch.randn(3, 16), **options) == [kept.CUDA_GRAPHS]
+    assert refusals(model, torch.randn(3, 16), **options) == [folds.CUDA_GRAPHS]
     with torch._inductor.config.patch({"triton.cudagraphs": True}):
-        assert refusals(model, torch.randn(3, 16)) == [kept.CUDA_GRAPHS]
+        assert refusals(model, torch.randn(3, 16)) == [folds.CUDA_GRAPHS]
         assert refusals(model, torch.randn(3, 16), stage="aot_eager") == []
 
 
 def test_adopted_weights():
     options = {"formulation": "folded", "block_size": 8}
-    assert refusals(SwiGLU(), torch.randn(3, 16), **options) == [kept.ADOPTED]
+    assert refusals(SwiGLU(), torch.randn(3, 16), **options) == [folds.ADOPTED]
 
 
 def test_stand_ins():
@@ -214,7 +214,7 @@ def test_stand_ins():
             return torch.func.functional_call(self.inner, self.given, x)
 
     options = {"formulation": "folded", "block_size": 8}
-    assert refusals(Given(), torch.randn(3, 16), **options) == [kept.STAND_INS]
+    assert refusals(Given(), torch.randn(3, 16), **options) == [folds.STAND_INS]
 
 
 @pytest.fixture
@@ -243,4 +243,4 @@ def test_fsdp(one_process):
 
     fully_shard(model, mesh=mesh)
     torch.compile(model, backend=backend)(torch.randn(3, 16))
-    assert seen == [kept.FSDP]
+    assert seen == [folds.FSDP]

@@ -1,4 +1,4 @@
-"""Imports run downhill between the packages, as docs/architecture.md draws them."""
+"""docs/architecture.md is true: imports run downhill, and no state of the process is missing."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ LEVELS = (
 """Lowest first. A package imports itself and what is below its level."""
 
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 SOURCES = sorted([*(ROOT / "poetx_compile").rglob("*.py"), *(ROOT / "passes").rglob("*.py")])
 
 
@@ -102,3 +103,75 @@ def test_no_test_module_is_imported() -> None:
 def test_the_benchmarks_import_no_tests() -> None:
     assert importers("benchmarks", "tests", r"\w+") == []
     assert "gate.py" in importers("benchmarks", "benchmarks", r"\w+")
+
+
+def test_the_drawing_is_of_these_levels() -> None:
+    drawing = PAGE.partition("```text\n")[2].partition("```")[0]
+    names = [tuple(re.findall(r"\w+", line)) for line in drawing.splitlines()]
+    assert [line for line in names[::-1] if line] == list(LEVELS)
+
+
+CONTAINERS = {"dict", "list", "set", "defaultdict", "deque", "cache"}
+CONSTANTS = {"TypeVar", "Symbol", "Library"}
+WRITES = {"add", "append", "clear", "discard", "extend", "insert", "pop", "setdefault", "update"}
+
+
+def state(source: str) -> set[str]:
+    """The names of a module that hold what its functions remember.
+
+    Objects other than known constants, containers of variable content, and what a function
+    declares ``global``.
+    """
+    tree = ast.parse(source)
+    written = {name for node in ast.walk(tree) for name in _written(node)}
+    found = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    for statement in tree.body:
+        if not isinstance(statement, ast.Assign | ast.AnnAssign):
+            continue
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        made = ""
+        if isinstance(statement.value, ast.Call):
+            made = ast.unparse(statement.value.func).rpartition(".")[2]
+        remembers = made in CONTAINERS or (made[:1].isupper() and made not in CONSTANTS)
+        names = {target.id for target in targets if isinstance(target, ast.Name)}
+        found |= names if remembers else names & written
+    return found
+
+
+def _written(node: ast.AST) -> Iterator[str]:
+    """The container that a node writes to: ``name[...] = …``, ``name.append(…)``."""
+    match node:
+        case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
+            yield name
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=attr)) if attr in WRITES:
+            yield name
+
+
+def test_the_page_lists_all_state_of_the_process() -> None:
+    section = PAGE.partition("## Process-wide state")[2]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    found = {
+        ".".join([*path.relative_to(ROOT).with_suffix("").parts, name]).removeprefix(
+            "poetx_compile."
+        )
+        for path in SOURCES
+        for name in state(path.read_text(encoding="utf-8"))
+    }
+    assert found == listed
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("_seen = WeakSet()", {"_seen"}),
+        ("registry = layers.Registry()", {"registry"}),
+        ("_kinds = {}\ndef f(a):\n    _kinds[a] = 1", {"_kinds"}),
+        ("_told: list[str] = []\ndef f(a):\n    _told.append(a)", {"_told"}),
+        ("_count = 0\ndef f():\n    global _count", {"_count"}),
+        ("NAMES = {'a': 1}\ndef f(a):\n    return NAMES[a]", set()),
+        ("T = TypeVar('T')\nPARTS = frozenset(['a'])", set()),
+    ],
+)
+def test_state_is_found(source: str, names: set[str]) -> None:
+    assert state(source) == names

@@ -478,7 +478,7 @@
     const facts = [
       ["line", box.text], ["value", box.type], ["module", box.home.key],
       ["reads", box.parameters.join("\n")], ["code", box.source],
-      ["backward", box.again ? "built again, not kept" : ""],
+      ["backward", box.again ? "recomputed, not kept" : ""],
       ["layer", row ? [row.status, row.how, row.reason].filter(Boolean).join(": ") : ""],
     ];
     const heading = document.createElement("h3"), list = document.createElement("dl"), close = document.createElement("button");

@@ -51,7 +51,10 @@ def _loss_of(output: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Te
         output = output[0]
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"no loss and no tensor in an output of type {type(output).__name__}")
+        raise TypeError(
+            f"no loss and no tensor in an output of type {type(output).__name__}: give loss=..., a "
+            "function of it"
+        )
     if logits.dim() == 0:
         return logits
     tokens = next((x for x in (*inputs, *kwargs.values()) if _is_tokens(x, logits)), None)
@@ -118,6 +121,8 @@ def check_sizes(batch_size: int | None, sequence_length: int | None, given: bool
         if value is None:
             continue
         if given:
-            raise ConfigError(f"{name} = {value!r} beside example inputs: these have their sizes")
+            raise ConfigError(
+                f"{name} = {value!r} beside example inputs: leave it out, they have sizes"
+            )
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} = {value!r} is not allowed: use an int ≥ 1")

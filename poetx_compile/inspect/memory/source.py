@@ -47,12 +47,14 @@ def read_config(path: Path) -> Any:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from error
+        raise ConfigError(
+            f"{file} is not JSON ({error}): give a Hugging Face config.json"
+        ) from error
     kind = values.pop("model_type", None) if isinstance(values, dict) else None
     if not isinstance(kind, str):
         raise ConfigError(
-            f"{file} has no model_type: it is not a Hugging Face configuration. For a model of "
-            "your own give the nn.Module, or --factory module:function on the command line"
+            f"{file} has no model_type: it is not a Hugging Face configuration. Give the nn.Module "
+            "for a model of your own, or --factory module:function on the command line"
         )
     transformers = _transformers()
     try:
@@ -87,7 +89,6 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise EstimateError(
-            "a Hugging Face configuration needs transformers (pip install transformers); an "
-            "nn.Module does not"
+            "a Hugging Face configuration needs transformers: install it, or give the nn.Module"
         ) from error
     return transformers

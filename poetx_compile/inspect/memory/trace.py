@@ -81,7 +81,10 @@ def trace(
     finally:
         torch.compiler.reset()
     if not all(traced):
-        raise EstimateError("no part of the step that takes gradients could be traced")
+        raise EstimateError(
+            "no part of the step that takes gradients could be traced: look at loss=... and at the "
+            "requires_grad of the parameters"
+        )
     return traced
 
 
