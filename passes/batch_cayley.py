@@ -22,7 +22,7 @@ _OPS = (
     torch.ops.poetx.rotation_tangent,
 )
 _FLIPPED = 4
-"""Position of the number of flipped blocks, in the ops that have it."""
+"""Position of `flipped`, the number of transposed blocks, in the ops that have it."""
 
 
 @dataclasses.dataclass
@@ -52,9 +52,9 @@ class BatchCayley(GraphPass[Batch]):
         g_1, g_2 = split(g, [B_1, B_2])
 
     The same with ``poetx.rotation_delta``, and with ``poetx.rotation_tangent``, where it is the
-    backward that is batched; nodes whose blocks are flipped come last in a batch. Bitwise the same.
+    backward that is batched; nodes of transposed blocks come last in a batch. Bitwise the same.
     Neighbours in graph order are batched until their rotations reach `max_bytes`, so that not every
-    rotation of the model is alive at once; with `recompute` the backward builds each batch again
+    rotation of the model is alive at once; with `recompute` the backward recomputes each batch
     just before its layers. A batch has one context, and none of what no backward reaches: its
     gradient would be zeros, not ``None``. Handles static and symbolic shapes of everything but the
     skew parameters; a lone node stays as it is. Refuses a skew that is not an input of the graph
@@ -109,7 +109,7 @@ class BatchCayley(GraphPass[Batch]):
     def apply(self, graph: fx.Graph, site: Batch) -> None:
         first = site.nodes[0]
         role = first.meta.get(graphs.ROLE, graphs.ROTATION)
-        nodes = sorted(site.nodes, key=_flipped)  # stable: flipped ones last
+        nodes = sorted(site.nodes, key=_flipped)  # stable: transposed ones last
         sizes = [n.meta[graphs.VALUE].shape[0] for n in nodes]
         flipped = sum(map(_flipped, nodes))
         with graph.inserting_before(first):
@@ -139,7 +139,7 @@ class BatchCayley(GraphPass[Batch]):
 
 
 def _flipped(node: fx.Node) -> int:
-    """How many of a node's blocks are flipped: all or none."""
+    """How many of a node's blocks are transposed: all or none."""
     return node.args[_FLIPPED] if len(node.args) > _FLIPPED else 0  # type: ignore[return-value]
 
 

@@ -69,9 +69,9 @@ class Formulation(GraphPass[Weight]):
 
     The same function up to the order of the sums; no [n, m] gradient arises in the backward,
     because S takes none (it is detached where the user has unfrozen it). The last number of deltas
-    and tangents counts flipped blocks, those of −Q: what multiplies from the left is flipped. The
-    tangents are zeros that carry gradients and are never computed; where both sides are folded, no
-    activation is rotated or permuted, and nothing but x and v is kept.
+    and tangents counts transposed blocks, those of −Q: what multiplies from the left is transposed.
+    The tangents are zeros that carry gradients and are never computed; where both sides are folded,
+    no activation is rotated or permuted, and nothing but x and v is saved.
 
     With ``formulation="auto"`` each side takes the cheaper form by the model of `cost`, at the
     sizes seen while tracing; it rotates unless the layer computes in bf16 or fp16, with rotations
@@ -141,7 +141,7 @@ class Formulation(GraphPass[Weight]):
             return "its calls compute in several dtypes"
         if self.formulation == "folded":
             return None
-        if not sides.is_narrow(weight):
+        if not sides.is_low_precision(weight):
             return "a weight is folded where the layer computes in bf16 or fp16"
         if not self.within_guard:
             return "folding needs the angle guard (max_angle of at most 0.25)"
@@ -176,7 +176,7 @@ class Formulation(GraphPass[Weight]):
         }
 
     def apply(self, graph: fx.Graph, site: Weight) -> None:
-        node, narrow = site.node, sides.is_narrow(site.node)
+        node, narrow = site.node, sides.is_low_precision(site.node)
         first = next(iter(node.users), node)
         weight = sides.frozen(self.contexts, node, node.args[0], first)
         rotations: dict[str, fx.Node] = {}

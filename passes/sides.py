@@ -12,7 +12,7 @@ from poetx_compile._torch import is_traceable_wrapper_subclass
 from poetx_compile.passes import graphs
 from poetx_compile.passes.contexts import Contexts
 
-NARROW = (torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 """Compute dtypes that round a rotation so much that its products need no fp32 operands."""
 
 
@@ -51,10 +51,10 @@ def compute_dtype(linear: fx.Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
-def is_narrow(equivalence: fx.Node) -> bool:
+def is_low_precision(equivalence: fx.Node) -> bool:
     """Whether every linear over this weight computes in bf16 or fp16."""
     dtypes = {compute_dtype(linear) for linear in equivalence.users}
-    return bool(dtypes) and dtypes <= set(NARROW)
+    return bool(dtypes) and dtypes <= set(LOW_PRECISION)
 
 
 def frozen(contexts: Contexts, place: fx.Node, stored: Any, origin: fx.Node) -> fx.Node:
@@ -93,7 +93,7 @@ class Fold(NamedTuple):
 def fold(contexts: Contexts, place: fx.Node, side: Side, origin: fx.Node, narrow: bool) -> Fold:
     """The `Fold` of a side, in front of `place`.
 
-    The output side's rotations multiply the weight from the left: Gᵀ, flipped. The gradient goes
+    The output side's rotations multiply the weight from the left: Gᵀ, that of −Q. The gradient goes
     through the tangent alone.
     """
     flipped = side.blocks if side.name == "out" else 0
@@ -177,7 +177,7 @@ def refusal_of_calls(contexts: Contexts, equivalence: fx.Node) -> str | None:
 
 def _autocast_dtype(operand: torch.Tensor) -> torch.dtype:
     """The dtype in which a linear gets an operand here, from autocast where that is on."""
-    device, castable = operand.device.type, (torch.float32, *NARROW)
+    device, castable = operand.device.type, (torch.float32, *LOW_PRECISION)
     known = torch.amp.is_autocast_available(device)  # not of meta tensors
     if operand.dtype in castable and known and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
