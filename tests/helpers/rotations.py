@@ -19,7 +19,7 @@ def sides(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
     """(skew parameter, block size) of both sides of every layer."""
     for e in model.modules():
         if isinstance(e, OrthogonalEquivalence):
-            yield from ((e.skew_in, e.block_in), (e.skew_out, e.block_out))
+            yield from ((side.skew, side.block) for side in e.sides)
 
 
 def skews(model: nn.Module) -> list[nn.Parameter]:
