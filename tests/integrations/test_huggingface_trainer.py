@@ -139,7 +139,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_exports_plain_weights(tm
         torch.manual_seed(seed)
         model = huggingface.llama(tie_word_embeddings=True)
         args = arguments(folder, save_strategy="steps", save_steps=4)
-        done = trainer(model, args, dynamic=True)
+        done = trainer(model, args, dynamic=True, options={"stage": "eager"})
         done.train(resume_from_checkpoint=resume_from)
         return done
 
