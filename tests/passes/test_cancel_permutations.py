@@ -361,13 +361,13 @@ def test_fewer_permutations_give_the_outputs_and_gradients_of_eager(
     [
         (SwiGLU, (GATED,), "random"),
         (SwiGLU, (GATED,), "chunked"),
-        (TinyLM, (GATED, RESIDUAL), "random"),
+        (lambda: TinyLM(layers=1), (GATED, RESIDUAL), "random"),
     ],
 )
 def test_folded_layers_equal_eager(make, shared, permutation) -> None:
     config = {"permutation": permutation, "formulation": "folded"}
     model = sharing(make().double(), *shared, **config)
-    is_lm = make is TinyLM
+    is_lm = isinstance(model, TinyLM)
     x = torch.randint(24, (2, 5)) if is_lm else torch.randn(2, 5, 16).double()
     text = after(model, x)
     assert text.count("permute_columns") == (2 if is_lm else 0) + text.count("[16] = poetx.permute")
@@ -451,9 +451,9 @@ def test_what_is_recomputed() -> None:
 # How much is gone
 
 
-@pytest.mark.parametrize(("shared", "now"), [([], 22), ([GATED], 16)])
+@pytest.mark.parametrize(("shared", "now"), [([], 11), ([GATED], 8)])
 def test_what_is_not_shared_stays(shared, now) -> None:
-    assert counts(sharing(TinyLM(), *shared), torch.randint(24, (2, 5))) == (22, now)
+    assert counts(sharing(TinyLM(layers=1), *shared), torch.randint(24, (2, 5))) == (11, now)
 
 
 def test_within_activation_checkpoints() -> None:
