@@ -40,7 +40,7 @@ from tests.distributed.training import (
     world,
 )
 from tests.helpers.models import TinyLM
-from tests.helpers.rotations import turn
+from tests.helpers.rotations import skews, turn
 
 
 @contextmanager
@@ -164,7 +164,7 @@ def check_only_what_trains_is_reduced() -> None:
     wrapped.register_comm_hook(None, hook)
     loss_of(wrapped, batch(0)).backward()
     assert {id(p) for p in reduced} == {id(p) for p in model.parameters() if p.requires_grad}
-    rotations = {id(p) for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)}
+    rotations = set(map(id, skews(model)))
     assert rotations <= {id(p) for p in reduced}
     assert all(stored_weight(m).grad is None for _, m, _ in prepared_linears(model))
 

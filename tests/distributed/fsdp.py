@@ -49,7 +49,7 @@ from tests.distributed.training import (
     world,
 )
 from tests.helpers.models import OddZoo, TinyLM
-from tests.helpers.rotations import turn
+from tests.helpers.rotations import skews, turn
 from tests.helpers.tolerances import assert_close
 
 
@@ -305,7 +305,7 @@ def check_other_layouts_are_refused() -> None:
     with raises(ParallelismError, "which cuts their blocks"):
         muon(shard(build(), shard_placement_fn=across))
     model = build()
-    rotations = {p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)}
+    rotations = set(skews(model))
     with raises(ParallelismError, "nobody reduces their gradients"):
         muon(shard(model, ignored_params=rotations))
     with raises(IncompatibleStateError, "prepared this model differently"):

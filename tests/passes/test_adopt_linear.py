@@ -187,7 +187,7 @@ def test_no_grad_new_shapes_and_recompilation_share_one_state():
 
 
 def test_a_tied_weight_is_left_alone_and_trains_densely():
-    model = TinyLM(tied=True)
+    model = TinyLM(layers=1, tied=True)
     explanation = explained(model, torch.arange(6)[None], block_size=8, exclude_modules=[])
     head = next(r for r in explanation.rows if r.name == "lm_head")
     assert head.status == "skipped"
