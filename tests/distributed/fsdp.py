@@ -49,7 +49,7 @@ from tests.distributed.training import (
     world,
 )
 from tests.helpers.models import OddZoo, TinyLM
-from tests.helpers.rotations import turn
+from tests.helpers.rotations import skews, turn
 from tests.helpers.tolerances import assert_close
 
 
@@ -65,7 +65,7 @@ def check_losses_and_states_are_those_of_one_process() -> None:
         model = shard(build())
         optimizer = make(model)
         assert_alike(train(model, optimizer), alone(make))
-        assert [e.draw for _, _, e in prepared_linears(model)] == [3] * 14
+        assert [e.draw for _, _, e in prepared_linears(model)] == [3] * 7
         states = [v for state in optimizer.state.values() for v in state.values() if v.dim() > 0]
         assert all(isinstance(value, DTensor) for value in states)
         assert same_everywhere([e.layout.tolist() for _, _, e in prepared_linears(model)])
@@ -151,7 +151,7 @@ def check_a_merge_holds_one_whole_weight_at_a_time() -> None:
     finally:
         DTensor.full_tensor = real
         gc.enable()
-    assert len(gathered) == 14
+    assert len(gathered) == 7
     assert most == 1
 
 
@@ -305,7 +305,7 @@ def check_other_layouts_are_refused() -> None:
     with raises(ParallelismError, "which cuts their blocks"):
         muon(shard(build(), shard_placement_fn=across))
     model = build()
-    rotations = {p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)}
+    rotations = set(skews(model))
     with raises(ParallelismError, "nobody reduces their gradients"):
         muon(shard(model, ignored_params=rotations))
     with raises(IncompatibleStateError, "prepared this model differently"):

@@ -34,7 +34,7 @@ from tests.distributed.training import (
     train,
     world,
 )
-from tests.helpers.rotations import turn
+from tests.helpers.rotations import skews, turn
 
 BF16 = torch.bfloat16
 POLICY = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
@@ -142,7 +142,7 @@ def check_accumulation_without_synchronising() -> None:
     model = shard(build(BF16))
     model.set_requires_gradient_sync(False)
     loss_of(model, batch(0)).backward()
-    rotations = [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
+    rotations = skews(model)
     assert all(p.grad is None for p in rotations)
     model.set_requires_gradient_sync(True)
     loss_of(model, batch(0)).backward()

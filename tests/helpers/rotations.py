@@ -10,20 +10,20 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.distributed import shards
-from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.parametrization import OrthogonalEquivalence, Side
 from poetx_compile.ops.packing import unpack
 from poetx_compile.optim.merge import merge
 
 
-def sides(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """(skew parameter, block size) of both sides of every layer."""
+def sides(model: nn.Module) -> Iterator[Side]:
+    """Both sides of every layer."""
     for e in model.modules():
         if isinstance(e, OrthogonalEquivalence):
-            yield from ((side.skew, side.block) for side in e.sides)
+            yield from e.sides
 
 
 def skews(model: nn.Module) -> list[nn.Parameter]:
-    return [skew for skew, _ in sides(model)]
+    return [side.skew for side in sides(model)]
 
 
 @torch.no_grad()
@@ -33,11 +33,11 @@ def turn(model: nn.Module, angle: float = 0.2, seed: int = 1) -> nn.Module:
     The same ones in every process, however they are sharded.
     """
     generator = torch.Generator().manual_seed(seed)
-    for skew, b in sides(model):
-        if skew.numel():
-            values = torch.randn(skew.shape, generator=generator, dtype=torch.float64)
-            norm = torch.linalg.matrix_norm(unpack(values, b), ord=2)
-            shards.write(skew, angle * values / norm[:, None])
+    for side in sides(model):
+        if side.skew.numel():
+            values = torch.randn(side.skew.shape, generator=generator, dtype=torch.float64)
+            norm = torch.linalg.matrix_norm(unpack(values, side.block), ord=2)
+            shards.write(side.skew, angle * values / norm[:, None])
     return model
 
 

@@ -32,10 +32,11 @@ def test_the_largest_over_every_layer_and_block_size() -> None:
     model = OddZoo()
     poetx.prepare(model, poetx.POETXConfig(block_size=8, exclude_modules=()))
     norms = []
-    for skew, b in sides(model):
-        nn.init.normal_(skew, std=0.05)
-        if skew.numel():
-            norms.append(torch.linalg.matrix_norm(unpack(skew.detach().double(), b), ord=2))
+    for side in sides(model):
+        nn.init.normal_(side.skew, std=0.05)
+        if side.skew.numel():
+            skews = unpack(side.skew.detach().double(), side.block)
+            norms.append(torch.linalg.matrix_norm(skews, ord=2))
     figures = diagnostics(torch.compile(model, backend="eager"))
     assert figures["angle_max"] == pytest.approx(torch.cat(norms).max().item(), rel=1e-5)
     assert figures["angle_mean"] == pytest.approx(torch.cat(norms).mean().item(), rel=1e-5)

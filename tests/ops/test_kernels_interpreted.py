@@ -1,14 +1,16 @@
-"""The Triton kernels' arithmetic on the CPU: Triton's interpreter in a process of its own.
+"""The Triton kernels' arithmetic on the CPU, in Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, hence the subprocess. It multiplies bf16 as raw
+It is chosen when Triton is imported, hence a process of its own. It multiplies bf16 as raw
 16-bit integers, so that products are tested in fp32 and fp16 here and in bf16 on a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -249,15 +251,49 @@ assert torch.equal(actual.view(torch.int16), special.view(torch.int16)[:, order[
 }
 
 
+SERVER = """
+import json, os, sys, traceback
+for line in sys.stdin:  # a case each
+    if child := os.fork():
+        print(os.waitpid(child, 0)[1], flush=True)
+        continue
+    try:
+        exec(json.loads(line))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """Runs a script in a fork of one process that has imported all; gives what it failed with."""
+    log = tmp_path_factory.mktemp("interpreter") / "stderr"
+    with log.open("w") as stderr:
+        server = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + SERVER],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+
+    def run(script: str) -> str:
+        before = log.stat().st_size
+        print(json.dumps(script), file=server.stdin, flush=True)
+        return "" if server.stdout.readline() == "0\n" else log.read_text()[before:] or "no answer"
+
+    with server:
+        yield run
+
+
 @pytest.mark.parametrize("kernel", CASES)
-def test_kernel_equals_reference(kernel):
-    script = PRELUDE + CASES[kernel]
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+def test_kernel_equals_reference(kernel: str, interpreter: Callable[[str], str]) -> None:
+    assert interpreter(CASES[kernel]) == ""
+
+
+def test_a_script_that_fails_is_told(interpreter: Callable[[str], str]) -> None:
+    assert "relative error" in interpreter("assert_close(torch.ones(2), torch.zeros(2))")

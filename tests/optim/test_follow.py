@@ -14,10 +14,10 @@ from torch.optim import lr_scheduler as schedulers
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.optim.follow import FOLLOWS, GROUP
 from poetx_compile.optim.groups import BLOCK, RATIO
 from tests.helpers.models import MLP
+from tests.helpers.rotations import skews
 
 CONFIG = poetx.POETXConfig(block_size=4, max_angle=None)
 
@@ -112,8 +112,7 @@ def test_layers_that_are_adopted_later_find_the_group_of_their_rotations() -> No
     for name in ("1", "2"):
         assert names[name][GROUP] == names[f"{name} poetx b=4"][FOLLOWS]
         (index,) = [int(name)]
-        skews = [p for _, _, e in prepared_linears(model[index]) for p in (e.skew_in, e.skew_out)]
-        assert names[f"{name} poetx b=4"]["params"] == skews
+        assert names[f"{name} poetx b=4"]["params"] == skews(model[index])
 
 
 def test_rotations_whose_group_is_gone_are_not_trained_at_some_other_rate() -> None:

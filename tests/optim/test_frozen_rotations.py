@@ -160,7 +160,7 @@ def test_a_phase_of_linear_probing_is_resumed_bit_for_bit() -> None:
                 optimizer.load_state_dict(state)
             if step == 3:
                 model.requires_grad_(True)
-                new = [p for _, _, e in prepared_linears(model) for p in (e.skew_in, e.skew_out)]
+                new = skews(model)
                 optimizer.add_param_group({"params": new, "lr": 1e-3})
             torch.manual_seed(step)
             train(model, optimizer, 1)

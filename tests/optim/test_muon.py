@@ -69,8 +69,8 @@ def test_two_steps_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_plane_turns_by_about_the_learning_rate() -> None:
     model, optimizer = build(POETXMuon, poetx_lr=0.02)
     train_step(model, optimizer)
-    for skew, b in sides(model):
-        norms = torch.linalg.matrix_norm(unpack(skew.detach(), b), ord=2)
+    for side in sides(model):
+        norms = torch.linalg.matrix_norm(unpack(side.skew.detach(), side.block), ord=2)
         assert (norms > 0.65 * 0.02).all()
         assert (norms < 1.25 * 0.02).all()
 
