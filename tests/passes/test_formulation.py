@@ -194,7 +194,7 @@ return (%13)
     def test_a_chain_inside_a_checkpoint(self):
         graph, _ = run_passes([Formulation()], prepared(Checkpointed()), torch.randn(3, 12))
         self.assertExpectedInline(
-            graph,
+            graph.replace(" [may recompute]", ""),  # so Dynamo of torch 2.11 marks a checkpoint
             """\
 x: f32[3, 12]
 inner.up.original: f32[22, 12]
