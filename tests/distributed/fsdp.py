@@ -65,7 +65,7 @@ def check_losses_and_states_are_those_of_one_process() -> None:
         model = shard(build())
         optimizer = make(model)
         assert_alike(train(model, optimizer), alone(make))
-        assert [e.draw for _, _, e in prepared_linears(model)] == [3] * 7
+        assert [e.draw for _, _, e in prepared_linears(model)] == [3] * 14
         states = [v for state in optimizer.state.values() for v in state.values() if v.dim() > 0]
         assert all(isinstance(value, DTensor) for value in states)
         assert same_everywhere([e.layout.tolist() for _, _, e in prepared_linears(model)])
@@ -151,7 +151,7 @@ def check_a_merge_holds_one_whole_weight_at_a_time() -> None:
     finally:
         DTensor.full_tensor = real
         gc.enable()
-    assert len(gathered) == 7
+    assert len(gathered) == 14
     assert most == 1
 
 
