@@ -124,7 +124,7 @@ def check_whole_plain_weights_are_kept_in_parts_also_from_meta() -> None:
         assert not any(e in effective._cache for _, _, e in prepared_linears(model))
         merge(model)
         assert_close(model(batch(0)[:, :-1]), before)
-        with raises(ParallelismError, "takes whole weights and keeps each process's part"):
+        with raises(ParallelismError, "give the whole weight to model.load_state_dict"):
             model.layers[0].mlp.up_proj.weight = torch.zeros(40, 16)
 
 
