@@ -1,4 +1,4 @@
-"""Every test starts alike: seeded, few threads, no compiled code or Inductor cache left over."""
+"""Every test starts alike: seeded, one thread, no compiled code or Inductor cache left over."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Generator, Iterator
 
 _PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+# The models are too small for threads, which wait for each other spinning: on cores that are busy
+# a test takes twenty times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 if _PARALLEL:
-    # A process a core already: threads and compile workers of each would only compete.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A process a core already: compile workers of each would only compete.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -17,8 +19,6 @@ import torch  # noqa: E402
 NO_GPU = "needs a CUDA GPU"
 # What a test may need of the machine, or of torch's version: the reasons of skips that CI allows.
 NOT_IN_A_PACKAGE = (NO_GPU, "no headless browser", "Triton exists for Linux alone", "this torch ")
-
-_THREADS = 1 if _PARALLEL else min(2, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,7 +48,7 @@ def may_be_skipped(report: pytest.TestReport) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
-    torch.set_num_threads(_THREADS)
+    torch.set_num_threads(1)  # in a worker, pytest may have imported torch already
 
 
 @pytest.fixture(scope="session", autouse=True)

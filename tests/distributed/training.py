@@ -30,10 +30,10 @@ SEQUENCES = 4
 def build(dtype: torch.dtype = torch.float32, small: bool = False, **fields: Any) -> nn.Module:
     """A prepared model, the same in every process; two merges in five steps.
 
-    A block of seven linears; a `small` one has three, for what compiles.
+    Two blocks of seven linears; a `small` one has one of three, for what compiles.
     """
     torch.manual_seed(0)
-    model = TinyLM(layers=1)
+    model = TinyLM(layers=2)
     if small:
         model.layers = nn.ModuleList([SwiGLU()])
     model.to(dtype)

@@ -318,7 +318,7 @@ def test_a_model_is_compiled_again_once_a_checkpoint_ends_a_cut_off_merge(
         assert graphs() == before + 1
 
 
-_OTHER_PROCESS = """
+_MERGES = """
 import torch
 import poetx_compile as poetx
 from poetx_compile.optim.merge import merge
@@ -340,9 +340,9 @@ torch.save(model.state_dict(), {path!r})
 def test_two_processes_merge_to_the_same_bits(tmp_path) -> None:
     """Whatever the global generators hold: nothing but the seed decides."""
     paths = [str(tmp_path / f"{seed}.pt") for seed in (1, 99)]
-    codes = [_OTHER_PROCESS.format(seed=len(path), path=path) for path in paths]
-    processes = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
-    assert [process.wait() for process in processes] == [0, 0]
+    here, there = (_MERGES.format(seed=len(path), path=path) for path in paths)
+    exec(here, {})
+    subprocess.run([sys.executable, "-c", there], check=True)
     saved = [torch.load(path, weights_only=True) for path in paths]
     assert saved[0].keys() == saved[1].keys()
     for name, value in saved[0].items():

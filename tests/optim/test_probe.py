@@ -261,5 +261,5 @@ def test_the_table_says_what_happens(name: str) -> None:
         with pytest.raises(ConfigError, match="moments = 'reset'"):
             probe(optimizer, weights, "reset")
     else:
-        how = {"zero": "in place", "drop": "made anew"}
+        how = {"zero": "in place", "drop": "made again"}
         assert how[probe(optimizer, weights, "reset").reset] == reset
