@@ -330,8 +330,9 @@ def test_inductor_on_a_gpu_with_gradients():
             x = torch.randn(6, 16, device="cuda")
             y, expected = run(x), reference(x)
             assert_close(y, expected)
-            y.square().sum().backward()
-            expected.square().sum().backward()
+            # No sum of squares: rotations of the outputs keep it, and their gradients cancel.
+            y.pow(3).sum().backward()
+            expected.pow(3).sum().backward()
         for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
             if q.grad is not None:
                 assert_close(p.grad, q.grad, what=name)
