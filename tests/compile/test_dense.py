@@ -178,7 +178,7 @@ def test_weights_of_zeros_are_named_with_the_reason(caplog: pytest.LogCaptureFix
     assert warnings(caplog) == []
 
 
-def test_where_our_backend_was_given_nothing_no_census_is_taken(monkeypatch: pytest.MonkeyPatch):
+def test_where_our_backend_was_given_nothing_nothing_is_searched(monkeypatch: pytest.MonkeyPatch):
     def refused() -> None:
         raise AssertionError("the live objects were looked for")
 
