@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from poetx_compile import ops  # noqa: F401 (defines what `torch.ops.poetx` has)
 from poetx_compile._torch import is_functorch_wrapped_tensor, pytree
 
 VALUE = "example_value"
