@@ -56,7 +56,7 @@ SECTIONS: list[tuple[str, list[Any]]] = [
 ]
 
 INTERNAL = (
-    *("block_in", "block_out", "smallest_block", "order", "may_fold"),
+    *("block_in", "block_out", "smallest_block", "order", "may_fold", "initialises"),
     *("parse", "cuda_graphs", "identity"),
     *("equivalences", "extend"),
     *("on_optimizer_step", "on_log"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "permutation": ("random", "chunked"),
     "variant": ("fast", "mem"),
     "formulation": ("auto", "input_centric", "folded"),
+    "init": ("keep", "rows", "spectrum"),
     "base": ("dense",),
 }
 
@@ -58,9 +60,15 @@ class POETXConfig:
             ones, a regular expression that must match the whole name, or a list of names or name
             endings (``"q_proj"`` matches ``layers.0.q_proj``).
         exclude_modules: names or name endings that are left as they are.
-        normalize_rows: divide each row of the weight by its norm at `prepare` (training from
-            scratch only: the model's outputs change).
+        init: what `prepare` does to the weights, whose singular values stay for the whole run:
+            ``"keep"`` leaves them, and the outputs, bitwise as they are. For training from scratch,
+            ``"rows"`` divides each row by its norm; ``"spectrum"`` keeps the singular vectors and
+            puts a geometric series in place of the singular values, with the Frobenius norm of n
+            rows of norm one.
+        init_range: smallest singular value over the largest of ``init="spectrum"``, in (0, 1].
+        init_scale: what the weights are multiplied by after that, whatever `init` is.
         base: ``"dense"``: the frozen weight keeps its dtype.
+        normalize_rows: deprecated; True is ``init="rows"``.
 
     Raises:
         ConfigError: (a `ValueError`) names the field, its value and the allowed range.
@@ -81,10 +89,15 @@ class POETXConfig:
     seed: int = 0
     target_modules: str | Sequence[str] | None = None
     exclude_modules: Sequence[str] = ("lm_head",)
-    normalize_rows: bool = False
+    init: str = "keep"
+    init_range: float = 0.1
+    init_scale: float = 1.0
     base: str = "dense"
+    normalize_rows: dataclasses.InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, normalize_rows: bool | None) -> None:
+        if normalize_rows is not None:
+            self._take_normalize_rows(normalize_rows)
         block = self.block_size
         if isinstance(block, list):  # JSON has no tuples
             object.__setattr__(self, "block_size", tuple(block))
@@ -112,9 +125,12 @@ class POETXConfig:
             raise _bad("memory_budget", budget, allowed)
         if not (_is_int(self.seed) and 0 <= self.seed < 2**63):
             raise _bad("seed", self.seed, "an int in [0, 2⁶³)")
-        for name in ("normalize_rows", "keep_in_eval"):
-            if not isinstance(getattr(self, name), bool):
-                raise _bad(name, getattr(self, name), "a bool")
+        if not isinstance(self.keep_in_eval, bool):
+            raise _bad("keep_in_eval", self.keep_in_eval, "a bool")
+        if not (_is_number(self.init_range) and 0 < self.init_range <= 1):
+            raise _bad("init_range", self.init_range, "a ratio in (0, 1]")
+        if not (_is_number(self.init_scale) and self.init_scale > 0):
+            raise _bad("init_scale", self.init_scale, "a number above 0")
         target = self.target_modules
         if not (target is None or isinstance(target, str) or _is_names(target)):
             raise _bad("target_modules", target, "None, a regular expression or a list of names")
@@ -129,6 +145,25 @@ class POETXConfig:
         if not _is_names(self.exclude_modules):
             raise _bad("exclude_modules", self.exclude_modules, "a list of names")
         object.__setattr__(self, "exclude_modules", tuple(self.exclude_modules))
+
+    def _take_normalize_rows(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise _bad("normalize_rows", value, "init='rows' (True) or init='keep' (False)")
+        warnings.warn(
+            "POETXConfig.normalize_rows is deprecated: use init='rows' instead of True, and leave "
+            "it out instead of False",
+            DeprecationWarning,
+            stacklevel=4,  # __post_init__, __init__, and who called it
+        )
+        if value and self.init == "spectrum":
+            raise _bad("init", self.init, "'rows' with normalize_rows=True, or leave that out")
+        if value:
+            object.__setattr__(self, "init", "rows")
+
+    @property
+    def initialises(self) -> bool:
+        """Whether `prepare` changes the weights."""
+        return self.init != "keep" or self.init_scale != 1
 
     @property
     def block_in(self) -> int:
@@ -163,12 +198,17 @@ class POETXConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> POETXConfig:
-        """The inverse of `to_dict`; an unknown field raises `ConfigError`."""
+        """The inverse of `to_dict`, also of an earlier version's.
+
+        Raises:
+            ConfigError: an unknown field.
+        """
         if not isinstance(values, dict):
             raise ConfigError(
                 f"{values!r} is no dict of the fields of POETXConfig: give what to_dict makes"
             )
         known = {f.name for f in dataclasses.fields(cls)}
+        values = current_names(values)
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(
@@ -176,6 +216,17 @@ class POETXConfig:
                 f"known: {', '.join(sorted(known))}"
             )
         return cls(**values)
+
+
+def current_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a configuration, with ``normalize_rows`` of earlier versions as ``init``."""
+    if "normalize_rows" not in values:
+        return values
+    rest = {k: v for k, v in values.items() if k != "normalize_rows"}
+    if values["normalize_rows"] is False:  # as every saved configuration says
+        return rest
+    given = {"init": values["init"]} if "init" in values else {}
+    return rest | {"init": POETXConfig(normalize_rows=values["normalize_rows"], **given).init}
 
 
 def differences(one: POETXConfig, other: POETXConfig) -> list[str]:

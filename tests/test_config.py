@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 
 import pytest
 
+from poetx_compile.compile.options import BackendOptions
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, POETXError
 
@@ -18,6 +20,7 @@ FRACTION = "None, or a fraction in (0, 1]"
 SEED = "an int in [0, 2⁶³)"
 TARGET = "None, a regular expression or a list of names"
 NAMES = "a list of names"
+FORMER = "normalize_rows is deprecated: use init='rows' instead of True"
 NAN = float("nan")
 
 BAD = [
@@ -28,7 +31,9 @@ BAD = [
     *(("max_angle", v, ANGLE) for v in (0, 1, -0.1, 1.5, "0.2", True, NAN, float("inf"))),
     *(("memory_budget", v, FRACTION) for v in (0, 1.1, -1, NAN, "half", True)),
     *(("seed", v, SEED) for v in (-1, 2**63, 0.0, None, True)),
-    *((f, v, "a bool") for f in ("normalize_rows", "keep_in_eval") for v in (0, 1, None, "yes")),
+    *(("keep_in_eval", v, "a bool") for v in (0, 1, None, "yes")),
+    *(("init_range", v, "a ratio in (0, 1]") for v in (0, 1.1, -1, NAN, None, True, "0.1")),
+    *(("init_scale", v, "a number above 0") for v in (0, -1.0, NAN, float("inf"), None, True)),
     *(("target_modules", v, TARGET) for v in (3, [""], [1], {"q_proj"})),
     ("target_modules", "q_proj(", "a valid regular expression"),
     *(("exclude_modules", v, NAMES) for v in (None, "lm_head", [""], [1])),
@@ -38,6 +43,7 @@ BAD = [
     ("permutation", "none", "one of 'random', 'chunked'"),
     ("variant", "slow", "one of 'fast', 'mem'"),
     ("formulation", "dense", "one of 'auto', "),
+    *(("init", v, "one of 'keep', 'rows', 'spectrum'") for v in ("svd", None, True)),
     ("base", "int4", "one of 'dense'"),
 ]
 
@@ -70,7 +76,9 @@ OTHER = {
     "seed": 2**63 - 1,
     "target_modules": ["q_proj", "layers.0.up"],
     "exclude_modules": [],
-    "normalize_rows": True,
+    "init": "spectrum",
+    "init_range": 0.05,
+    "init_scale": 2.0,
     "keep_in_eval": False,
 }
 
@@ -94,6 +102,32 @@ def test_a_budget_survives_json_and_contradicts_variant_mem() -> None:
     assert POETXConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ConfigError, match=r"memory_budget = 0.5 is not allowed: use None with var"):
         POETXConfig(memory_budget=0.5, variant="mem")
+
+
+def test_normalize_rows_is_an_alias_that_warns() -> None:
+    with pytest.warns(DeprecationWarning, match=FORMER) as caught:
+        assert POETXConfig(normalize_rows=True) == POETXConfig(init="rows")
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=FORMER):
+        assert POETXConfig(normalize_rows=False) == POETXConfig()
+    with pytest.raises(ConfigError, match="normalize_rows = 1 is not allowed: use init='rows'"):
+        POETXConfig(normalize_rows=1)  # type: ignore[arg-type]
+    with (
+        pytest.warns(DeprecationWarning, match=FORMER),
+        pytest.raises(ConfigError, match="init = 'spectrum' is not allowed: use 'rows' with"),
+    ):
+        POETXConfig(init="spectrum", normalize_rows=True)
+
+
+def test_configurations_of_earlier_versions_load() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # each of them says False
+        assert POETXConfig.from_dict({"normalize_rows": False, "seed": 3}) == POETXConfig(seed=3)
+        assert BackendOptions.parse(None, {"normalize_rows": False}).config == {}
+    with pytest.warns(DeprecationWarning, match=FORMER):
+        assert POETXConfig.from_dict({"normalize_rows": True}) == POETXConfig(init="rows")
+    with pytest.warns(DeprecationWarning, match=FORMER):
+        assert BackendOptions.parse(None, {"normalize_rows": True}).config == {"init": "rows"}
 
 
 def test_an_unknown_field_is_named() -> None:

@@ -65,7 +65,7 @@ def poetx_config(options: Options, shapes: LlamaConfig) -> poetx.POETXConfig:
         variant=options.variant,
         permutation=options.permutation,
         seed=options.seed,
-        normalize_rows=True,
+        init="rows",
     )
 
 

@@ -103,9 +103,9 @@ class Adopter:
                 "unprepared='refuse' of poetx_backend keeps it from being adopted: call "
                 "poetx_compile.prepare(model) first"
             )
-        if self.config.normalize_rows:
+        if self.config.initialises:
             raise AdoptionError(
-                "normalize_rows changes the weights, and a model is not changed while it is "
+                "init and init_scale change the weights, and a model is not changed while it is "
                 "compiled: call poetx_compile.prepare(model, config) first"
             )
         state = self._state(slot, self.inputs[slot.index], self.permutations)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from poetx_compile._torch import list_mode_options, list_options
-from poetx_compile.config import POETXConfig
+from poetx_compile.config import POETXConfig, current_names
 from poetx_compile.errors import ConfigError
 from poetx_compile.passes import NAMES, Machine
 from poetx_compile.passes.batch_cayley import DEFAULT_BYTES
@@ -21,7 +21,7 @@ CHOICES = {
 }
 """What options of ours that are names may be."""
 
-_CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)}
+_CONFIG_FIELDS = {f.name for f in dataclasses.fields(POETXConfig)} | {"normalize_rows"}
 
 
 def without_adoption(options: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class BackendOptions:
     def parse(cls, mode: str | None, options: dict[str, Any] | None) -> BackendOptions:
         """Split and check what `torch.compile` hands over. Raises `ConfigError`."""
         given = dict(options or {})
-        config = {k: given.pop(k) for k in list(given) if k in _CONFIG_FIELDS}
+        config = current_names({k: given.pop(k) for k in list(given) if k in _CONFIG_FIELDS})
         POETXConfig.from_dict(config)  # raises where a value is out of range
         own = {k: given.pop(k) for k in list(given) if k in _own_names()}
         own["disable_passes"] = _pass_names(own.get("disable_passes", ()))

@@ -29,6 +29,7 @@ from poetx_compile.layers.eligibility import (
     trained_by,
     unwrap_compiled,
 )
+from poetx_compile.layers.initialise import check_values, described, initialise
 from poetx_compile.layers.loading import guard_loads, unguard_loads
 from poetx_compile.layers.parametrization import (
     OrthogonalEquivalence,
@@ -53,7 +54,7 @@ SHARDED_EXPORT = (
     "poetx_compile.plain_state_dict"
 )
 
-_SHAPING = ("block_size", "neumann_order", "cayley", "normalize_rows")
+_SHAPING = ("block_size", "neumann_order", "cayley", "init", "init_scale")
 """Fields that an adopted state is made with; the others may still be chosen when it is moved."""
 
 
@@ -66,7 +67,7 @@ def prepare(
     """Parametrize every eligible `nn.Linear` weight of `model` as ``R W₀ P``, in place.
 
     The weights are frozen and stored permuted; packed skew parameters at zero are trained instead.
-    The outputs do not change (bitwise in eager, unless `config.normalize_rows`). Biases train as
+    The outputs do not change (bitwise in eager), unless `config.init` asks for it. Biases train as
     before. Calling it again prepares what is new and leaves what is prepared. A weight of zeros,
     which no rotation changes, stays dense; so do routers and output embeddings.
 
@@ -121,30 +122,26 @@ def prepare(
     check_targets(list(found), config)
     reasons = refusals(model, config)
     _check_order(model, reasons)
-    fresh = [found[n].weight for n, reason in reasons.items() if reason is None]
-    if config.normalize_rows and any(weight.is_meta for weight in fresh):
-        raise ConfigError(
-            "normalize_rows needs the values of the weights, and there are weights on the meta "
-            "device: materialise and initialise them first, then call prepare"
-        )
+    fresh = {name: found[name].weight for name, reason in reasons.items() if reason is None}
+    if config.initialises:
+        check_values(fresh, config)
     if not (trained := trained_by(found, reasons)):
         raise NothingToTrainError(_nothing(model, reasons))
     # Adopted states hold gradients under identity permutations (draw 0): what joins them has to.
     groups = Groups(model, config, 0 if adopted else 1, shared, found, reasons)
     left = {n: r for n, r in reasons.items() if r and id(found[n]) not in trained}
     leave({name: found[name] for name in left}, left)
-    for name, reason in reasons.items():
-        if reason is None and name in adopted:
-            _move(found[name], name, adopted[name], config, groups.permutations(name, found[name]))
+    for name, weight in fresh.items():
+        permutations = groups.permutations(name, found[name])
+        if name in adopted:
+            _move(found[name], name, adopted[name], config, permutations)
             adopted[name].adopted = False
-        elif reason is None:
-            if config.normalize_rows:
-                _normalize_rows(found[name].weight)
-            permutations = groups.permutations(name, found[name])
-            equivalence = OrthogonalEquivalence(found[name].weight, config, *permutations)
-            register(found[name], equivalence)
+        else:
+            initialise(weight, config)
+            register(found[name], OrthogonalEquivalence(weight, config, *permutations))
     guard_loads(model)
-    rows = list(_rows(model, found, reasons))
+    done = dict.fromkeys(fresh, described(config)) if config.initialises else {}
+    rows = list(_rows(model, found, reasons, done))
     parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
     unfrozen = [p for p in trained_parameters(model) if not nn.parameter.is_lazy(p)]
     trainable = sum(p.numel() for p in unfrozen)
@@ -323,6 +320,7 @@ def _move(
         state.configure(config)
         state.write_layout()
     elif all(skew.grad is None for skew in state.skews):
+        initialise(module.weight, config)
         state = OrthogonalEquivalence(module.weight, config, *permutations)
     else:
         raise ConfigError(
@@ -355,35 +353,32 @@ def leave(modules: dict[str, nn.Linear], reasons: dict[str, str]) -> None:
         torch.compiler.reset()
 
 
-@torch.no_grad()
-def _normalize_rows(weight: Tensor) -> None:
-    rows = weight.double()
-    norm = rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
-    weight.copy_(rows / norm)
-
-
 def _rows(
-    model: nn.Module, found: dict[str, nn.Linear], reasons: dict[str, str | None]
+    model: nn.Module,
+    found: dict[str, nn.Linear],
+    reasons: dict[str, str | None],
+    done: dict[str, str],
 ) -> Iterator[LayerRow]:
+    """The rows of the report; `done` says what was done to weights, by name."""
     others: dict[str, list[OtherWeight]] = defaultdict(list)
     for weight in other_weights(model):
         others[weight.module].append(weight)
     names = (user_name(name) for name, _ in model.named_modules(remove_duplicate=False))
     for name in dict.fromkeys(names):
         if name in found:
-            yield _row(name, found[name], reasons[name])
+            yield _row(name, found[name], reasons[name], done.get(name))
         for w in others.pop(name, ()):
             status = "dense" if w.trains else "frozen"
             yield LayerRow(w.name, w.shape, "-", status, w.reason, is_linear=False)
 
 
-def _row(name: str, module: nn.Linear, reason: str | None) -> LayerRow:
+def _row(name: str, module: nn.Linear, reason: str | None, done: str | None) -> LayerRow:
     shape = (module.out_features, module.in_features)
     equivalence = equivalence_of(module)
     if equivalence is None:
         return LayerRow(name, shape, "-", "skipped", reason or "")
     e = equivalence
-    notes = [] if reason is None else [reason]
+    notes = [note for note in (reason, done) if note is not None]
     left_over = []
     for side in e.sides:
         over = side.permutation.size - side.blocks * side.block

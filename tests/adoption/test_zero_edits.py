@@ -557,7 +557,7 @@ def test_under_ddp_and_fsdp2_prepare_comes_first(order: str, one_process: None):
 
 
 def test_options_that_change_the_weights_need_prepare():
-    error = raised(lambda: compiled(mlp(), normalize_rows=True)(X))
+    error = raised(lambda: compiled(mlp(), init="rows")(X))
     assert isinstance(error, AdoptionError)
     assert "prepare(model, config)" in str(error)
 

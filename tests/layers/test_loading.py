@@ -381,14 +381,6 @@ def test_a_model_prepared_on_meta_is_initialised_as_a_plain_one() -> None:
     assert_close(merge_and_unload(model)(TOKENS), expected)
 
 
-def test_rows_cannot_be_normalised_on_meta() -> None:
-    with torch.device("meta"):
-        model = MLP()
-    with pytest.raises(ValueError, match="normalize_rows needs the values of the weights"):
-        prepared(model, normalize_rows=True)
-    assert not list(prepared_linears(model))
-
-
 def test_a_model_without_storage_can_be_loaded() -> None:
     saved = prepared(SwiGLU())
     turn(saved)

@@ -502,22 +502,6 @@ def test_a_prepared_model_compiles_without_a_graph_break() -> None:
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
-# Row normalisation
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_normalised_only_when_asked_and_a_zero_row_stays_zero(dtype) -> None:
-    linear = nn.Linear(40, 7, dtype=dtype)
-    with torch.no_grad():
-        linear.weight[3] = 0
-    prepare(linear, POETXConfig(block_size=4, normalize_rows=True))
-    norms = linear.weight.detach().double().norm(dim=1)
-    expected = torch.ones(7, dtype=torch.float64)
-    expected[3] = 0
-    assert norms[3] == 0
-    assert_close(norms, expected, dtype)
-
-
 # The way back
 
 
