@@ -2,6 +2,7 @@
 
 ==========================  =====================================================================
 ``orthogonal_equivalence``  the effective weight ``R W₀ P`` (weight-centric; what eager runs)
+``identity_equivalence``    the same where the rotations are the identity: the weight itself
 ``cayley_neumann``          packed skew parameters → rotations, by the Cayley-Neumann expansion
 ``cayley_exact``            packed skew parameters → rotations, by a batched solve
 ``rotation_delta``          packed skew parameters → G − I, rounded: what is folded into a weight
@@ -11,6 +12,7 @@
 ``rotate_blocks``           block-diagonal product, columns gathered before and scattered after
 ``block_product``           blocks of ``Xᵀ Y``: the gradient of a rotation
 ``stacked_block_products``  two of them over the same tokens: the gradients of both sides at once
+``skew_block_products``     the gradients of rotations at the identity, packed
 ``permute_columns``         one gather of the columns, its backward the inverse gather
 ==========================  =====================================================================
 
@@ -25,11 +27,13 @@ from poetx_compile.ops.block_product import block_product
 from poetx_compile.ops.cayley import cayley_exact, cayley_neumann, rotations
 from poetx_compile.ops.fold import fold_weight
 from poetx_compile.ops.folded_linear import folded_linear
+from poetx_compile.ops.identity_equivalence import identity_equivalence
 from poetx_compile.ops.orthogonal_equivalence import orthogonal_equivalence
 from poetx_compile.ops.permute import permute_columns
 from poetx_compile.ops.registry import OPS
 from poetx_compile.ops.rotate import rotate_blocks
 from poetx_compile.ops.rotation_delta import rotation_delta
+from poetx_compile.ops.skew_block_products import skew_block_products
 from poetx_compile.ops.stacked_block_products import stacked_block_products
 from poetx_compile.ops.tangent import rotation_tangent
 
@@ -40,11 +44,13 @@ __all__ = [
     "cayley_neumann",
     "fold_weight",
     "folded_linear",
+    "identity_equivalence",
     "orthogonal_equivalence",
     "permute_columns",
     "rotate_blocks",
     "rotation_delta",
     "rotation_tangent",
     "rotations",
+    "skew_block_products",
     "stacked_block_products",
 ]

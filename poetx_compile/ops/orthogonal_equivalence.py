@@ -67,7 +67,7 @@ def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 
     )
     check_pair(perm_in, weight.shape[1], "perm_in")
     check_pair(perm_out, weight.shape[0], "perm_out")
-    build: Any = rotations_reference if (plain := _transformed()) else rotations
+    build: Any = rotations_reference if (plain := transformed()) else rotations
     rotate: Any = rotate_blocks_reference if plain else torch.ops.poetx.rotate_blocks
     # S is a constant whatever its flag says: a user's `requires_grad_(True)` does not train it.
     stored = weight.detach() if weight.requires_grad else weight
@@ -79,7 +79,7 @@ def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 
     return columns.to(weight.dtype)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether forward-mode AD or a transform of `torch.func` is at work.
 
     Custom ops cannot take part in these: torch raises for `grad`, and `jvp` takes their results
