@@ -4,6 +4,7 @@
 `adopt_linear`          plain linears of an unprepared model get the orthogonal-equivalence form
 `formulation`           linear over such a weight → the product, each side of the layer rotated
                         (`input_centric`) or folded into the weight (`folded`)
+`merged`                linear over a weight whose rotations are the identity → the product alone
 `share_permutations`    one gather for the layers fed by the same tensor
 `cancel_permutations`   no permutation where a scatter meets a gather of the same group
 `batch_cayley`          rotations of several layers in one launch, within a byte budget
@@ -25,12 +26,14 @@ from poetx_compile.passes.contract import Event, GraphPass, Record, Refusal, run
 from poetx_compile.passes.cost import Machine
 from poetx_compile.passes.formulation import FORMS, Formulation
 from poetx_compile.passes.hoist_folds import HoistFolds
+from poetx_compile.passes.merged import Merged
 from poetx_compile.passes.recompute import Recompute
 from poetx_compile.passes.share_permutations import SharePermutations
 
 PASSES: tuple[type[GraphPass[Any]], ...] = (
     AdoptLinear,
     Formulation,
+    Merged,
     SharePermutations,
     CancelPermutations,
     BatchCayley,
@@ -39,6 +42,8 @@ PASSES: tuple[type[GraphPass[Any]], ...] = (
 )
 NAMES = (*(p.name for p in PASSES), *FORMS)
 """What `disable_passes` takes: passes, and the forms that `formulation` chooses from."""
+LAYER_FORMS = (*FORMS, Merged.name)
+"""The names of the events that say how a layer runs."""
 
 
 def pipeline(
@@ -60,6 +65,7 @@ def pipeline(
     forms = [form for form in FORMS if form not in disabled]
     passes: list[GraphPass[Any]] = [
         Formulation(formulation, folds, machine, within_guard, forms),
+        Merged(),
         SharePermutations(),
         CancelPermutations(),
         BatchCayley(max_bytes),
@@ -71,6 +77,7 @@ def pipeline(
 
 __all__ = [
     "FORMS",
+    "LAYER_FORMS",
     "NAMES",
     "PASSES",
     "AdoptLinear",
@@ -81,6 +88,7 @@ __all__ = [
     "GraphPass",
     "HoistFolds",
     "Machine",
+    "Merged",
     "Recompute",
     "Record",
     "Refusal",

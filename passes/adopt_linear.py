@@ -71,6 +71,15 @@ class StateSpec:
     block_in: int
     block_out: int
     order: int | None
+    merged: bool = False
+    """Whether the rotations are the identity whenever the model runs (``merge_interval=1``)."""
+
+    def equivalence(self, stored: fx.Node, operands: Iterable[fx.Node]) -> tuple[Any, tuple]:
+        """The op that gives the effective weight, and its arguments."""
+        args = (stored, *operands, self.block_in, self.block_out)
+        if self.merged:
+            return graphs.IDENTITY.default, args
+        return graphs.ROTATED.default, (*args, self.order)
 
 
 class AdoptLinear(GraphPass[WeightSite]):
@@ -85,6 +94,8 @@ class AdoptLinear(GraphPass[WeightSite]):
         S: [n, m] = W.detach()
         w: [n, m] = poetx.orthogonal_equivalence(S, skew_in, skew_out, perm_in, perm_out, b, b', k)
         y: [..., n] = linear(x, w, bias)
+
+    With ``merge_interval=1`` it is ``poetx.identity_equivalence`` (without k).
 
     The same value (the rotations start at the identity); W gets no gradient, the skew parameters
     do. A weight that is read in several contexts (grad modes, autocast regions) is built in each.
@@ -177,10 +188,7 @@ class AdoptLinear(GraphPass[WeightSite]):
                         # Not in inference mode, where AOTAutograd cannot trace it.
                         detach = context.records
                         stored = body.call_method("detach", (use.weight,)) if detach else use.weight
-                        weight = body.call_function(
-                            graphs.EQUIVALENCE[1],
-                            (stored, *operands, spec.block_in, spec.block_out, spec.order),
-                        )
+                        weight = body.call_function(*spec.equivalence(stored, operands))
                     built[context] = graphs.inherit(weight, linear)
                 linear.replace_input_with(use.weight, built[context])
 

@@ -269,6 +269,7 @@ def _is_new_memory(node: fx.Node) -> bool:
         torch.ops.poetx.rotate_blocks,
         torch.ops.poetx.permute_columns,
         torch.ops.poetx.folded_linear,
+        torch.ops.poetx.merged_linear,
     ):
         return True
     casts = node.op == "call_method" and node.target in _CASTS

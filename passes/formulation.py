@@ -106,7 +106,7 @@ class Formulation(GraphPass[Weight]):
         self.machine, self.forms = machine or Machine(), forms
 
     def sites(self, graph: fx.Graph) -> Iterable[Weight]:
-        found = [n for n in graph.nodes if graphs.is_op(n, *graphs.EQUIVALENCE)]
+        found = [n for n in graph.nodes if graphs.is_op(n, graphs.ROTATED)]
         return [Weight(node, sides.sides_of(node)) for node in found]
 
     def decide(self, site: Weight) -> str:
@@ -166,14 +166,7 @@ class Formulation(GraphPass[Weight]):
         return {side.name: of(side) for side in both if side.blocks}
 
     def describe(self, site: Weight) -> dict[str, Any]:
-        side_in, side_out = site.sides
-        return {
-            "pass_name": site.form,
-            "layers": graphs.layers_of([site.node]),
-            "shape": (side_out.width, side_in.width),
-            "blocks": " | ".join(f"{side.blocks}x{side.block}" for side in site.sides),
-            "choices": site.choices,
-        }
+        return sides.described(site.node) | {"pass_name": site.form, "choices": site.choices}
 
     def apply(self, graph: fx.Graph, site: Weight) -> None:
         node, narrow = site.node, sides.is_low_precision(site.node)

@@ -36,10 +36,12 @@ TANGENT = "tangent"
 """Zeros that carry the gradient of a rotation; never computed."""
 
 LINEAR = F.linear
-EQUIVALENCE = (
-    torch.ops.poetx.orthogonal_equivalence,
-    torch.ops.poetx.orthogonal_equivalence.default,
-)
+ROTATED = torch.ops.poetx.orthogonal_equivalence
+"""The effective weight of a layer."""
+IDENTITY = torch.ops.poetx.identity_equivalence
+"""That of a layer whose rotations are the identity whenever it runs."""
+EQUIVALENCE = (ROTATED, IDENTITY)
+"""What gives effective weights; arguments are the stored weight, then both skew parameters."""
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 

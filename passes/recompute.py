@@ -103,11 +103,8 @@ def resolve(node: fx.Node, *, given_up: bool) -> None:
 
 _NEVER_KEPT = (graphs.ROTATION, graphs.TANGENT)
 _RECOMPUTED = (*_NEVER_KEPT, graphs.INTERMEDIATE, graphs.FOLDED_WEIGHT)
-_LAYERS = (
-    torch.ops.poetx.rotate_blocks,
-    torch.ops.poetx.permute_columns,
-    torch.ops.poetx.folded_linear,
-)
+_PRODUCTS = (torch.ops.poetx.folded_linear, torch.ops.poetx.merged_linear)
+_LAYERS = (torch.ops.poetx.rotate_blocks, torch.ops.poetx.permute_columns, *_PRODUCTS)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -117,7 +114,7 @@ def _flops_an_element(node: fx.Node) -> int:
         return 2 * _width(node.args[1])
     if graphs.is_op(node, torch.ops.poetx.fold_weight):
         return sum(2 * _width(rotation) for rotation in node.args[1:3] if rotation is not None)
-    if graphs.is_linear(node) or graphs.is_op(node, torch.ops.poetx.folded_linear):
+    if graphs.is_linear(node) or graphs.is_op(node, *_PRODUCTS):
         return 2 * _width(node.args[1])
     return 0
 

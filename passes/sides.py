@@ -34,8 +34,9 @@ class Side(NamedTuple):
 
 
 def sides_of(equivalence: fx.Node) -> tuple[Side, Side]:
-    """The input and the output side of an ``orthogonal_equivalence`` node."""
-    stored, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order = equivalence.args
+    """The input and the output side of an effective weight."""
+    stored, skew_in, skew_out, perm_in, perm_out, block_in, block_out, *rest = equivalence.args
+    order: Any = rest[0] if rest else None
     shape = graphs.shape_of(stored)
     assert shape is not None, "a weight has a known shape"
     n, m = (int(size) for size in shape)
@@ -43,6 +44,16 @@ def sides_of(equivalence: fx.Node) -> tuple[Side, Side]:
         Side("in", skew_in, perm_in, block_in, order, m),  # type: ignore[arg-type]
         Side("out", skew_out, perm_out, block_out, order, n),  # type: ignore[arg-type]
     )
+
+
+def described(equivalence: fx.Node) -> dict[str, Any]:
+    """What an event says of an effective weight: its layer, its shape and its blocks."""
+    side_in, side_out = both = sides_of(equivalence)
+    return {
+        "layers": graphs.layers_of([equivalence]),
+        "shape": (side_out.width, side_in.width),
+        "blocks": " | ".join(f"{side.blocks}x{side.block}" for side in both),
+    }
 
 
 def compute_dtype(linear: fx.Node) -> torch.dtype | None:

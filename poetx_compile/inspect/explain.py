@@ -25,7 +25,7 @@ from poetx_compile.layers.eligibility import PREPARED, linears, refusals, unwrap
 from poetx_compile.layers.parametrization import equivalence_of
 from poetx_compile.layers.prepare import config_of
 from poetx_compile.layers.report import format_table
-from poetx_compile.passes import FORMS, Event, Machine, Record, graphs
+from poetx_compile.passes import LAYER_FORMS, Event, Machine, Record, graphs
 from poetx_compile.passes.cost import Cost
 
 _ACROSS_LAYERS = ("share_permutations", "cancel_permutations", "batch_cayley", "hoist_folds")
@@ -251,7 +251,7 @@ def _rows(model: nn.Module, config: POETXConfig, seen: list[ExplainedGraph]) -> 
     by_name: dict[str, Event] = {}
     for graph in seen:
         for event in graph.record.events:
-            if event.pass_name not in ("adopt_linear", *FORMS):
+            if event.pass_name not in ("adopt_linear", *LAYER_FORMS):
                 continue
             for layer in event.layers:
                 _note(by_name, layer.name, event)
@@ -278,13 +278,13 @@ def _note(events: dict[Any, Event], key: Any, event: Event) -> None:
     if (
         earlier is None
         or earlier.applied
-        or (earlier.pass_name in FORMS) != (event.pass_name in FORMS)
+        or (earlier.pass_name in LAYER_FORMS) != (event.pass_name in LAYER_FORMS)
     ):
         events[key] = event
 
 
 def _row(name: str, shape: tuple[int, int], event: Event | None, reason: str | None) -> ExplainRow:
-    if event is not None and event.pass_name in FORMS:
+    if event is not None and event.pass_name in LAYER_FORMS:
         if event.applied:
             costs = tuple(choice.cost for choice in event.choices if choice.cost)
             return ExplainRow(name, shape, event.blocks, event.detail, "rewritten", "", costs)

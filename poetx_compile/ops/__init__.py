@@ -9,6 +9,7 @@
 ``rotation_tangent``        zeros that carry the gradient of a rotation folded into a weight
 ``fold_weight``             the effective weight from given rotations, for the folded formulation
 ``folded_linear``           linear over such a weight; its backward gives the rotations' gradients
+``merged_linear``           linear over a weight whose rotations are the identity, the same way
 ``rotate_blocks``           block-diagonal product, columns gathered before and scattered after
 ``block_product``           blocks of ``Xᵀ Y``: the gradient of a rotation
 ``stacked_block_products``  two of them over the same tokens: the gradients of both sides at once
@@ -28,6 +29,7 @@ from poetx_compile.ops.cayley import cayley_exact, cayley_neumann, rotations
 from poetx_compile.ops.fold import fold_weight
 from poetx_compile.ops.folded_linear import folded_linear
 from poetx_compile.ops.identity_equivalence import identity_equivalence
+from poetx_compile.ops.merged_linear import merged_linear
 from poetx_compile.ops.orthogonal_equivalence import orthogonal_equivalence
 from poetx_compile.ops.permute import permute_columns
 from poetx_compile.ops.registry import OPS
@@ -45,6 +47,7 @@ __all__ = [
     "fold_weight",
     "folded_linear",
     "identity_equivalence",
+    "merged_linear",
     "orthogonal_equivalence",
     "permute_columns",
     "rotate_blocks",

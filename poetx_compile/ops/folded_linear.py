@@ -9,7 +9,8 @@ from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.registry import define
 
 
-def _check(x, weight, tangent_in, tangent_out, perm_in, perm_out) -> None:
+def check_product(x: Tensor, weight: Tensor) -> None:
+    """Raise unless x [..., m] may be multiplied by a weight [n, m] of its dtype."""
     torch._check(
         weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[1],
         lambda: (
@@ -21,6 +22,10 @@ def _check(x, weight, tangent_in, tangent_out, perm_in, perm_out) -> None:
         x.dtype == weight.dtype and x.is_floating_point(),
         lambda: f"poetx: x and weight must have one dtype, got {x.dtype} and {weight.dtype}",
     )
+
+
+def _check(x, weight, tangent_in, tangent_out, perm_in, perm_out) -> None:
+    check_product(x, weight)
     _check_side("in", tangent_in, perm_in, weight.shape[1])
     _check_side("out", tangent_out, perm_out, weight.shape[0])
 
@@ -74,7 +79,7 @@ def folded_linear_reference(
     Returns:
         [..., n] of x's dtype, without a bias.
     """
-    return torch.mm(_rows(x), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
+    return torch.mm(rows_of(x), weight.t()).reshape(*x.shape[:-1], weight.shape[0])
 
 
 folded_linear = define(
@@ -101,7 +106,7 @@ def _setup(ctx, inputs, output) -> None:
     )
 
 
-_FEW_BLOCKS = 64
+FEW_BLOCKS = 64
 """Up to as many blocks the products of both sides are one launch: alone, neither fills a GPU."""
 
 
@@ -110,28 +115,29 @@ def _backward(ctx, grad):
     of_in, of_out = ctx.blocks_in, ctx.blocks_out  # (blocks, b), or None
     grad_in = grad_out = None
     # One matrix for all that read it: a compiler would copy a transposed gradient for each reader.
-    rows = _rows(grad)
+    rows = rows_of(grad)
     needs_x = ctx.needs_input_grad[0]
     grad_rows = torch.mm(rows, weight) if needs_x or of_in is not None else None
     product = torch.ops.poetx.block_product
-    if of_in and of_out and of_in[1] == of_out[1] and of_in[0] + of_out[0] <= _FEW_BLOCKS:
+    if of_in and of_out and of_in[1] == of_out[1] and of_in[0] + of_out[0] <= FEW_BLOCKS:
         (blocks_in, b), (blocks_out, _) = of_in, of_out
         stacked = torch.ops.poetx.stacked_block_products(
-            _rows(x), grad_rows, rows, _rows(v), blocks_in, blocks_out, b, perm_in, perm_out
+            rows_of(x), grad_rows, rows, rows_of(v), blocks_in, blocks_out, b, perm_in, perm_out
         )
         grad_in, grad_out = stacked[:blocks_in], stacked[blocks_in:]
     else:
         if of_in is not None:
-            grad_in = product(_rows(x), grad_rows, *of_in, perm_in, perm_in)
+            grad_in = product(rows_of(x), grad_rows, *of_in, perm_in, perm_in)
         if of_out is not None:
-            grad_out = product(rows, _rows(v), *of_out, perm_out, perm_out)
+            grad_out = product(rows, rows_of(v), *of_out, perm_out, perm_out)
     grad_x = None
     if needs_x and grad_rows is not None:
         grad_x = grad_rows.reshape(*grad.shape[:-1], weight.shape[1])
     return grad_x, None, grad_in, grad_out, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """[..., d] as one matrix."""
     return x.reshape(-1, x.shape[-1])
 
 
