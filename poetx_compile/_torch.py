@@ -8,7 +8,7 @@ them a version lacks, and that no other module names a private one.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import Any
 
 # Tensors
@@ -38,18 +38,21 @@ from torch._prims_common import is_contiguous_or_false  # adds no guard
 from torch import _disable_dynamo  # `torch.compiler.disable` would load Dynamo
 from torch._C import _current_graph_task_id  # whether a backward runs
 from torch._C import _DisableAutocast  # a backward compiled in the user's autocast region
-from torch._dynamo.eval_frame import OptimizedModule, innermost_backend  # what a module was given
-from torch._dynamo.guards import GuardBuilder  # a flag that torch 2.11 does not guard
-from torch._dynamo.source import AttrSource, ConstantSource  # inputs that have no place in a frame
 from torch._guards import CompileContext, TracingContext, detect_fake_mode, tracing
 
-# Inductor
-from torch._higher_order_ops import triton_kernel_wrap  # what a kernel writes
-from torch._inductor import custom_graph_pass  # whether one pass or a list: torch 2.11 or later
-from torch._inductor import list_mode_options, list_options, metrics
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
-
 LATE = {
+    "OptimizedModule": "torch._dynamo.eval_frame",
+    "innermost_backend": "torch._dynamo.eval_frame",  # what a module was given
+    "GuardBuilder": "torch._dynamo.guards",  # a flag that torch 2.11 does not guard
+    "AttrSource": "torch._dynamo.source",
+    "ConstantSource": "torch._dynamo.source",  # inputs that have no place in a frame
+    "triton_kernel_wrap": "torch._higher_order_ops",  # what a kernel writes
+    "custom_graph_pass": "torch._inductor",  # whether one pass or a list: torch 2.11 or later
+    "list_mode_options": "torch._inductor",
+    "list_options": "torch._inductor",
+    "metrics": "torch._inductor",
+    "CustomGraphPass": "torch._inductor.custom_graph_pass",
+    "CustomPartitionerFn": "torch._inductor.custom_graph_pass",
     "aot_autograd": "torch._dynamo.backends.common",
     "make_boxed_func": "functorch.compile",
     "min_cut_rematerialization_partition": "functorch.compile",
@@ -63,7 +66,8 @@ LATE = {
     "AsyncCompile": "torch._inductor.async_compile",
     "PythonWrapperCodegen": "torch._inductor.codegen.wrapper",
 }
-"""Names of what is loaded only when something is compiled, and their modules."""
+"""Names of what is loaded only when something is compiled, and their modules: importing this
+package loads neither Dynamo nor Inductor, which take as long as torch itself."""
 
 ATTRIBUTES = {
     "torch.Tensor": "_version _base _backward_hooks _post_accumulate_grad_hooks",
@@ -86,4 +90,4 @@ ATTRIBUTES = {
 def __getattr__(name: str) -> Any:
     if name not in LATE:
         raise AttributeError(name)
-    return getattr(importlib.import_module(LATE[name]), name)
+    return pkgutil.resolve_name(f"{LATE[name]}.{name}")

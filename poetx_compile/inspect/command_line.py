@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,34 +14,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from poetx_compile.compile.options import without_adoption
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, POETXError
-from poetx_compile.inspect.estimate import estimate
-from poetx_compile.inspect.explain import explain
-from poetx_compile.inspect.memory import meta
-from poetx_compile.inspect.memory.inputs import check_sizes, make_inputs
 from poetx_compile.inspect.memory.parts import OPTIMIZERS
-from poetx_compile.inspect.memory.source import model_on_meta
+from poetx_compile.version import __version__
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 _ESTIMATE = """examples:
-  python -m poetx_compile estimate config.json --batch-size 8 --dtype bfloat16
-  python -m poetx_compile estimate path/to/checkpoint --optimizer muon --block-size 512 --json -
-  python -m poetx_compile estimate --factory mypackage.model:build --input 8x3x224x224:bfloat16
+  poetx estimate config.json --batch-size 8 --dtype bfloat16
+  poetx estimate path/to/checkpoint --optimizer muon --block-size 512 --json -
+  poetx estimate --factory mypackage.model:build --input 8x3x224x224:bfloat16
 """
 
 _EXPLAIN = """examples:
-  python -m poetx_compile explain config.json --dtype bfloat16 --html page.html
-  python -m poetx_compile explain --factory mypackage.model:build --input 8x1024:int64 --graphs
-  python -m poetx_compile explain config.json --option disable_passes='["batch_cayley"]'
+  poetx explain config.json --dtype bfloat16 --html page.html
+  poetx explain --factory mypackage.model:build --input 8x1024:int64 --graphs
+  poetx explain config.json --option disable_passes='["batch_cayley"]'
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "poetx") -> int:
     """Run one command; returns the exit status, 2 where the arguments do not work."""
-    parser = command_parser()
+    parser = command_parser(prog)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
@@ -50,12 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def command_parser() -> argparse.ArgumentParser:
+def command_parser(prog: str = "poetx") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m poetx_compile",
+        prog=prog,
         description="What POET-X makes of a model, before anybody trains it. This takes no GPU and "
         "no memory for the weights: everything happens on the meta device.",
     )
+    version = f"poetx-compile {__version__}, torch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="estimate|explain")
     command = _command(commands, "estimate", "memory of training, part by part", _ESTIMATE)
     command.set_defaults(run=_estimate)
@@ -126,6 +124,8 @@ def _command(commands: Any, name: str, what: str, examples: str) -> argparse.Arg
 
 
 def _estimate(args: argparse.Namespace) -> None:
+    from poetx_compile.inspect.estimate import estimate  # loads Dynamo
+
     found = estimate(
         _source(args),
         *map(_tensor, args.input),
@@ -149,6 +149,12 @@ def _estimate(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
+    from poetx_compile.compile.options import without_adoption
+    from poetx_compile.inspect.explain import explain
+    from poetx_compile.inspect.memory import meta
+    from poetx_compile.inspect.memory.inputs import check_sizes, make_inputs
+    from poetx_compile.inspect.memory.source import model_on_meta
+
     model = model_on_meta(_source(args))
     if args.dtype:
         model.to(_dtype(args.dtype))
@@ -181,6 +187,8 @@ def _source(args: argparse.Namespace) -> Any:
     module_name, _, name = args.factory.partition(":")
     if not module_name or not name:
         raise ConfigError(f"--factory {args.factory}: write it as MODULE:FUNCTION")
+    if (here := os.getcwd()) not in sys.path:  # as with `python -m`
+        sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:

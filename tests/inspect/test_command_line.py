@@ -1,4 +1,4 @@
-"""``python -m poetx_compile``: what it prints and writes, and what it says of wrong arguments."""
+"""The command ``poetx``: what it prints and writes, and what it says of wrong arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import poetx_compile as poetx
 from poetx_compile.inspect.command_line import main
 
 FACTORY = ["--factory", "tests.helpers.models:SwiGLU", "--block-size", "8"]
@@ -85,16 +87,20 @@ def test_wrong_arguments_say_what_to_do(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("python -m poetx_compile ")
+    assert error.startswith("poetx ")
     assert error.count("\n") == 1
 
 
 def test_it_is_a_module_with_help() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "poetx_compile", "estimate", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "poetx_compile", "estimate", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m poetx_compile estimate")
     assert "examples:" in done.stdout
     assert "--sequence-length" in done.stdout
+
+
+def test_it_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    expected = f"poetx-compile {poetx.__version__}, torch {torch.__version__}\n"
+    assert capsys.readouterr().out == expected

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGES = PROJECT["tool"]["setuptools"]["packages"]
 TARGET = "poetx_compile.compile.backend:poetx_backend"
+COMMAND = "poetx_compile.inspect.command_line:main"
 
 
 def _run(*command: str, cwd: Path, **environment: str) -> str:
@@ -50,8 +52,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("poetx_compile", "passes"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("poetx_compile", "passes", "src"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
@@ -89,18 +92,33 @@ def test_the_wheel_imports_by_itself(wheel: Path, tmp_path: Path) -> None:
     code = (
         "import importlib.metadata, poetx_compile, poetx_compile.passes\n"
         "(found,) = importlib.metadata.distributions(name='poetx-compile', path=[{site!r}])\n"
-        "(entry,) = found.entry_points\n"
         "print(poetx_compile.__file__, poetx_compile.passes.__file__)\n"
-        "print(entry.group, entry.name, entry.value)\n"
+        "for entry in found.entry_points: print(entry.group, entry.name, entry.value)\n"
     ).format(site=str(tmp_path / "site"))
     # -P and a folder elsewhere: nothing but the wheel can be found first.
     out = _run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    files, entry = out.splitlines()
+    files, *entries = out.splitlines()
     assert [Path(f).parent for f in files.split()] == [
         tmp_path / "site" / "poetx_compile",
         tmp_path / "site" / "poetx_compile" / "passes",
     ]
-    assert entry == f"torch_dynamo_backends poetx {TARGET}"
+    assert sorted(entries) == [
+        f"console_scripts poetx {COMMAND}",
+        f"torch_dynamo_backends poetx {TARGET}",
+    ]
+
+
+def test_an_editable_installation_is_one_path_with_all_packages_in_it() -> None:
+    # Of a package folder named "" setuptools makes a path, which mypy and editors follow; of any
+    # other mapping an import hook, which they do not.
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"": "src"}
+    for package in PACKAGES:
+        folder = ROOT / "src" / package.replace(".", "/")
+        module = "passes" if package == "poetx_compile.passes" else package.replace(".", "/")
+        assert (folder / "__init__.py").resolve() == ROOT / module / "__init__.py"
+    assert [f.name for f in (ROOT / "src").iterdir() if f.suffix != ".egg-info"] == [
+        "poetx_compile"
+    ]
 
 
 def _installed() -> importlib.metadata.Distribution:
@@ -167,15 +185,36 @@ def test_every_module_imports_without_triton_or_a_gpu(tmp_path: Path) -> None:
     assert out.strip() == "[[[1.0, 0.0], [0.0, 1.0]]]"
 
 
-def test_importing_the_package_loads_no_kernel(tmp_path: Path) -> None:
-    # Where Triton is installed, torch's compiler imports it by itself; kernels are ours.
+def test_importing_the_package_loads_little_more_than_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, poetx_compile\n"
-        "print(sorted(m for m in sys.modules if m.startswith('poetx_compile.ops.kernels')))"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import poetx_compile\n"
+        "print(sorted({*sys.modules} - before))\n"
+        "print(poetx_compile.explain.__module__, poetx_compile.poetx_backend.__module__)"
     )
     out = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    loaded, late = out.splitlines()
+    modules = ast.literal_eval(loaded)
     kernels = "poetx_compile.ops.kernels"
-    assert ast.literal_eval(out) == [kernels, f"{kernels}.common", f"{kernels}.low_precision"]
+    assert [m for m in modules if m.startswith(kernels)] == [
+        kernels,
+        f"{kernels}.common",
+        f"{kernels}.low_precision",
+    ]
+    # Neither Dynamo nor Inductor, nor what they load: sympy, Triton.
+    assert {m.partition(".")[0] for m in modules} == {"poetx_compile"}
+    assert late == "poetx_compile.inspect.explain poetx_compile.compile.backend"
+
+
+def test_no_public_name_hides_a_module() -> None:
+    # `import poetx_compile.explain as x` must not give what is no module. The ops are an exception
+    # that is meant: each is in the module of its name, and `poetx_compile.ops.rotate_blocks` is it.
+    for package in {*PACKAGES} - {"poetx_compile.ops", "poetx_compile.ops.kernels"}:
+        module = importlib.import_module(package)
+        for found in pkgutil.iter_modules(module.__path__):
+            full = f"{package}.{found.name}"
+            assert getattr(module, found.name, None) in (None, sys.modules.get(full)), full
 
 
 def test_the_readme_commands_are_one_line_each() -> None:
