@@ -44,9 +44,13 @@ class TrainBatches:
 
     def next(self) -> tuple[Tensor, Tensor]:
         """(tokens, targets), each int64 [batch_size, seq_len], or the rows of this process."""
+        return windows_at(self.data, self.starts(), self.seq_len)
+
+    def starts(self) -> list[int]:
+        """Where the windows of the next batch begin."""
         starts = [self._start(self.position + i) for i in range(self.batch_size)[self.part]]
         self.position += self.batch_size
-        return windows_at(self.data, starts, self.seq_len)
+        return starts
 
     def _start(self, position: int) -> int:
         epoch, index = divmod(position, self.windows)
@@ -89,8 +93,9 @@ def window_count(data: Tensor, seq_len: int, split: str) -> int:
     return count
 
 
-def windows_at(data: Tensor, starts: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
+def windows_at(data: Tensor, starts: list[int] | Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
     """(tokens, targets) int64 [len(starts), seq_len] of the windows that begin at `starts`."""
-    index = torch.tensor(starts)[:, None] + torch.arange(seq_len + 1)
+    first = torch.as_tensor(starts, device=data.device)
+    index = first[:, None] + torch.arange(seq_len + 1, device=data.device)
     window = data[index].long()
     return window[:, :-1].contiguous(), window[:, 1:].contiguous()
