@@ -80,11 +80,8 @@ def poetx_config(settings: Settings) -> poetx.POETXConfig:
         raise PlanError(f"POETXConfig of this checkout has no {', '.join(unknown)}")
     if settings.method == "poet":
         values = poet.fields(values)
-    values = {"permutation": "chunked", "seed": settings.seed, **values}
-    if "init" in _FIELDS:
-        values.setdefault("init", "keep" if settings.start else "rows")
-    elif settings.start is None:
-        values.setdefault("normalize_rows", True)
+    init = "keep" if settings.start else "rows"
+    values = {"permutation": "chunked", "seed": settings.seed, "init": init, **values}
     try:
         return poetx.POETXConfig(block_size=settings.block_size, **values)
     except ValueError as error:

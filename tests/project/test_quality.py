@@ -224,7 +224,7 @@ def test_a_run_goes_on_where_another_one_ended(name: str, folder: Path) -> None:
     again._validate(0)
     assert after["validation"][0][1] == pytest.approx(again.validated[-1][1], abs=1e-5)
     if name == "poetx":
-        assert not after["resolved"]["normalize_rows"]
+        assert after["resolved"]["init"] == "keep"
 
 
 def test_a_run_that_diverges_says_so(folder: Path) -> None:
