@@ -34,6 +34,7 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "rotate_blocks": (x, blocks, None, None, False),
         "block_product": (x, x, 2, 32, None, None),
         "stacked_block_products": (x, x, x, x, 2, 2, 32, None, None),
+        "skew_block_products": (x, x, 2, 32, pair, x, x, 2, None),
         "permute_columns": (x, pair, False),
     }[op]
 

@@ -330,6 +330,28 @@ def test_stacked_block_products(dtype, leading, widths, b, kinds, poisoned):
     assert torch.equal(first, again), "not deterministic"
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("tokens", "widths", "b"),
+    [
+        (33, (77, 154), 77),
+        (999, (640, 1296), 320),
+        (8192, (1024, 2048), 512),
+        (70, (1024, 1040), 1024),
+    ],
+)
+@pytest.mark.parametrize("kinds", [(None, "columns"), ("chunks", "chunks")])
+def test_skew_block_products(dtype, tokens, widths, b, kinds, poisoned):
+    x, y, x2, y2 = (torch.randn(tokens, widths[i], device=DEVICE).to(dtype) for i in (0, 0, 1, 1))
+    gathers = [pairs(width, kind)[0] for width, kind in zip(widths, kinds, strict=True)]
+    first = x, y, widths[0] // b, b, gathers[0]
+    check("skew_block_products", skew_block_products_reference, *first, None, None, 0, None)
+    args = *first, x2, y2, widths[1] // b, gathers[1]
+    made = check("skew_block_products", skew_block_products_reference, *args)
+    again = torch.ops.poetx.skew_block_products(*args)
+    assert torch.equal(made, again), "not deterministic"
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])
 @pytest.mark.parametrize(
     ("shape", "chunk"),

@@ -226,7 +226,22 @@ products = [Operands(x1, y1, 2, gather1, gather1), Operands(x2, y2, 3, gather2, 
 expected = reference("stacked_block_products", "stacked_block_products")(*args)
 for splits in (2, 3, 5):
     actual = planned_block_products(products, 32, Plan(16, 32, 16, 4, 3, splits))
-    assert_close(actual, expected, what=f"{splits} splits")
+    assert_close(actual.sum(0), expected, what=f"{splits} splits")
+""",
+    "skew_block_products": """
+for dtype in (torch.float32, torch.float16):
+    for tokens, widths, b in ((7, (10, 7), 2), (70, (35, 70), 35), (3, (73, 65), 64)):
+        x, y = torch.randn(2, tokens, widths[0]).to(dtype)
+        first = x, y, widths[0] // b, b, pair(widths[0])
+        check("skew_block_products", "skew_block_products", *first, None, None, 0, None)
+        x2, y2 = torch.randn(2, tokens, widths[1]).to(dtype)
+        second = x2, y2, widths[1] // b, None
+        check("skew_block_products", "skew_block_products", *first, *second)
+# Partial sums of two splits, gathered in the kernel.
+from poetx_compile.ops.kernels.block_product import plan
+assert plan(4200, 8, 2, 4, False, True).splits > 1
+x, y = torch.randn(2, 4200, 16)
+check("skew_block_products", "skew_block_products", x, y, 2, 8, pair(2), None, None, 0, None)
 """,
     "permute": """
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32):
