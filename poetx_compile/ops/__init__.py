@@ -14,6 +14,7 @@
 ``block_product``           blocks of ``Xᵀ Y``: the gradient of a rotation
 ``stacked_block_products``  two of them over the same tokens: the gradients of both sides at once
 ``skew_block_products``     the gradients of rotations at the identity, packed
+``turn_weight_``            a step of the rotations of a weight in its natural order, in place
 ``permute_columns``         one gather of the columns, its backward the inverse gather
 ==========================  =====================================================================
 
@@ -38,6 +39,7 @@ from poetx_compile.ops.rotation_delta import rotation_delta
 from poetx_compile.ops.skew_block_products import skew_block_products
 from poetx_compile.ops.stacked_block_products import stacked_block_products
 from poetx_compile.ops.tangent import rotation_tangent
+from poetx_compile.ops.turn_weight import turn_weight_
 
 __all__ = [
     "OPS",
@@ -56,4 +58,5 @@ __all__ = [
     "rotations",
     "skew_block_products",
     "stacked_block_products",
+    "turn_weight_",
 ]

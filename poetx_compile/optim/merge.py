@@ -40,6 +40,7 @@ from poetx_compile.layers.permutation import Permutation, redraw_all
 from poetx_compile.ops import rotations
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
 from poetx_compile.ops.rotation_delta import minus_identity
+from poetx_compile.ops.turn_weight import rotate_weight
 
 POLAR_STEPS = 4
 """Newton-Schulz steps of `polar_factor`. Each takes an error δ of a singular value to 1.5 δ²: from
@@ -175,33 +176,6 @@ def _merge_layer(
     write(stored, rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
     e.write_layout()
     e.seal(stored)
-
-
-@without_autocast
-def rotate_weight(weight: Tensor, delta_in: Tensor, delta_out: Tensor) -> Tensor:
-    """``D_outᵀ S D_inᵀ`` in the rotations' dtype.
-
-    Args:
-        weight: S [n, m], any floating dtype.
-        delta_in: ``R − I`` [blocks, b, b] with blocks·b ≤ m, fp32 or fp64; the columns behind the
-            blocks stay.
-        delta_out: the same for the n rows.
-
-    Returns:
-        [n, m], a new tensor.
-    """
-    n, m = weight.shape
-    wide = weight.to(delta_in.dtype, copy=True)
-    # x + x (R − I): a small rotation keeps its relative precision, none changes no bit.
-    blocks, b, _ = delta_in.shape
-    if blocks:
-        columns = wide[:, : blocks * b].view(n, blocks, b).transpose(0, 1)
-        columns += torch.bmm(columns, delta_in.mT)
-    blocks, b, _ = delta_out.shape
-    if blocks:
-        rows = wide[: blocks * b].view(blocks, b, m)
-        rows += torch.bmm(delta_out.mT, rows)
-    return wide
 
 
 @without_autocast
