@@ -45,6 +45,9 @@ _cache = registry.cache()  # layer → sources, weight, the memory it was made o
 def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
     """The effective weight of `stored`, computed unless it is cached."""
     e = equivalence
+    if e.merged:
+        e.check_layout()
+        return EffectiveWeight.of(e.effective(stored, *e.skews), Sources(e, stored))
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     keep = not e.training and not records and e.config.keep_in_eval
     if keep and (cached := _cache.get(e)) is not None and cached[0].are_those_of(e, stored):

@@ -171,6 +171,7 @@ def register(
     """
     equivalence.train(module.training)
     weight = module.weight
+    as_it_is = as_it_is or equivalence.merged  # whose stored form is the weight itself
     equivalence.takes_stored = as_it_is
     own_class(module)
     with _set_in_place(), _unchanged(weight) if as_it_is else contextlib.nullcontext():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from poetx_compile.distributed.shards import local
 from poetx_compile.errors import ConfigError
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.ops.precision import without_autocast
-from poetx_compile.optim.adamw import fusible
+from poetx_compile.optim.adamw import adamw_step, fusible
 from poetx_compile.optim.blocks import by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
@@ -24,9 +23,6 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 steps bring every singular value above about 0.01 of the norm into 0.7 … 1.2."""
 
 STEPS = 5
-
-# Without torch's wrappers: the hooks of all optimisers shall see one step, not two.
-_adamw_step = inspect.unwrap(torch.optim.AdamW.step)
 
 
 class POETXMuon(torch.optim.Optimizer):
@@ -105,13 +101,20 @@ class POETXMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        schedule = getattr(self, "schedule", None)  # a copy for a trial has none
+        if schedule is None or schedule.turner is None:
+            self._update()
+        else:
+            schedule.turn_by_batches(self, self._update)
+        return loss
+
+    def _update(self) -> None:
         for group in self.param_groups:
             if BLOCK in group:
                 self._turn(group)
         self._adamw.param_groups = [g for g in self.param_groups if BLOCK not in g]
         self._adamw.state = self.state
-        _adamw_step(self._adamw)
-        return loss
+        adamw_step(self._adamw)
 
     def _turn(self, group: dict[str, Any]) -> None:
         skews = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
