@@ -24,6 +24,7 @@ from poetx_compile.ops.packing import pack
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
 from poetx_compile.ops.rotation_delta import rotation_delta_reference
+from poetx_compile.ops.skew_block_products import skew_block_products_reference
 from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
 from poetx_compile.ops.tangent import rotation_tangent_backward_reference
 from tests.helpers.tolerances import assert_close
