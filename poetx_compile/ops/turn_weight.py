@@ -11,6 +11,8 @@ from torch import Tensor
 
 from poetx_compile.ops.cayley import rotations
 from poetx_compile.ops.identity_equivalence import check_sides
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.common import permutable
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype, without_autocast
 from poetx_compile.ops.random import matrix_bits, round_stochastically
@@ -116,10 +118,17 @@ def _check(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, or
     )
 
 
+def _kernel_takes(weight, skew_in, skew_out, perm_in, perm_out, *rest) -> bool:
+    _, _, order, *_ = rest
+    floats = weight.dtype in (torch.bfloat16, torch.float32) and skew_in.dtype == torch.float32
+    return floats and order == 3 and weight.is_contiguous() and permutable(weight, perm_in)
+
+
 turn_weight_ = define_in_place(
     "turn_weight_",
     turn_weight_reference,
     check=_check,
     written="weight",
+    kernel=Kernel("turn_weight.turn_weight_", _kernel_takes),
     ieee=True,
 )
