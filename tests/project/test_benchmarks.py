@@ -23,6 +23,7 @@ from benchmarks import (
     layers,
     machine,
     merge,
+    merged,
     options,
     peer,
     permute,
@@ -97,6 +98,21 @@ def test_layers_through_inductor(tmp_path: Path) -> None:
     read_back(tmp_path, "two", found, {"linear_ms"})
     assert len(found) == 1
     assert found[0]["linear_saved_mib"] == 8 * 24 * 4 / 2**20
+
+
+def test_merged(tmp_path: Path) -> None:
+    (row,) = found = merged.main(
+        [
+            *("--device", "cpu", "--shapes", "48x80", "--tokens", "40", "--block-sizes", "16"),
+            *("--stage", "eager", "--output", str(tmp_path), *FAST),
+        ]
+    )
+    keys = {"linear_ms", "step_ms", "adamw_ms", "layer_ratio", "floor_ratio", "step_error"}
+    read_back(tmp_path, "merged", found, keys | {"saved_mib", "gradient_error"})
+    assert row["step_error"] < 1e-3
+    costs = floors.merged(floors.Layer.of(8192, 4096, 4096, 512, 2))
+    plain = floors.linear(floors.Layer.of(8192, 4096, 4096, 512, 2))
+    assert floors.total_flops(costs) / floors.total_flops(plain) == pytest.approx(0.8, abs=0.05)
 
 
 def test_cayley(tmp_path: Path) -> None:
@@ -211,6 +227,15 @@ def test_step(tmp_path: Path) -> None:
     sides = 2 * (4 * (128 + 128) + 3 * (128 + 384)) // 32
     assert ours["gradients_mib"] == (sides * (32 * 31 // 2) + rest) * 4 / 2**20
     assert ours["optimizer_mib"] < 0.5 * dense["optimizer_mib"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_step_of_the_merged_form(tmp_path: Path) -> None:
+    arguments = ["--merge-interval", "1", "--optimizers", "muon", "--output", str(tmp_path)]
+    dense, ours = step.main([*STEP, *arguments])
+    assert (dense["merge_interval"], ours["merge_interval"], ours["merge_ms"]) == (None, 1, 0)
+    assert ours["ms"] == ours["step_ms"]
+    assert ours["gradients_mib"] < 0.6 * dense["gradients_mib"]
 
 
 @pytest.mark.usefixtures("in_this_process")
