@@ -13,6 +13,9 @@ a plain parameter are made to hold here:
   ``linear.weight.data.copy_(…)``.
 - **Its flag is that of the layer**: ``linear.weight.requires_grad_(False)`` freezes the rotations.
 
+In the merged form (``merge_interval=1``) the effective weight is the stored one, in one memory:
+nothing is computed or cached, and what is written is stored already.
+
 Code compiled around the layer sees a plain tensor.
 """
 
@@ -86,6 +89,9 @@ class Sources:
     def store(self, weight: Tensor) -> None:
         """Make `weight` the layer's effective weight, unless it has got another one since."""
         e, stored = self.equivalence(), self._snapshot.tensors[0]
+        if e is not None and e.merged and weight.data_ptr() == stored.data_ptr():
+            e.assigned()  # it is the stored weight itself
+            return
         if e is None or not self.are_those_of(e, stored):
             raise EffectiveWeightError(
                 "this effective weight was written in place after its layer had got another one "

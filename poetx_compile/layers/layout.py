@@ -96,9 +96,17 @@ class Layout:
         if self.natural:
             return stored
         (n, m), device = stored.shape, stored.device
-        pairs = self.pair("in", m, device), self.pair("out", n, device)
-        blocks = min(m, self.block_in), min(n, self.block_out)
-        return ops.orthogonal_equivalence(stored, *skews, *pairs, *blocks, self.order)
+        skew_in, skew_out = skews
+        return ops.orthogonal_equivalence(
+            stored,
+            skew_in,
+            skew_out,
+            self.pair("in", m, device),
+            self.pair("out", n, device),
+            min(m, self.block_in),
+            min(n, self.block_out),
+            self.order,
+        )
 
     def differences(self, other: Layout) -> list[str]:
         """What a model of layout `self` cannot take over from a checkpoint of layout `other`.

@@ -285,8 +285,7 @@ class OrthogonalEquivalence(nn.Module):
         if is_sharded(self.skew_in):
             raise ParallelismError(NOT_ASSIGNED)
         if not torch.compiler.is_compiling():  # Dynamo would guard the number
-            registry.changed()
-            self.written = True
+            self.assigned()
         with torch.no_grad():
             stored = self.stored_form(weight)
             if not self.merged:
@@ -294,6 +293,11 @@ class OrthogonalEquivalence(nn.Module):
                 self.skew_out.zero_()
         self._seal = None
         return stored
+
+    def assigned(self) -> None:
+        """The weight has got other values: let those who look after layers look again."""
+        registry.changed()
+        self.written = True
 
     def stored_form(self, weight: Tensor) -> Tensor:
         """A copy of a weight as it is stored: ``weight[perm_out][:, perm_in]``, contiguous, on the

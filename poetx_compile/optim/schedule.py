@@ -295,7 +295,7 @@ class MergeSchedule:
             update()
         self.turner.step(self.step + 1, self._moving(optimizer), update_those)
 
-    def _moving(self, optimizer: Optimizer) -> set[nn.Parameter]:
+    def _moving(self, optimizer: Optimizer) -> set[Tensor]:
         """The parameters that the step under way can move."""
         if _skipped(optimizer):
             return set()
