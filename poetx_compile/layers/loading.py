@@ -124,10 +124,13 @@ class _Layer:
         number = next(i for i, p in enumerate(chain) if p is e)  # type: ignore[arg-type]
         prefix = f"{self.name}." if self.name else ""
         prefix += "parametrizations.weight."
-        rotations = {"skew_in": e.skew_in, "skew_out": e.skew_out}
+        if merged:
+            between = {"reference_norm": getattr(e, "reference_norm", torch.zeros(()))}
+        else:
+            between = {"skew_in": e.skew_in, "skew_out": e.skew_out}
         return {
             f"{prefix}original": stored_weight(self.linear),
-            **({} if merged else {f"{prefix}{number}.{k}": skew for k, skew in rotations.items()}),
+            **{f"{prefix}{number}.{name}": tensor for name, tensor in between.items()},
             f"{prefix}{number}.layout": e.layout,
         }
 
@@ -276,12 +279,11 @@ def _convert(layer: _Layer, state: State) -> None:
     """Put the prepared form of a plain weight in its place in the state dict."""
     weight, e = state.pop(layer.plain), layer.equivalence
     dtype, device = rotation_dtype(weight.dtype), weight.device
-    rotations = () if e.merged else e.skews
-    values = (
-        e.stored_form(weight),
-        *(torch.zeros(skew.shape, dtype=dtype, device=device) for skew in rotations),
-        e.here.tensor().to(device),
-    )
+    if e.merged:
+        between = [torch.linalg.vector_norm(weight.detach(), dtype=dtype)]
+    else:
+        between = [torch.zeros(skew.shape, dtype=dtype, device=device) for skew in e.skews]
+    values = (e.stored_form(weight), *between, e.here.tensor().to(device))
     for (key, own), value in zip(layer.own.items(), values, strict=True):
         state[key] = shard_like(value, own)
 

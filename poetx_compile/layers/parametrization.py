@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -106,6 +107,9 @@ class OrthogonalEquivalence(nn.Module):
 
     Buffers:
         layout: int64 [10], saved (`Layout`): the permutations follow from it.
+        reference_norm: in the merged form alone, saved: the Frobenius norm that the weight was
+            given, a scalar of the rotations' dtype, NaN until it has values. Steps keep it but for
+            rounding (`diagnostics`).
 
     Attributes:
         interrupted: a merge or a load of this layer was cut off.
@@ -116,6 +120,7 @@ class OrthogonalEquivalence(nn.Module):
     """
 
     layout: Tensor
+    reference_norm: Tensor
 
     def __init__(
         self, weight: Tensor, config: POETXConfig, perm_in: Permutation, perm_out: Permutation
@@ -132,6 +137,7 @@ class OrthogonalEquivalence(nn.Module):
         self._layout_version: int | None = None
         self._seal: Seal | None = None
         self._zeros: Tensor | None = None
+        self._has_norm = False
         dtype = rotation_dtype(weight.dtype)
         sizes = [
             (self.blocks_in, packed_size(self.block_in)),
@@ -151,7 +157,26 @@ class OrthogonalEquivalence(nn.Module):
         self.config, self.merge_rotation = config, config.merge_rotation
         if self.merged or self._zeros is not None:  # adopted with a configuration of the other form
             self.rest()
+        if self.merged != ("reference_norm" in self._buffers):
+            self._note_form()
         self._announce()
+
+    def _note_form(self) -> None:
+        """Have the buffer that the form has."""
+        if not self.merged:
+            del self.reference_norm
+            return
+        unknown = torch.full((), math.nan, dtype=self.skew_in.dtype, device=self.skew_in.device)
+        self.register_buffer("reference_norm", unknown)
+        self._has_norm = False
+
+    @torch.no_grad()
+    def note_norm(self, stored: Tensor) -> None:
+        """Note the norm of the stored weight in the merged form, unless it is noted already."""
+        if self.merged and not self._has_norm and not stored.is_meta:
+            norm = torch.linalg.vector_norm(stored, dtype=self.reference_norm.dtype)
+            self.reference_norm.copy_(norm)
+            self._has_norm = True
 
     @property
     def merged(self) -> bool:
@@ -298,6 +323,7 @@ class OrthogonalEquivalence(nn.Module):
         """The weight has got other values: let those who look after layers look again."""
         registry.changed()
         self.written = True
+        self._has_norm = False
 
     def stored_form(self, weight: Tensor) -> Tensor:
         """A copy of a weight as it is stored: ``weight[perm_out][:, perm_in]``, contiguous, on the
@@ -384,6 +410,7 @@ class OrthogonalEquivalence(nn.Module):
             with torch.no_grad():
                 self.write_layout()
             self._seal = None
+            self._has_norm = False
         self._announce()  # torch may be told to make new parameters
         return applied
 
@@ -419,6 +446,7 @@ class OrthogonalEquivalence(nn.Module):
         self._seal = None
         self.loads += 1
         if prefix + "layout" in state_dict:
+            self._has_norm = True
             self._layout_version = None
             self.check_layout()
             self.interrupted = False

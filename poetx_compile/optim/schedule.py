@@ -173,8 +173,11 @@ class MergeSchedule:
     def angle(self) -> float | None:
         """The guard's last measurement of the largest angle, in radians; ``None`` without a guard.
 
-        A few steps old; `diagnostics` computes the present one exactly.
+        A few steps old; `diagnostics` computes the present one exactly. With ``merge_interval=1``
+        the largest angle of the step that was measured last, ``None`` before the first.
         """
+        if self.turner is not None:
+            return self.turner.angle
         return self._ledger[ANGLE] if self._guard is not None else None
 
     @property

@@ -13,6 +13,7 @@ A step that is NaN or infinite is written into no weight: a flag on the device s
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from poetx_compile import ops
 from poetx_compile.errors import AdoptionError, DivergedError
 from poetx_compile.layers.parametrization import INTERRUPTED, Layer, stored_weight
 from poetx_compile.optim.blocks import layer_batches
+from poetx_compile.optim.spectral_norm import largest_norms
 
 DIVERGED = (
     "the step of the rotations was NaN or infinite, and no weight was turned by it: a loss or a "
@@ -35,6 +37,13 @@ _ONE_CLOSURE = (
     "merge_interval=1, whose steps start from zero: use a larger merge_interval"
 )
 
+LARGE = 0.1
+"""θ of a step that is warned of: with order 3 it shrinks planes by θ⁴, a ten thousandth."""
+
+MEASURED_EVERY = 128
+
+log = logging.getLogger("poetx_compile")
+
 Update = Callable[[set[Tensor]], None]
 """Lets an optimiser update the parameters of a set, and no others."""
 
@@ -45,6 +54,9 @@ class Turner:
     Args:
         layers: of the merged form. Their numbers, by which stochastic rounding tells them apart,
             are their places here.
+
+    Attributes:
+        angle: the largest θ, the spectral norm of a step Q, of the step that was measured last.
     """
 
     def __init__(self, layers: Sequence[Layer]):
@@ -52,7 +64,10 @@ class Turner:
         self._layers = list(layers)
         self._open: list[Layer] = []
         self._finite: dict[torch.device, Tensor] = {}
-        self._told: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._angles: list[Tensor] = []
+        self._told: list[_Told] = []
+        self._warned = False
+        self.angle: float | None = None
 
     # --- what an optimiser of this package does ---------------------------------------------------
 
@@ -135,9 +150,13 @@ class Turner:
     @torch.no_grad()
     def _turn(self, layers: Sequence[Layer], number: int) -> None:
         """Turn some weights; their layers are marked as interrupted until `_finish`."""
-        self._look_at([skew for _, e in layers for skew in e.skews if skew.numel()])
+        sides = [(s.skew, s.block) for _, e in layers for s in e.sides if s.blocks]
+        self._look_at([skew for skew, _ in sides])
+        if _measured(number):
+            self._angles += largest_norms(sides)
         for module, e in layers:
             weight = stored_weight(module)
+            e.note_norm(weight)
             e.interrupted = True
             try:
                 ops.turn_weight_(
@@ -166,30 +185,69 @@ class Turner:
         """Every layer is whole again; the flags go to the host."""
         for _, e in self._layers:
             e.interrupted = False
-        for flag in self._finite.values():
-            if flag.is_cuda:
-                host = torch.empty((), dtype=flag.dtype, pin_memory=True)
-                host.copy_(flag, non_blocking=True)
-                with torch.cuda.device(flag.device):
-                    event = torch.cuda.Event()
-                    event.record()
-                self._told.append((host, event))
-            elif not flag.is_meta:
-                self._told.append((flag, None))
-        on_host = all(event is None for _, event in self._told)
-        self._finite = {}
-        if on_host:
+        flags = [flag for flag in self._finite.values() if not flag.is_meta]
+        angles = [angle for angle in self._angles if not angle.is_meta]
+        self._told += [_Told(flag, False) for flag in flags] + [_Told(a, True) for a in angles]
+        self._finite, self._angles = {}, []
+        if not any(told.event for told in self._told):
             self.check()
 
     def check(self) -> None:
-        """Raise `DivergedError` where an earlier step was not finite."""
+        """Read what earlier steps have told.
+
+        Raises:
+            DivergedError: one was not finite.
+        """
         told, self._told = self._told, []
-        for _, event in told:
-            if event is not None:
-                event.synchronize()
-        if not all(bool(flag) for flag, _ in told):
+        values = [(t.is_angle, t.read()) for t in told]
+        if not all(value for is_angle, value in values if not is_angle):
             raise DivergedError(DIVERGED)
+        angles = [value for is_angle, value in values if is_angle]
+        if angles:
+            self.angle = max(angles)
+            self._look_at_angle()
+
+    def _look_at_angle(self) -> None:
+        orders = {e.order for e in self._numbers} - {None}
+        if self._warned or not orders or self.angle is None or self.angle <= LARGE:
+            return
+        self._warned = True
+        power = min(k for k in orders if k is not None) + 1
+        log.warning(
+            "one optimiser step turned rotations by %.3g, and with merge_interval=1 it changes "
+            "singular values by up to %.1e for good: lower poetx_lr, warm it up, or prepare with "
+            "cayley='exact' or a larger neumann_order",
+            self.angle,
+            self.angle**power,
+        )
 
     def forget(self) -> None:
         """Another state has been loaded: what was told of steps before it says nothing."""
         self._told = []
+
+
+def _measured(number: int) -> bool:
+    """Whether the angle of a step is measured: of the first ones often, later now and then."""
+    return number & (number - 1) == 0 or number % MEASURED_EVERY == 0
+
+
+class _Told:
+    """A scalar on its way from the device to the host."""
+
+    def __init__(self, value: Tensor, is_angle: bool):
+        self.is_angle = is_angle
+        self.event: torch.cuda.Event | None = None
+        if value.is_cuda:
+            host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            host.copy_(value, non_blocking=True)
+            with torch.cuda.device(value.device):
+                self.event = torch.cuda.Event()
+                self.event.record()
+            value = host
+        self._value = value
+
+    def read(self) -> float:
+        """Its value; waits where the device has not come that far."""
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self._value)

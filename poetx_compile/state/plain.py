@@ -18,7 +18,8 @@ from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.layout import Layout
 
 _LAYOUT = "0.layout"
-_NAMES = ("original", "0.skew_in", "0.skew_out", _LAYOUT)
+_OF_INTERVALS = ("original", "0.skew_in", "0.skew_out", _LAYOUT)
+_NAMES = (*_OF_INTERVALS, "0.reference_norm")
 _KEY = re.compile(rf"(.*?)parametrizations\.weight\.({'|'.join(map(re.escape, _NAMES))})")
 
 
@@ -95,7 +96,7 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
     start = f"{prefix}parametrizations.weight."
     saved = state.get(start + _LAYOUT)
     natural = saved is not None and Layout.of(saved, start + _LAYOUT).natural
-    names = ("original", _LAYOUT) if natural else _NAMES
+    names = ("original", _LAYOUT) if natural else _OF_INTERVALS
     if missing := [start + name for name in names if start + name not in state]:
         raise IncompatibleStateError(
             f"the state dict has no {', '.join(missing)}: give the whole state"

@@ -273,3 +273,38 @@ def test_what_is_refused() -> None:
     optimizer = torch.optim.SGD(poetx.param_groups(model, lr=0.1), lr=0.1)
     with pytest.raises(UnownedRotationsError, match="call poetx_compile"):
         step(model, optimizer)
+
+
+def test_a_large_step_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    for rate, told in ((0.01, False), (0.2, True)):
+        caplog.clear()
+        model = net(torch.float32)
+        optimizer = poetx.POETXMuon(model, lr=0.01, poetx_lr=rate)
+        for _ in range(3):
+            step(model, optimizer)
+        assert 0.5 * rate < optimizer.schedule.angle < 1.5 * rate
+        assert ("turned rotations by" in caplog.text) is told
+
+
+def test_diagnostics_tell_of_the_drift() -> None:
+    model = net(torch.bfloat16)
+    optimizer = poetx.POETXMuon(model, lr=0.01)
+    start = {name: m.weight.float().norm() for name, m, _ in prepared_linears(model)}
+    assert poetx.diagnostics(model)["norm_drift_max"] == 0
+    for _ in range(5):
+        step(model, optimizer)
+    drifts = [
+        (m.weight.float().norm() / start[name] - 1).item() for name, m, _ in prepared_linears(model)
+    ]
+    other = net(torch.bfloat16, seed=4)
+    other.load_state_dict(model.state_dict())
+    for it in (model, other):
+        figures = poetx.diagnostics(it)
+        assert abs(figures["norm_drift_max"] - max(map(abs, drifts))) < 1e-6
+        assert abs(figures["norm_drift_mean"] - sum(drifts) / len(drifts)) < 1e-6
+        assert 0 < figures["norm_drift_max"] < 0.01
+        assert figures["angle_max"] == 0
+    model.q.weight = 3 * model.q.weight.detach()
+    nn.init.normal_(model.k.weight)
+    step(model, optimizer)
+    assert poetx.diagnostics(model)["norm_drift_max"] < 0.01
