@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import poetx_compile as poetx
 from benchmarks import (
     cayley,
+    drift,
     floors,
     gate,
     generate,
@@ -130,6 +131,23 @@ def test_cayley(tmp_path: Path) -> None:
         for order, narrow in ((3, False), (3, True), ("exact", False))
         for op in ("forward", "backward", "tangent")
     ]
+
+
+def test_drift(tmp_path: Path) -> None:
+    found = drift.main(
+        [
+            *("--device", "cpu", "--shape", "24x17", "--block-size", "8", "--rates", "0.01"),
+            *("--steps", "3,30", "--output", str(tmp_path)),
+        ]
+    )
+    assert rows.read(tmp_path / "drift-cpu.json") == found
+    assert [(r["rounding"], r["steps"]) for r in found] == [
+        (rounding, steps) for rounding in drift.ROUNDINGS for steps in (3, 30)
+    ]
+    by_rounding = {r["rounding"]: r for r in found if r["steps"] == 30}
+    assert abs(by_rounding["float32"]["mean_drift"]) < 1e-5
+    assert 1e-4 < by_rounding["stochastic"]["mean_drift"] < 0.1
+    assert abs(by_rounding["stochastic norm"]["norm_drift"]) < 1e-3
 
 
 def test_permute(tmp_path: Path) -> None:
