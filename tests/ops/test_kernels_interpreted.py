@@ -243,6 +243,17 @@ assert plan(4200, 8, 2, 4, False, True).splits > 1
 x, y = torch.randn(2, 4200, 16)
 check("skew_block_products", "skew_block_products", x, y, 2, 8, pair(2), None, None, 0, None)
 """,
+    "orthogonalize": """
+from poetx_compile.ops.kernels.orthogonalize import Tiling, orthogonalize_skew
+
+small = Tiling(16, 32, 16, 4, 3)
+for b, options in ((2, {}), (5, {}), (33, {"tiling": small}), (70, {})):
+    packed = 3 * skew(2, b)
+    packed[1] *= b > 2  # a block of zeros stays
+    expected = reference("orthogonalize_skew", "orthogonalize")(packed.double(), b)
+    actual = orthogonalize_skew(packed, b, operands=torch.float32, **options)
+    assert_close(actual, expected, torch.float32, f"b = {b}")
+""",
     "turn_weight": """
 import triton
 import triton.language as tl
