@@ -28,6 +28,7 @@ from benchmarks import (
     options,
     peer,
     permute,
+    pieces,
     plot,
     rows,
     step,
@@ -114,6 +115,15 @@ def test_merged(tmp_path: Path) -> None:
     costs = floors.merged(floors.Layer.of(8192, 4096, 4096, 512, 2))
     plain = floors.linear(floors.Layer.of(8192, 4096, 4096, 512, 2))
     assert floors.total_flops(costs) / floors.total_flops(plain) == pytest.approx(0.8, abs=0.05)
+
+
+def test_pieces(tmp_path: Path) -> None:
+    small = ("--shapes", "48x80", "--tokens", "40", "--block-sizes", "16")
+    found = pieces.main(["--device", "cpu", *small, "--output", str(tmp_path), *FAST])
+    read_back(tmp_path, "pieces", found, {"op", "tiling", "floor_ms", "error"})
+    products = ["skew_block_products"] * 2
+    assert [row["op"] for row in found] == [*products, "orthogonalize_skew", "turn_weight_"]
+    assert [row["tokens"] for row in found] == [40, 40, None, None]
 
 
 def test_cayley(tmp_path: Path) -> None:
