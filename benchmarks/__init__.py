@@ -2,6 +2,8 @@
 
 ==============================  ====================================================================
 ``python -m benchmarks.layers``   one layer, forward + backward, against a trained `nn.Linear`
+``python -m benchmarks.merged``   the same in the merged form, with its share of the step
+``python -m benchmarks.pieces``   the kernels of the merged form, one op each
 ``python -m benchmarks.cayley``   packed skew parameters → rotations, and the gradient
 ``python -m benchmarks.permute``  a permutation of the columns of an activation
 ``python -m benchmarks.merge``    merge-then-reinitialise of one layer

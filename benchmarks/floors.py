@@ -19,6 +19,9 @@ _FORWARD_PRODUCTS = {1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 6: 4}
 _BACKWARD_PRODUCTS = {1: 1, 2: 2, 3: 4, 4: 6, 5: 8, 6: 10}
 """Products of b×b matrices for an expansion of order k (`docs/numerics.md`)."""
 
+_ORTHOGONALISING = 15
+"""Products of b×b matrices in five Newton-Schulz steps."""
+
 _POLAR_PRODUCTS = 4
 """Two Newton-Schulz steps: enough below an angle of 0.25."""
 
@@ -167,6 +170,31 @@ def poetx_of(layer: Layer, variant: str, formulation: str, ceilings: Ceilings) -
     return min(schedules, key=lambda costs: total_ms(costs, ceilings))
 
 
+def merged(layer: Layer) -> list[Cost]:
+    """Forward, backward and a step of `POETXMuon` of a layer that is merged every step.
+
+    ``4·T·m·n + 2·T·b·(m+n)`` FLOPs; once a step, the turn of the weight: ``4·b·m·n``, every element
+    read and written once.
+    """
+    costs = [_gemm(layer, "forward"), _gemm(layer, "dx"), _fold(layer, True, True)]
+    for side in layer.sides:
+        cube, packed = side.blocks * side.b**3, _packed_bytes(side)
+        costs.append(_on_blocks(layer, side, "block product", result=packed))
+        costs.append(Cost("momentum", 0, 4 * packed))
+        # Each product has a symmetric or a skew result: half of 2·b³.
+        costs.append(Cost("orthogonalise", _ORTHOGONALISING * cube, 2 * packed))
+        expansion = cayley(side, layer.order, precise=layer.precise)[0]
+        moved = packed + layer.element_size * side.blocks * side.b**2
+        costs.append(dataclasses.replace(expansion, bytes=moved))
+    return costs
+
+
+def adamw(layer: Layer) -> Cost:
+    """A step of fused AdamW for a dense weight: seven passes in the weight's dtype."""
+    elements = layer.side_in.width * layer.side_out.width
+    return Cost("adamw", 0, 7 * layer.element_size * elements)
+
+
 def cayley(side: Side, order: int | None, *, precise: bool = True) -> tuple[Cost, Cost]:
     """(forward, backward) of the rotations of one side, from packed parameters and back.
 
@@ -238,10 +266,11 @@ def _gemm(layer: Layer, name: str) -> Cost:
     return Cost(name, 2 * t * m * n, layer.element_size * (t * m + t * n + m * n))
 
 
-def _on_blocks(layer: Layer, side: Side, name: str) -> Cost:
+def _on_blocks(layer: Layer, side: Side, name: str, result: int | None = None) -> Cost:
     """A rotation of an activation, or the block product of two: one b×b block for each column."""
     moved = 2 * layer.tokens * side.width * layer.element_size
-    return Cost(name, 2 * layer.tokens * side.b * side.rotated, moved + _rotation_bytes(side))
+    moved += _rotation_bytes(side) if result is None else result
+    return Cost(name, 2 * layer.tokens * side.b * side.rotated, moved)
 
 
 def _fold(layer: Layer, fold_in: bool, fold_out: bool) -> Cost:

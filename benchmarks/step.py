@@ -27,9 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 COLUMNS = (
     "method", "optimizer", "variant", "formulation", "permutation", "block_size", "accumulation",
-    "keep_folded", "memory_budget", "ms", "linear_ms", "ratio", "tokens_per_s", "speed_ratio",
-    "first_step_s", "first_step_ratio", "weights_mib", "gradients_mib", "optimizer_mib",
-    "activations_mib", "peak_mib", "peak_ratio", "merge_share",
+    "merge_interval", "keep_folded", "memory_budget", "ms", "linear_ms", "ratio", "tokens_per_s",
+    "speed_ratio", "first_step_s", "first_step_ratio", "weights_mib", "gradients_mib",
+    "optimizer_mib", "activations_mib", "peak_mib", "peak_ratio", "merge_share",
 )  # fmt: skip
 
 
@@ -77,7 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=5, help="steps after the first that are not timed")
     add("--steps", type=positive, default=10, help="steps timed in each round")
     add("--rounds", type=positive, default=3)
-    add("--merge-interval", type=positive, default=200, help="over which a merge is spread")
+    add(
+        "--merge-interval",
+        type=positive,
+        default=200,
+        help="over which a merge is spread; 1 is the merged form",
+    )
     return parser
 
 
@@ -130,6 +135,7 @@ def compared(row: Row, dense: Row) -> Row:
     if row["method"] == POETX:
         return row | ratios
     unused = ["formulation", "permutation", "optimizer", "keep_folded", "memory_budget"]
+    unused += ["merge_interval"]
     unused += ["variant", "block_size"] if row["method"] == DENSE else []
     return row | ratios | dict.fromkeys(unused)
 

@@ -183,13 +183,15 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         formulation=case.formulation,
         permutation=case.permutation,
         memory_budget=case.memory_budget,
-        merge_interval=10**9,  # merges are timed by themselves
+        # Merges are timed by themselves, but where each step is one.
+        merge_interval=1 if case.merge_interval == 1 else 10**9,
     )
     poetx.prepare(model, config)
     ours = OPTIMIZERS[case.optimizer](model, lr=case.lr)
     compile_kwargs.setdefault("options", {}).update(stage=case.stage, keep_folded=case.keep_folded)
     forward = torch.compile(model, backend=poetx.poetx_backend, **compile_kwargs)
-    return Trained(model, forward, ours, lambda: merge(model), lambda: ours.schedule.merges)
+    merging = None if config.merged else lambda: merge(model)
+    return Trained(model, forward, ours, merging, lambda: ours.schedule.merges)
 
 
 def untrained(case: StepCase) -> nn.Module:

@@ -35,7 +35,9 @@ class POETXConfig:
             of a weight. A side shorter than b uses one block of its own size.
         neumann_order: k ≥ 1 of the Cayley-Neumann expansion ``G = (I+Q)(I+Q+…+Q^k)``.
         cayley: ``"neumann"``, or ``"exact"`` for ``G = (I+Q)(I−Q)⁻¹`` by a batched solve.
-        merge_interval: optimiser steps between two merge-then-reinitialise.
+        merge_interval: optimiser steps between two merge-then-reinitialise. 1 is the *merged form*:
+            the weights stay plain and in their order, and each step turns them in place; there is
+            no angle to guard, no fold, and what concerns those has no effect.
         max_angle: the angle guard, in radians: merge early rather than let the spectral norm of
             any Q exceed it; ``None`` turns the guard off.
         merge_rotation: ``"polar"`` merges the polar factor of G (exactly orthogonal), ``"plain"``
@@ -117,6 +119,9 @@ class POETXConfig:
         if self.formulation == "folded" and not self.may_fold:
             allowed = f"at most {FOLD_ANGLE} with formulation='folded' (or cayley='exact')"
             raise _bad("max_angle", angle, allowed)
+        if self.merged and self.order == 1:
+            allowed = "at least 2 with merge_interval=1: each step's rotation is applied as it is"
+            raise _bad("neumann_order", self.neumann_order, allowed)
         budget = self.memory_budget
         if budget is not None and not (_is_number(budget) and 0 < budget <= 1):
             raise _bad("memory_budget", budget, "None, or a fraction in (0, 1]")
@@ -184,6 +189,11 @@ class POETXConfig:
     def order(self) -> int | None:
         """The order given to the ops: k, or ``None`` for the exact Cayley transform."""
         return None if self.cayley == "exact" else self.neumann_order
+
+    @property
+    def merged(self) -> bool:
+        """Whether every step is merged: the weights are plain whenever the model runs."""
+        return self.merge_interval == 1
 
     @property
     def may_fold(self) -> bool:

@@ -109,7 +109,8 @@ class Adopter:
                 "compiled: call poetx_compile.prepare(model, config) first"
             )
         state = self._state(slot, self.inputs[slot.index], self.permutations)
-        return StateSpec(_tensors(state), state.block_in, state.block_out, state.order)
+        blocks = state.block_in, state.block_out
+        return StateSpec(_tensors(state), *blocks, state.order, state.merged)
 
     def _state(
         self, slot: Slot, weight: nn.Parameter, permutations: dict[int, Permutation]

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from poetx_compile.distributed.shards import groups_of, local, reduce_over, whole
 from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
+from poetx_compile.layers.parametrization import (
+    OrthogonalEquivalence,
+    equivalence_of,
+    prepared_linears,
+    stored_weight,
+)
 from poetx_compile.ops import rotations
 from poetx_compile.ops.packing import unpack
 from poetx_compile.ops.precision import ieee_fp32
@@ -33,11 +38,20 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
           radians; `max_angle` limits θ;
         - ``angle_mean``: mean over the blocks of each block's θ;
         - ``orthogonality_error``: largest ``‖GᵀG − I‖₂`` of a block, about 2θ⁴ for order 3.
+
+        In the merged form (``merge_interval=1``) rotations are zero and so are these; what adds up
+        there is the rounding of the weights:
+
+        - ``norm_drift_max``, ``norm_drift_mean``: relative change of the Frobenius norm of a weight
+          since `prepare`, or since it was assigned: the largest in size, and the mean. `spectrum`
+          and `spectrum_drift` say more of one weight.
     """
     model = unwrap_compiled(model)
     reshard(model)
     layers = list(prepared_linears(model))
-    pairs = [(e.order, s.skew, s.block) for _, _, e in layers for s in e.sides if s.blocks]
+    turned = [e for _, _, e in layers if not e.merged]
+    pairs = [(e.order, s.skew, s.block) for e in turned for s in e.sides if s.blocks]
+    merged = [(e, stored_weight(m)) for _, m, e in layers if e.merged]
     zero = torch.zeros(1, dtype=torch.float64)
     angles, errors = [zero[:0]], [zero]
     for order in dict.fromkeys(order for order, _, _ in pairs):
@@ -57,11 +71,23 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
         device = pairs[0][1].device
         largest = reduce_over(groups, largest.to(device), "max").cpu()
         total = reduce_over(groups, total.to(device), "sum").cpu()
-    return {
+    figures = {
         "angle_max": largest[0].item(),
         "angle_mean": (total[0] / total[1].clamp_min(1)).item(),
         "orthogonality_error": largest[1].item(),
     }
+    if merged:
+        drifts = torch.tensor([_norm_drift(*layer) for layer in merged], dtype=torch.float64)
+        figures["norm_drift_max"] = drifts.abs().max().item()
+        figures["norm_drift_mean"] = drifts.mean().item()
+    return figures
+
+
+def _norm_drift(equivalence: OrthogonalEquivalence, stored: Tensor) -> float:
+    """Relative change of the Frobenius norm of a weight since it was given its values."""
+    reference = equivalence.reference_norm.double()
+    norm = torch.linalg.vector_norm(stored, dtype=torch.float32).double()
+    return (norm / reference - 1).item()
 
 
 @torch.no_grad()

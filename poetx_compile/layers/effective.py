@@ -13,6 +13,9 @@ a plain parameter are made to hold here:
   ``linear.weight.data.copy_(…)``.
 - **Its flag is that of the layer**: ``linear.weight.requires_grad_(False)`` freezes the rotations.
 
+In the merged form (``merge_interval=1``) the effective weight is the stored one, in one memory:
+nothing is computed or cached, and what is written is stored already.
+
 Code compiled around the layer sees a plain tensor.
 """
 
@@ -45,6 +48,9 @@ _cache = registry.cache()  # layer → sources, weight, the memory it was made o
 def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
     """The effective weight of `stored`, computed unless it is cached."""
     e = equivalence
+    if e.merged:
+        e.check_layout()
+        return EffectiveWeight.of(e.effective(stored, *e.skews), Sources(e, stored))
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     keep = not e.training and not records and e.config.keep_in_eval
     if keep and (cached := _cache.get(e)) is not None and cached[0].are_those_of(e, stored):
@@ -83,6 +89,9 @@ class Sources:
     def store(self, weight: Tensor) -> None:
         """Make `weight` the layer's effective weight, unless it has got another one since."""
         e, stored = self.equivalence(), self._snapshot.tensors[0]
+        if e is not None and e.merged and weight.data_ptr() == stored.data_ptr():
+            e.assigned()  # it is the stored weight itself
+            return
         if e is None or not self.are_those_of(e, stored):
             raise EffectiveWeightError(
                 "this effective weight was written in place after its layer had got another one "

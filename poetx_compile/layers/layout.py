@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx_compile import ops
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.permutation import draw_permutation
 
@@ -27,6 +28,8 @@ class Layout:
         seed, draw, group_in, group_out, kind: of the permutations (`draw_permutation`).
         order: k of the Cayley-Neumann expansion, ``None`` for the exact transform.
         block_in, block_out: b of the configuration; a shorter side has one block of its own size.
+        natural: the weight is stored in its natural order, and its rotations are zero: the merged
+            form. Permutations say which coordinates form the blocks all the same.
     """
 
     seed: int
@@ -37,11 +40,15 @@ class Layout:
     order: int | None
     block_in: int
     block_out: int
+    natural: bool = False
 
     def values(self) -> list[int]:
-        """Format, seed, draw, groups, kind, order (0: exact), block sizes, checksum of these."""
+        """Format, seed, draw, groups, kind, order (0: exact), block sizes, checksum of these.
+
+        The kind is that of the permutations, and one of `_KINDS` further on for the natural order.
+        """
         groups, blocks = (self.group_in, self.group_out), (self.block_in, self.block_out)
-        kind, order = _KINDS.index(self.kind), self.order or 0
+        kind, order = _KINDS.index(self.kind) + len(_KINDS) * self.natural, self.order or 0
         values = [FORMAT, self.seed, self.draw, *groups, kind, order, *blocks]
         return [*values, _checksum(values)]
 
@@ -70,7 +77,8 @@ class Layout:
             )
         seed, draw, group_in, group_out, kind, order, block_in, block_out = values
         groups, blocks = (group_in, group_out), (block_in, block_out)
-        return cls(seed, draw, *groups, _KINDS[kind], order or None, *blocks)
+        natural, kind = divmod(kind, len(_KINDS))
+        return cls(seed, draw, *groups, _KINDS[kind], order or None, *blocks, bool(natural))
 
     def pair(self, side: str, size: int, device: torch.device) -> Tensor:
         """The permutation pair of side ``"in"`` or ``"out"``, of `size` coordinates."""
@@ -83,10 +91,28 @@ class Layout:
             block=min(self.block_in, self.block_out),
         ).to(device)
 
+    def effective(self, stored: Tensor, *skews: Tensor) -> Tensor:
+        """The effective weight of saved tensors; in its natural order, the stored weight itself."""
+        if self.natural:
+            return stored
+        (n, m), device = stored.shape, stored.device
+        skew_in, skew_out = skews
+        return ops.orthogonal_equivalence(
+            stored,
+            skew_in,
+            skew_out,
+            self.pair("in", m, device),
+            self.pair("out", n, device),
+            min(m, self.block_in),
+            min(n, self.block_out),
+            self.order,
+        )
+
     def differences(self, other: Layout) -> list[str]:
         """What a model of layout `self` cannot take over from a checkpoint of layout `other`.
 
-        Seed and draw are no difference: the model takes those of the checkpoint.
+        Seed and draw are no difference: the model takes those of the checkpoint. Nor is the form,
+        which is converted.
         """
         mine, theirs = self._shared(), other._shared()
         return [

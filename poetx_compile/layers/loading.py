@@ -3,7 +3,9 @@
 A hook in front of torch's own loading, on every module that holds prepared layers. Three kinds of
 state may meet a prepared layer:
 
-- **its own**, saved by a prepared model: taken over with its permutations, if the layout fits;
+- **its own**, saved by a prepared model: taken over with its permutations, if the layout fits. One
+  of the other form (``merge_interval`` 1 or larger) is converted: the coordinates are the same, so
+  that moments go on;
 - **a plain weight** (``x.weight``, of a model that was never prepared, or of `plain_state_dict`):
   stored permuted, with the rotations back at the identity. Where the model is sharded, every
   process gives the whole weight and keeps its part;
@@ -113,15 +115,22 @@ class _Layer:
     @property
     def own(self) -> dict[str, Tensor]:
         """The layer's saved tensors by their keys."""
+        return self.tensors(self.equivalence.merged)
+
+    def tensors(self, merged: bool) -> dict[str, Tensor]:
+        """The tensors that this layer would save in either form, by their keys; the layout last."""
         e = self.equivalence
         chain = self.linear.parametrizations["weight"]  # type: ignore[index]
         number = next(i for i, p in enumerate(chain) if p is e)  # type: ignore[arg-type]
         prefix = f"{self.name}." if self.name else ""
         prefix += "parametrizations.weight."
+        if merged:
+            between = {"reference_norm": getattr(e, "reference_norm", torch.zeros(()))}
+        else:
+            between = {"skew_in": e.skew_in, "skew_out": e.skew_out}
         return {
             f"{prefix}original": stored_weight(self.linear),
-            f"{prefix}{number}.skew_in": e.skew_in,
-            f"{prefix}{number}.skew_out": e.skew_out,
+            **{f"{prefix}{number}.{name}": tensor for name, tensor in between.items()},
             f"{prefix}{number}.layout": e.layout,
         }
 
@@ -144,6 +153,8 @@ def _before_load(
     if equivalence_of(module) is not None:
         for layer in load.plain:
             _convert(layer, state)
+        for layer, layout in load.other_form:
+            _convert_form(layer, layout, state)
 
 
 class _Load:
@@ -153,6 +164,7 @@ class _Load:
         problems: why it cannot be loaded.
         equivalences: of the layers that it writes.
         plain: the layers for which it holds a plain weight.
+        other_form: the layers whose tensors it holds in the other form, and their layout.
         draws: seed and draw of the permutations that change.
     """
 
@@ -160,6 +172,7 @@ class _Load:
         self.problems: list[str] = []
         self.equivalences: set[OrthogonalEquivalence] = set()
         self.plain: list[_Layer] = []
+        self.other_form: list[tuple[_Layer, Layout]] = []
         self.draws: dict[Permutation, tuple[int, int]] = {}
         saved: dict[OrthogonalEquivalence, Layout] = {}
         names: dict[OrthogonalEquivalence, str] = {}
@@ -172,23 +185,25 @@ class _Load:
 
     def _read(self, layer: _Layer, state: State, saved: dict[Any, Layout]) -> None:
         e, own = layer.equivalence, layer.own
-        found = [key for key in own if key in state]
+        found = [key for key in layer.tensors(merged=False) if key in state]
         if layer.plain in state and not found:
             if reason := _unfit(state[layer.plain], layer):
                 self.problems.append(reason)
             self.plain.append(layer)
             self.equivalences.add(e)
         elif found:
+            *_, key = own
+            layout = Layout.of(state[key], key) if key in state and not state[key].is_meta else None
+            if layout is not None:
+                own = layer.tensors(layout.natural)
             if missing := [key for key in own if key not in state]:
                 self.problems.append(
                     f"{layer.name}: the state has {found[0]} and not {', '.join(missing)}, "
                     "and a part of them means nothing: load all of them"
                 )
                 return
-            *_, key = own
-            if state[key].is_meta:
+            if layout is None:
                 return
-            layout = Layout.of(state[key], key)
             if different := e.here.differences(layout):
                 self.problems.append(
                     f"{layer.name}: {'; '.join(different)}: prepare the same model with the "
@@ -201,6 +216,14 @@ class _Load:
                         f"{key}: size mismatch: {list(state[key].shape)} was saved, the model has "
                         f"{list(tensor.shape)}: build the model that was saved"
                     )
+            if layout.natural != e.merged:
+                if any(is_traceable_wrapper_subclass(state[key]) for key in own):
+                    self.problems.append(
+                        f"{layer.name}: its tensors are sharded and of the other form "
+                        "(merge_interval=1, or a larger one), to which whole tensors alone are "
+                        "converted: load a gathered state"
+                    )
+                self.other_form.append((layer, layout))
             saved[e] = layout
 
     def _draw(self, saved: dict[OrthogonalEquivalence, Layout], names: dict[Any, str]) -> None:
@@ -256,10 +279,21 @@ def _convert(layer: _Layer, state: State) -> None:
     """Put the prepared form of a plain weight in its place in the state dict."""
     weight, e = state.pop(layer.plain), layer.equivalence
     dtype, device = rotation_dtype(weight.dtype), weight.device
-    values = (
-        e.permuted(weight),
-        *(torch.zeros(skew.shape, dtype=dtype, device=device) for skew in e.skews),
-        e.here.tensor().to(device),
-    )
+    if e.merged:
+        between = [torch.linalg.vector_norm(weight.detach(), dtype=dtype)]
+    else:
+        between = [torch.zeros(skew.shape, dtype=dtype, device=device) for skew in e.skews]
+    values = (e.stored_form(weight), *between, e.here.tensor().to(device))
     for (key, own), value in zip(layer.own.items(), values, strict=True):
         state[key] = shard_like(value, own)
+
+
+@torch.no_grad()
+def _convert_form(layer: _Layer, layout: Layout, state: State) -> None:
+    """Put a layer's tensors in the form of the model in the place of those of the other one.
+
+    The permutations are those that were saved, and in force by now.
+    """
+    stored, *skews, _ = (state.pop(key) for key in layer.tensors(layout.natural))
+    state[layer.plain] = layout.effective(stored, *skews)
+    _convert(layer, state)

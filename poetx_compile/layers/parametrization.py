@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from poetx_compile.layers.seal import Seal
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype
+
+_SKEWS = ("skew_in", "skew_out")
 
 INTERRUPTED = (
     "a merge or a load was cut off by an exception: some layers have it behind them, some not. "
@@ -93,6 +96,10 @@ class OrthogonalEquivalence(nn.Module):
     ``W[perm_out][:, perm_in] = D_outᵀ S D_inᵀ``: S is the frozen weight, stored permuted once a
     merge; the rotations come from the packed skew parameters (POET, arXiv 2603.05500).
 
+    In the *merged form* (``merge_interval=1``) the weight is stored in its natural order and *is*
+    the effective weight. The skew parameters are zero whenever the model runs, share the memory of
+    one zero (`rest`), are not saved, and hold values within an optimiser's step alone.
+
     Parameters:
         skew_in: [blocks_in, b_in(b_in−1)/2], float32 (float64 for a float64 weight); zero is the
             identity.
@@ -100,6 +107,9 @@ class OrthogonalEquivalence(nn.Module):
 
     Buffers:
         layout: int64 [10], saved (`Layout`): the permutations follow from it.
+        reference_norm: in the merged form alone, saved: the Frobenius norm that the weight was
+            given, a scalar of the rotations' dtype, NaN until it has values. Steps keep it but for
+            rounding (`diagnostics`).
 
     Attributes:
         interrupted: a merge or a load of this layer was cut off.
@@ -110,6 +120,7 @@ class OrthogonalEquivalence(nn.Module):
     """
 
     layout: Tensor
+    reference_norm: Tensor
 
     def __init__(
         self, weight: Tensor, config: POETXConfig, perm_in: Permutation, perm_out: Permutation
@@ -125,14 +136,17 @@ class OrthogonalEquivalence(nn.Module):
         self.loads = 0
         self._layout_version: int | None = None
         self._seal: Seal | None = None
+        self._zeros: Tensor | None = None
+        self._has_norm = False
         dtype = rotation_dtype(weight.dtype)
-
-        def zeros(blocks: int, b: int) -> nn.Parameter:
-            packed = torch.zeros(blocks, packed_size(b), dtype=dtype, device=weight.device)
-            return nn.Parameter(packed, requires_grad=blocks > 0)  # FSDP2 reduces no empty gradient
-
-        self.skew_in = zeros(self.blocks_in, self.block_in)
-        self.skew_out = zeros(self.blocks_out, self.block_out)
+        sizes = [
+            (self.blocks_in, packed_size(self.block_in)),
+            (self.blocks_out, packed_size(self.block_out)),
+        ]
+        zeros = self._zero(sizes, dtype, weight.device, config.merged)
+        # FSDP2 reduces no empty gradient.
+        self.skew_in = nn.Parameter(zeros[0], requires_grad=self.blocks_in > 0)
+        self.skew_out = nn.Parameter(zeros[1], requires_grad=self.blocks_out > 0)
         self.perm_in, self.perm_out = perm_in, perm_out
         self.register_buffer("layout", torch.zeros(SIZE, dtype=torch.int64, device=weight.device))
         self.configure(config)
@@ -141,7 +155,58 @@ class OrthogonalEquivalence(nn.Module):
     def configure(self, config: POETXConfig) -> None:
         """Set the configuration; its blocks, order and permutations are those of this state."""
         self.config, self.merge_rotation = config, config.merge_rotation
+        if self.merged or self._zeros is not None:  # adopted with a configuration of the other form
+            self.rest()
+        if self.merged != ("reference_norm" in self._buffers):
+            self._note_form()
         self._announce()
+
+    def _note_form(self) -> None:
+        """Have the buffer that the form has."""
+        if not self.merged:
+            del self.reference_norm
+            return
+        unknown = torch.full((), math.nan, dtype=self.skew_in.dtype, device=self.skew_in.device)
+        self.register_buffer("reference_norm", unknown)
+        self._has_norm = False
+
+    @torch.no_grad()
+    def note_norm(self, stored: Tensor) -> None:
+        """Note the norm of the stored weight in the merged form, unless it is noted already."""
+        if self.merged and not self._has_norm and not stored.is_meta:
+            norm = torch.linalg.vector_norm(stored, dtype=self.reference_norm.dtype)
+            self.reference_norm.copy_(norm)
+            self._has_norm = True
+
+    @property
+    def merged(self) -> bool:
+        """Whether this layer has the merged form."""
+        return self.config.merged
+
+    def rest(self) -> None:
+        """Let the skew parameters be zeros: in the merged form those that take no bytes."""
+        if is_sharded(*self.skews):
+            return
+        sizes = [skew.shape for skew in self.skews]
+        dtype, device = self.skew_in.dtype, self.skew_in.device
+        with torch.no_grad():
+            zeros = self._zero(sizes, dtype, device, self.merged)
+            for skew, zero in zip(self.skews, zeros, strict=True):
+                skew.data = zero
+
+    def _zero(
+        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device, rest: bool
+    ) -> list[Tensor]:
+        """Zeros of two shapes, in the memory that is shared where they are to `rest`."""
+        if not rest:
+            self._zeros = None
+            return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        size = max(blocks * packed for blocks, packed in shapes)
+        kept = self._zeros
+        # CUDA graphs know the address: what was given once is kept.
+        if kept is None or (kept.dtype, kept.device) != (dtype, device) or kept.numel() < size:
+            kept = self._zeros = registry.zeros(size, dtype, device)
+        return [kept[: blocks * packed].view(blocks, packed) for blocks, packed in shapes]
 
     def _announce(self) -> None:
         """Be found, and let those who look after layers look again."""
@@ -149,9 +214,14 @@ class OrthogonalEquivalence(nn.Module):
         self._own = id(self.skew_in), id(self.layout)
         registry.announce(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_zeros": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._layout_version = None  # a copy counts its versions anew
+        if self.merged:
+            self.rest()
         self._announce()
 
     def forward(self, stored: Tensor) -> Tensor:
@@ -180,6 +250,16 @@ class OrthogonalEquivalence(nn.Module):
             skew_in = skew_in.detach()
         if skew_out.requires_grad and not self.blocks_out:
             skew_out = skew_out.detach()
+        if self.merged:
+            return ops.identity_equivalence(
+                stored,
+                skew_in,
+                skew_out,
+                self.perm_in.pair,
+                self.perm_out.pair,
+                self.block_in,
+                self.block_out,
+            )
         return ops.orthogonal_equivalence(
             stored,
             skew_in,
@@ -230,17 +310,24 @@ class OrthogonalEquivalence(nn.Module):
         if is_sharded(self.skew_in):
             raise ParallelismError(NOT_ASSIGNED)
         if not torch.compiler.is_compiling():  # Dynamo would guard the number
-            registry.changed()
-            self.written = True
+            self.assigned()
         with torch.no_grad():
-            stored = self.permuted(weight)
-            self.skew_in.zero_()
-            self.skew_out.zero_()
+            stored = self.stored_form(weight)
+            if not self.merged:
+                self.skew_in.zero_()
+                self.skew_out.zero_()
         self._seal = None
         return stored
 
-    def permuted(self, weight: Tensor) -> Tensor:
-        """``weight[perm_out][:, perm_in]``, contiguous, on the device of `weight`.
+    def assigned(self) -> None:
+        """The weight has got other values: let those who look after layers look again."""
+        registry.changed()
+        self.written = True
+        self._has_norm = False
+
+    def stored_form(self, weight: Tensor) -> Tensor:
+        """A copy of a weight as it is stored: ``weight[perm_out][:, perm_in]``, contiguous, on the
+        device of `weight`; in the merged form in its natural order.
 
         Raises:
             ValueError: a weight of another shape.
@@ -251,6 +338,8 @@ class OrthogonalEquivalence(nn.Module):
                 f"a weight of shape {list(weight.shape)} is not one of {[n, m]}: assign one of the "
                 "layer's shape"
             )
+        if self.merged:
+            return weight.detach().clone(memory_format=torch.contiguous_format)
         rows = pair_index(self.perm_out.pair_on(weight.device), 0, n)
         columns = pair_index(self.perm_in.pair_on(weight.device), 0, m)
         return weight.detach().index_select(0, rows).index_select(1, columns)
@@ -270,7 +359,8 @@ class OrthogonalEquivalence(nn.Module):
         """The layout in force."""
         p, q = self.perm_in, self.perm_out
         blocks = self.config.block_in, self.config.block_out
-        return Layout(p.seed, p.draw, p.group, q.group, p.kind, self.order, *blocks)
+        drawn = p.seed, p.draw, p.group, q.group, p.kind
+        return Layout(*drawn, self.order, *blocks, natural=self.merged)
 
     def layout_values(self) -> list[int]:
         """What the buffer `layout` says of the permutations in force."""
@@ -295,7 +385,7 @@ class OrthogonalEquivalence(nn.Module):
 
     def seal(self, stored: Tensor) -> None:
         """Note what the stored weight is: this package has just written it, or trusts it."""
-        self._seal = Seal.of(stored)
+        self._seal = None if self.merged else Seal.of(stored)
 
     def check_stored(self, stored: Tensor) -> None:
         """`check_stored_weights` of this layer, where it can be looked at now."""
@@ -313,12 +403,14 @@ class OrthogonalEquivalence(nn.Module):
         was_meta = self.skew_in.is_meta
         applied = super()._apply(keep_precision, recurse)
         self._layout_version = None
-        if was_meta and not self.skew_in.is_meta:
-            with torch.no_grad():  # `to_empty`: there was no rotation to lose
-                self.skew_in.zero_()
-                self.skew_out.zero_()
+        came_from_meta = was_meta and not self.skew_in.is_meta
+        if self.merged or came_from_meta:  # `to_empty`: there was no rotation to lose
+            self.rest()
+        if came_from_meta:
+            with torch.no_grad():
                 self.write_layout()
             self._seal = None
+            self._has_norm = False
         self._announce()  # torch may be told to make new parameters
         return applied
 
@@ -333,14 +425,20 @@ class OrthogonalEquivalence(nn.Module):
         if stored is not None:
             self.check_stored(stored)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _SKEWS if self.merged else ():
+            del destination[prefix + name]
 
     def _load_from_state_dict(
         self, state_dict, prefix, metadata, strict, missing, unexpected, errors
     ):
         # What does not fit has been refused before anything was written (`loading`).
-        super()._load_from_state_dict(
-            state_dict, prefix, metadata, strict, missing, unexpected, errors
-        )
+        resting = {name: self._parameters.pop(name) for name in _SKEWS if self.merged}
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing, unexpected, errors
+            )
+        finally:
+            self._parameters.update(resting)
         for side in self.sides:
             if side.permutation.pair.is_meta:
                 side.permutation.move_to(side.skew.device)
@@ -348,6 +446,7 @@ class OrthogonalEquivalence(nn.Module):
         self._seal = None
         self.loads += 1
         if prefix + "layout" in state_dict:
+            self._has_norm = True
             self._layout_version = None
             self.check_layout()
             self.interrupted = False
@@ -397,8 +496,9 @@ def check_stored_weights(layers: Sequence[tuple[OrthogonalEquivalence, Tensor]])
     """Raise `IncompatibleStateError` where something else has written a stored weight.
 
     Without rotations any weight is one: such a layer, and one that was not looked at before, is
-    taken as it is.
+    taken as it is. So is one of the merged form, which has neither rotations nor another order.
     """
+    layers = [(e, stored) for e, stored in layers if not e.merged]
     by_device: dict[torch.device, list[tuple[OrthogonalEquivalence, Tensor, Tensor]]]
     by_device = defaultdict(list)
     for e, stored in layers:

@@ -171,6 +171,7 @@ def register(
     """
     equivalence.train(module.training)
     weight = module.weight
+    as_it_is = as_it_is or equivalence.merged  # whose stored form is the weight itself
     equivalence.takes_stored = as_it_is
     own_class(module)
     with _set_in_place(), _unchanged(weight) if as_it_is else contextlib.nullcontext():
@@ -181,6 +182,8 @@ def register(
     stored_weight(module).grad = None
     equivalence.written = not has_values(weight)  # else it has just been looked at
     equivalence.seal(stored_weight(module))
+    if has_values(weight):
+        equivalence.note_norm(stored_weight(module))
     if stored_weight(module)._backward_hooks:
         log.warning(
             "a gradient hook of a weight of shape %s is not called any more: the weight is frozen, "

@@ -13,8 +13,11 @@ from collections.abc import Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from poetx_compile._torch import _len_torch_dispatch_stack
 
 if TYPE_CHECKING:
     from poetx_compile.layers.parametrization import OrthogonalEquivalence
@@ -40,6 +43,8 @@ class Registry:
         self._declined: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self._reserved: WeakKeyDictionary[nn.Module, tuple[Permutation, ...]] = WeakKeyDictionary()
         self._caches: list[MutableMapping[OrthogonalEquivalence, Any]] = []
+        self._zeros: WeakValueDictionary[tuple[torch.device, torch.dtype], Tensor]
+        self._zeros = WeakValueDictionary()
 
     # --- prepared layers --------------------------------------------------------------------------
 
@@ -119,6 +124,23 @@ class Registry:
     def reserved(self, module: nn.Module) -> tuple[Permutation, ...] | None:
         """The permutations reserved for a linear; they are given out once."""
         return self._reserved.pop(module, None)
+
+    # --- zeros that take no bytes -----------------------------------------------------------------
+
+    def zeros(self, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """At least `size` zeros in a row, the same memory for all who ask; keep the tensor.
+
+        Nobody reads them: rotations that are zero whenever a model runs are views of it. A tensor
+        of stride 0 would be smaller still, and refuses to be written: by DDP, which sends its
+        parameters around, and by averages of parameters.
+        """
+        if _len_torch_dispatch_stack():  # a fake mode: for those inside alone
+            return torch.zeros(size, dtype=dtype, device=device)
+        found = self._zeros.get((device, dtype))
+        if found is None or found.numel() < size:
+            with torch.inference_mode(False):
+                found = self._zeros[device, dtype] = torch.zeros(size, dtype=dtype, device=device)
+        return found
 
     # --- caches -----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ def fully_shard_rotations(
             f"fully_shard_rotations: {type(module).__name__} {what}. Call it once on each module "
             "that fully_shard is called on, after prepare(model)"
         )
+    if any(e.merged for e in rotations):
+        raise ParallelismError(
+            "fully_shard_rotations: with merge_interval=1 every step would gather every weight of "
+            "a sharded model: prepare it with a larger merge_interval, or use DDP"
+        )
     if any(is_sharded(*e.skews) for e in rotations):
         raise ParallelismError(
             "fully_shard_rotations: the rotations are in the group of another module: call it "
@@ -91,6 +97,7 @@ def check_processes(model: nn.Module) -> None:
         )
     reshard(model)
     layers = list(prepared_linears(model))
+    _check_form(layers)
     check_layouts([e for _, _, e in layers])
     for name, module, e in layers:
         _check_placements(name, module, e)
@@ -107,6 +114,16 @@ def check_processes(model: nn.Module) -> None:
                     "get a group of their own"
                 )
     _check_alike(layers)
+
+
+def _check_form(layers: Iterable[tuple[str, nn.Linear, OrthogonalEquivalence]]) -> None:
+    """Raise where layers of the merged form are sharded."""
+    for name, module, e in layers:
+        if e.merged and is_sharded(stored_weight(module), *e.skews):
+            raise ParallelismError(
+                f"{name}: with merge_interval=1 every step would gather every weight of a sharded "
+                "model: prepare it with a larger merge_interval, or use DDP"
+            )
 
 
 def _check_placements(name: str, module: nn.Module, e: OrthogonalEquivalence) -> None:

@@ -14,6 +14,8 @@
 ``block_product``           blocks of ``Xᵀ Y``: the gradient of a rotation
 ``stacked_block_products``  two of them over the same tokens: the gradients of both sides at once
 ``skew_block_products``     the gradients of rotations at the identity, packed
+``orthogonalize_skew``      the direction of a step of `POETXMuon`, packed
+``turn_weight_``            a step of the rotations of a weight in its natural order, in place
 ``permute_columns``         one gather of the columns, its backward the inverse gather
 ==========================  =====================================================================
 
@@ -31,6 +33,7 @@ from poetx_compile.ops.folded_linear import folded_linear
 from poetx_compile.ops.identity_equivalence import identity_equivalence
 from poetx_compile.ops.merged_linear import merged_linear
 from poetx_compile.ops.orthogonal_equivalence import orthogonal_equivalence
+from poetx_compile.ops.orthogonalize import orthogonalize_skew
 from poetx_compile.ops.permute import permute_columns
 from poetx_compile.ops.registry import OPS
 from poetx_compile.ops.rotate import rotate_blocks
@@ -38,6 +41,7 @@ from poetx_compile.ops.rotation_delta import rotation_delta
 from poetx_compile.ops.skew_block_products import skew_block_products
 from poetx_compile.ops.stacked_block_products import stacked_block_products
 from poetx_compile.ops.tangent import rotation_tangent
+from poetx_compile.ops.turn_weight import turn_weight_
 
 __all__ = [
     "OPS",
@@ -49,6 +53,7 @@ __all__ = [
     "identity_equivalence",
     "merged_linear",
     "orthogonal_equivalence",
+    "orthogonalize_skew",
     "permute_columns",
     "rotate_blocks",
     "rotation_delta",
@@ -56,4 +61,5 @@ __all__ = [
     "rotations",
     "skew_block_products",
     "stacked_block_products",
+    "turn_weight_",
 ]

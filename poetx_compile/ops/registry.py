@@ -34,7 +34,7 @@ class Op:
         drawn: what its result is in a drawing of `explain` (`inspect.drawing.Drawn.kind`).
     """
 
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     kernel: Kernel | None = None
     expands: Callable[..., bool] = _always
     ieee: bool = False
@@ -100,6 +100,38 @@ def define(
     if casts_first:
         _library.impl(name, _casting(made, "cpu"), "AutocastCPU")
         _library.impl(name, _casting(made, "cuda"), "AutocastCUDA")
+    return made
+
+
+def define_in_place(
+    name: str,
+    reference: Callable[..., None],
+    *,
+    check: Callable[..., None],
+    written: str,
+    kernel: Kernel | None = None,
+    ieee: bool = False,
+) -> CustomOpDef:
+    """Define ``poetx::<name>``, which writes into its argument `written` and returns nothing.
+
+    It takes no gradient, and stays a call in compiled code. The other arguments are as for
+    `define`.
+    """
+    op = OPS[name] = Op(reference, kernel, lambda *_: False, ieee)
+    defaults = [p.default for p in inspect.signature(reference).parameters.values()]
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> None:
+        args = *args, *defaults[len(args) :]
+        check(*args)
+        if op.kernel is not None and op.kernel.applies(*args):
+            op.kernel.run(*args)
+        else:
+            op.reference(*args)
+
+    body = without_autocast(ieee_fp32()(run) if ieee else run)
+    made = torch.library.custom_op(f"poetx::{name}", body, mutates_args={written})
+    made.register_fake(lambda *args: check(*args, *defaults[len(args) :]))
     return made
 
 

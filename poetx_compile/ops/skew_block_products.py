@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops.block_product import block_product_reference, check_operands
+from poetx_compile.ops.block_product import (
+    block_product_reference,
+    check_operands,
+    kernel_takes,
+)
+from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.packing import pack, packed_size
 from poetx_compile.ops.precision import rotation_dtype
 from poetx_compile.ops.registry import define
@@ -26,15 +31,15 @@ def skew_block_products_reference(
 
     The gradient of the skew parameters of a side whose rotations are the identity,
     ``∂G/∂Q = 2``: x the activations of that side, y their gradient. A second pair of operands, the
-    other side of a layer, is one more stack of blocks behind the first; the two need not have the
-    same tokens.
+    other side of a layer, is one more stack of blocks behind the first: one launch for both.
 
     Args:
         x, y: [..., d] of one shape and dtype, floating point.
         blocks, block_size: how many blocks of x and y, and b, of all.
         gather: permutation pair of the columns of x and y, int64 [2, d/c] with any c that divides d
             (see `permute_columns`), or ``None``.
-        x2, y2, blocks2, gather2: the same of a second product, [..., d2] of x's dtype.
+        x2, y2, blocks2, gather2: the same of a second product over the same tokens, [..., d2] of
+            x's dtype.
 
     Returns:
         [blocks + blocks2, b(b−1)/2] in float32 (float64 for float64), accumulated in that dtype.
@@ -58,6 +63,13 @@ def _check(x, y, blocks, block_size, gather, x2, y2, blocks2, gather2) -> None:
     )
     if x2 is not None:
         check_operands(x2, y2, blocks2, block_size, gather2, gather2, ("gather2", "gather2"))
+        torch._check(
+            x.shape[:-1] == x2.shape[:-1],
+            lambda: (
+                "poetx: both products must be over the same tokens, "
+                f"got {list(x.shape)} and {list(x2.shape)}"
+            ),
+        )
     dtypes = {t.dtype for t in (x, y, x2, y2) if t is not None}
     torch._check(
         len(dtypes) == 1,
@@ -70,9 +82,16 @@ def _fake(x, y, blocks, block_size, gather, x2, y2, blocks2, gather2):
     return x.new_empty(blocks + blocks2, size, dtype=rotation_dtype(x.dtype))
 
 
+def _kernel_takes(x, y, blocks, block_size, gather, x2, y2, blocks2, gather2) -> bool:
+    if block_size == 1 or not kernel_takes(x, y, blocks, block_size, gather, gather):
+        return False
+    return x2 is None or kernel_takes(x2, y2, blocks2, block_size, gather2, gather2)
+
+
 skew_block_products = define(
     "skew_block_products",
     skew_block_products_reference,
     check=_check,
     fake=_fake,
+    kernel=Kernel("block_product.skew_block_products", _kernel_takes),
 )

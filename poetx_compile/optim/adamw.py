@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import nn
 from poetx_compile.config import POETXConfig
 from poetx_compile.optim.groups import ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
+
+# Without torch's wrappers: the hooks of all optimisers shall see one step, not one for each batch.
+adamw_step = inspect.unwrap(torch.optim.AdamW.step)
 
 
 class POETXAdamW(torch.optim.AdamW):
@@ -63,6 +67,19 @@ class POETXAdamW(torch.optim.AdamW):
             **adamw,
         )
         self.schedule = attach(self, model, config)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; with a closure it is called first, with gradients enabled, and returned."""
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            schedule = getattr(self, "schedule", None)  # a copy for a trial has none
+            if schedule is None or schedule.turner is None:
+                return adamw_step(self, closure)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            schedule.turn_by_batches(self, lambda: adamw_step(self))
+            return loss
 
 
 def fusible(groups: Iterable[dict[str, Any]]) -> bool | None:

@@ -8,8 +8,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poetx_compile.layers.parametrization import Layer
+
+ROTATIONS_BYTES = 128 * 2**20
+"""Bytes of rotations that are built at once, from as many layers as fit: a launch for each layer
+leaves a GPU idle most of the time, and each check of a polar factor waits for it."""
+
 CHUNK_BYTES = 64 * 2**20
 """Bytes of unpacked fp32 blocks in one batch: 256 blocks of 256×256, enough to fill a GPU."""
+
+
+def layer_batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    """The layers in order, in batches whose rotations take `ROTATIONS_BYTES`, or of one layer."""
+    batch: list[Layer] = []
+    held = 0
+    for layer in layers:
+        size = 4 * sum(side.elements for side in layer[1].sides)
+        if batch and held + size > ROTATIONS_BYTES:
+            yield batch
+            batch, held = [], 0
+        batch.append(layer)
+        held += size
+    if batch:
+        yield batch
 
 
 class BlockKind(NamedTuple):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poetx_compile.config import POETXConfig, differences
@@ -134,6 +135,18 @@ def param_groups(
         ratio = {RATIO: float(rate) / float(lr)} if lr > 0 else {}
         groups.append({**group, **RULES[rule].options, BLOCK: b, **ratio})
     return groups
+
+
+@contextlib.contextmanager
+def only(optimizer: Optimizer, wanted: Callable[[Tensor], bool]) -> Iterator[None]:
+    """Let an optimiser hold the wanted parameters alone, in groups that have any."""
+    groups = optimizer.param_groups
+    fewer = [{**g, "params": [p for p in g["params"] if wanted(p)]} for g in groups]
+    optimizer.param_groups = [group for group in fewer if group["params"]]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
 
 
 def prepared_config(model: nn.Module, config: POETXConfig | None = None) -> POETXConfig:

@@ -17,7 +17,7 @@ and each keeps its own part.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.parametrization import (
     INTERRUPTED,
-    Layer,
     OrthogonalEquivalence,
     check_alone,
     check_layouts,
@@ -40,14 +39,12 @@ from poetx_compile.layers.permutation import Permutation, redraw_all
 from poetx_compile.ops import rotations
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
 from poetx_compile.ops.rotation_delta import minus_identity
+from poetx_compile.ops.turn_weight import rotate_weight
+from poetx_compile.optim.blocks import layer_batches
 
 POLAR_STEPS = 4
 """Newton-Schulz steps of `polar_factor`. Each takes an error δ of a singular value to 1.5 δ²: from
 θ = 0.25 (δ = θ⁴ = 0.004) two reach fp32, four do so from θ = 0.6. They cost less than the merge."""
-
-ROTATIONS_BYTES = 128 * 2**20
-"""Bytes of rotations that are built at once, from as many layers as fit: a launch for each layer
-leaves a GPU idle most of the time, and each check of `polar_factor` waits for it."""
 
 _ORTHOGONAL = 100
 """Roundings that an entry of ``XᵀX − I`` may be off: a converged iteration stays below by a digit.
@@ -88,7 +85,7 @@ def merge(model: nn.Module) -> None:
         equivalence.interrupted = True
     try:
         indices = redraw_all(side.permutation for _, e in layers for side in e.sides)
-        for batch in _batches(layers):
+        for batch in layer_batches(layers):
             deltas_of = _merged_deltas([e for _, e in batch])
             for (module, equivalence), deltas in zip(batch, deltas_of, strict=True):
                 _merge_layer(stored_weight(module), equivalence, deltas, indices)
@@ -123,21 +120,6 @@ def _check_finite(skews: Sequence[Tensor]) -> None:
                 "poetx_compile.clip_grad_norm_ and, for float16, a GradScaler keep it from "
                 "happening again"
             )
-
-
-def _batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """The layers in order, in batches whose rotations take `ROTATIONS_BYTES`, or of one layer."""
-    batch: list[Layer] = []
-    held = 0
-    for layer in layers:
-        size = 4 * sum(side.elements for side in layer[1].sides)
-        if batch and held + size > ROTATIONS_BYTES:
-            yield batch
-            batch, held = [], 0
-        batch.append(layer)
-        held += size
-    if batch:
-        yield batch
 
 
 def _merged_deltas(equivalences: Sequence[OrthogonalEquivalence]) -> list[list[Tensor]]:
@@ -175,33 +157,6 @@ def _merge_layer(
     write(stored, rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
     e.write_layout()
     e.seal(stored)
-
-
-@without_autocast
-def rotate_weight(weight: Tensor, delta_in: Tensor, delta_out: Tensor) -> Tensor:
-    """``D_outᵀ S D_inᵀ`` in the rotations' dtype.
-
-    Args:
-        weight: S [n, m], any floating dtype.
-        delta_in: ``R − I`` [blocks, b, b] with blocks·b ≤ m, fp32 or fp64; the columns behind the
-            blocks stay.
-        delta_out: the same for the n rows.
-
-    Returns:
-        [n, m], a new tensor.
-    """
-    n, m = weight.shape
-    wide = weight.to(delta_in.dtype, copy=True)
-    # x + x (R − I): a small rotation keeps its relative precision, none changes no bit.
-    blocks, b, _ = delta_in.shape
-    if blocks:
-        columns = wide[:, : blocks * b].view(n, blocks, b).transpose(0, 1)
-        columns += torch.bmm(columns, delta_in.mT)
-    blocks, b, _ = delta_out.shape
-    if blocks:
-        rows = wide[: blocks * b].view(blocks, b, m)
-        rows += torch.bmm(delta_out.mT, rows)
-    return wide
 
 
 @without_autocast

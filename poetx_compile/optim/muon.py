@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from poetx_compile import ops
 from poetx_compile.config import POETXConfig
 from poetx_compile.distributed.shards import local
 from poetx_compile.errors import ConfigError
-from poetx_compile.ops.packing import pack, unpack
-from poetx_compile.ops.precision import without_autocast
-from poetx_compile.optim.adamw import fusible
+from poetx_compile.optim.adamw import adamw_step, fusible
 from poetx_compile.optim.blocks import by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz step, from Muon (Jordan et al., 2024): steep at zero, so that five
-steps bring every singular value above about 0.01 of the norm into 0.7 … 1.2."""
-
-STEPS = 5
-
-# Without torch's wrappers: the hooks of all optimisers shall see one step, not two.
-_adamw_step = inspect.unwrap(torch.optim.AdamW.step)
 
 
 class POETXMuon(torch.optim.Optimizer):
@@ -105,13 +94,20 @@ class POETXMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        schedule = getattr(self, "schedule", None)  # a copy for a trial has none
+        if schedule is None or schedule.turner is None:
+            self._update()
+        else:
+            schedule.turn_by_batches(self, self._update)
+        return loss
+
+    def _update(self) -> None:
         for group in self.param_groups:
             if BLOCK in group:
                 self._turn(group)
         self._adamw.param_groups = [g for g in self.param_groups if BLOCK not in g]
         self._adamw.state = self.state
-        _adamw_step(self._adamw)
-        return loss
+        adamw_step(self._adamw)
 
     def _turn(self, group: dict[str, Any]) -> None:
         skews = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
@@ -122,7 +118,7 @@ class POETXMuon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(skew)
         mu, b = group["momentum"], group[BLOCK]
-        for kind, alike in by_kind([(skew, b) for skew in skews]).items():
+        for alike in by_kind([(skew, b) for skew in skews]).values():
             momenta = [local(self.state[p]["momentum_buffer"]) for p in alike]
             gradients = [local(p.grad) for p in alike if p.grad is not None]
             turned = [local(p) for p in alike]
@@ -131,29 +127,6 @@ class POETXMuon(torch.optim.Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(turned, 1 - group["lr"] * group["weight_decay"])
             for batch in chunks(turned, b):
-                update = orthogonalize(unpack(gather(directions, batch), b))
-                update = pack(update).to(kind.dtype).mul_(group["lr"])
+                update = ops.orthogonalize_skew(gather(directions, batch), b).mul_(group["lr"])
                 counts = [rows.stop - rows.start for _, rows in batch]
                 torch._foreach_sub_([turned[i][rows] for i, rows in batch], update.split(counts))
-
-
-@without_autocast
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Roughly the orthogonal polar factor, ``msign``, of each block, by five Newton-Schulz steps.
-
-    Args:
-        matrix: [blocks, b, b]; fp32 is computed in bf16 on CUDA. Skew blocks give skew blocks.
-
-    Returns:
-        The same shape: singular values in 0.7 … 1.2, but for those that were below about 0.01 of
-        the Frobenius norm; a zero block stays zero.
-    """
-    a, b, c = COEFFICIENTS
-    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    x = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
-    if x.is_cuda and x.dtype == torch.float32:
-        x = x.bfloat16()
-    for _ in range(STEPS):
-        square = torch.bmm(x, x.mT)
-        x = torch.baddbmm(a * x, torch.baddbmm(b * square, square, square, alpha=c), x)
-    return x

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poetx_compile.config import POETXConfig
@@ -32,12 +32,13 @@ from poetx_compile.layers.registry import registry
 from poetx_compile.layers.sharding import check_processes
 from poetx_compile.optim.angle import ANGLE, AngleGuard
 from poetx_compile.optim.follow import follow_all
-from poetx_compile.optim.groups import BLOCK, RULE, prepared_config
+from poetx_compile.optim.groups import BLOCK, RULE, only, prepared_config
 from poetx_compile.optim.merge import check_whole, merge
 from poetx_compile.optim.ownership import own
 from poetx_compile.optim.probe import Probed, probe, reset_state
 from poetx_compile.optim.rates import RateWatch
 from poetx_compile.optim.regroup import drop_weights, regroup
+from poetx_compile.optim.turning import Turner
 
 STEP = "poetx_step"
 LAST_MERGE = "poetx_last_merge"
@@ -57,7 +58,8 @@ def attach(
     fresh again (`POETXConfig.moments`). Steps count where `optimizer.step` really ran: gradient
     accumulation and steps that a `GradScaler` skips do not count. The counters are in the param
     groups of the skew parameters, hence in `optimizer.state_dict()`. The frozen weights leave the
-    groups, now and whenever something adds them.
+    groups, now and whenever something adds them. With ``merge_interval=1`` each step turns the
+    weights by its update of the skew parameters, which are zero otherwise.
 
     Args:
         optimizer: any `torch.optim.Optimizer` that holds every trainable skew parameter
@@ -135,6 +137,7 @@ class MergeSchedule:
     """When the rotations of a model are merged; made by `attach`.
 
     Attributes:
+        turner: what makes the steps of the merged form, or ``None``.
         merges: number of merges done by this object (not saved).
         early_merges: those of them that the angle guard asked for.
     """
@@ -149,6 +152,7 @@ class MergeSchedule:
         self._weights: set[nn.Parameter] = set()
         self._loose: set[nn.Parameter] = set()
         self._guard: AngleGuard | None = None
+        self.turner: Turner | None = None
         self._rates = RateWatch()
         self.merges = self.early_merges = 0
         self._restored = self._stepped = False
@@ -169,8 +173,11 @@ class MergeSchedule:
     def angle(self) -> float | None:
         """The guard's last measurement of the largest angle, in radians; ``None`` without a guard.
 
-        A few steps old; `diagnostics` computes the present one exactly.
+        A few steps old; `diagnostics` computes the present one exactly. With ``merge_interval=1``
+        the largest angle of the step that was measured last, ``None`` before the first.
         """
+        if self.turner is not None:
+            return self.turner.angle
         return self._ledger[ANGLE] if self._guard is not None else None
 
     @property
@@ -210,7 +217,11 @@ class MergeSchedule:
         self._weights = {stored_weight(module) for module, _ in layers}
         drop_weights(optimizer, layers)
         self._loose = skews & set(_loose_parameters(optimizer))  # as the user has built the groups
-        if self._config.max_angle is not None:
+        if self._config.merged:
+            self.turner = Turner(layers)
+            for e in self.equivalences:
+                e.rest()
+        elif self._config.max_angle is not None:
             pairs = [(s.skew, s.block) for _, e in layers for s in e.sides if s.blocks]
             self._guard = AngleGuard(pairs, self._config.max_angle)
         self._claim(optimizer)
@@ -255,7 +266,7 @@ class MergeSchedule:
 
     # --- hooks of the optimiser -------------------------------------------------------------------
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._check_layers()
         self._tidy_groups(optimizer)
         follow_all(optimizer)
@@ -265,6 +276,33 @@ class MergeSchedule:
         if loads != self._loads or not self._stepped:  # what DDP or a checkpoint has put there
             check_stored_weights([(e, stored_weight(m)) for m, e in self._layers])
         self._loads, self._restored, self._stepped = loads, False, True
+        if self.turner is None:
+            return None
+        self.turner.check()
+        return None if _by_batches(optimizer) else self.turner.before_step(args, kwargs)
+
+    def turn_by_batches(self, optimizer: Optimizer, update: Callable[[], Any]) -> None:
+        """The step of an optimiser of this package in the merged form (`Turner.step`).
+
+        Args:
+            update: one step of all that is in the groups. It is called for the dense parameters,
+                then for the rotations, a batch of layers at a time.
+        """
+        assert self.turner is not None
+
+        def update_those(rotations: set[Tensor]) -> None:
+            with only(optimizer, rotations.__contains__):
+                update()
+
+        with only(optimizer, lambda p: p not in self._skews):
+            update()
+        self.turner.step(self.step + 1, self._moving(optimizer), update_those)
+
+    def _moving(self, optimizer: Optimizer) -> set[Tensor]:
+        """The parameters that the step under way can move."""
+        if _skipped(optimizer):
+            return set()
+        return {p for g in optimizer.param_groups if float(g["lr"]) != 0 for p in g["params"]}
 
     def _count_loads(self) -> int:
         return sum(e.loads for _, e in self._layers)
@@ -281,6 +319,8 @@ class MergeSchedule:
         return ledger
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.turner is not None and not _by_batches(optimizer):
+            self.turner.after_step(self.step + 1, self._moving(optimizer))
         if _skipped(optimizer):
             return
         groups = [group for group in self._groups(optimizer) if group["params"]]
@@ -294,7 +334,7 @@ class MergeSchedule:
         # Frozen rotations turn nothing, and none turn at a learning rate of zero. Tools that want
         # only the optimiser's state made (torch.distributed.checkpoint) take such a step, on a
         # model that must not change.
-        if lr > 0:
+        if lr > 0 and self.turner is None:
             due = ledger[STEP] - ledger[LAST_MERGE] >= self._config.merge_interval
             if self._guard is not None:
                 early = self._guard.after_step(ledger, ledger[STEP], lr) and not due
@@ -359,6 +399,8 @@ class MergeSchedule:
             self._ledger, self._loaded = self._loaded, None
         if self._guard is not None:
             self._guard.drop_pending()
+        if self.turner is not None:
+            self.turner.forget()
         self._rates.loaded(optimizer)
 
     # --- the transaction --------------------------------------------------------------------------
@@ -409,6 +451,11 @@ def _refuse_copy(protocol: int) -> Any:
 def _fresh() -> dict[str, Any]:
     """The ledger of an optimiser that has taken no step."""
     return {STEP: 0, LAST_MERGE: 0, **AngleGuard.fresh()}
+
+
+def _by_batches(optimizer: Optimizer) -> bool:
+    """Whether an optimiser makes the steps of the merged form itself: those of this package."""
+    return hasattr(optimizer, RULE)
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -73,6 +73,12 @@ class Watch:
             take_over(optimizer, adopted)
         by_hand = [(m, e) for m, e in layers if not e.adopted]
         _check_rotations(optimizer, by_hand)
+        if any(e.merged for _, e in by_hand):
+            raise UnownedRotationsError(
+                f"{type(optimizer).__name__} would step rotations that with merge_interval=1 are "
+                "zero whenever the model runs, and train nothing: call "
+                "poetx_compile.attach(optimizer, model)"
+            )
         # A step at a rate of zero turns nothing, and may come before the values of the weights:
         # torch.distributed.checkpoint takes one, to have the optimiser's state made.
         if not any(float(group.get("lr", 1.0)) > 0 for group in optimizer.param_groups):

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from poetx_compile import ops
 from poetx_compile._torch import is_traceable_wrapper_subclass
 from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.layout import Layout
-from poetx_compile.layers.parametrization import side_blocks
 
-_NAMES = ("original", "0.skew_in", "0.skew_out", "0.layout")
+_LAYOUT = "0.layout"
+_OF_INTERVALS = ("original", "0.skew_in", "0.skew_out", _LAYOUT)
+_NAMES = (*_OF_INTERVALS, "0.reference_norm")
 _KEY = re.compile(rf"(.*?)parametrizations\.weight\.({'|'.join(map(re.escape, _NAMES))})")
 
 
@@ -94,7 +94,10 @@ def _once(device: torch.device | str | None) -> Callable[[Tensor, Callable[[], T
 def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
     """The stored weight, the skew parameters and the layout of the layer at `prefix`."""
     start = f"{prefix}parametrizations.weight."
-    if missing := [start + name for name in _NAMES if start + name not in state]:
+    saved = state.get(start + _LAYOUT)
+    natural = saved is not None and Layout.of(saved, start + _LAYOUT).natural
+    names = ("original", _LAYOUT) if natural else _OF_INTERVALS
+    if missing := [start + name for name in names if start + name not in state]:
         raise IncompatibleStateError(
             f"the state dict has no {', '.join(missing)}: give the whole state"
         )
@@ -103,7 +106,7 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
             f"{others[0]} belongs to another parametrization of the weight: remove it first "
             "(torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    tensors = [state[start + name] for name in _NAMES]
+    tensors = [state[start + name] for name in names]
     if any(is_traceable_wrapper_subclass(t) for t in tensors):
         raise IncompatibleStateError(
             f"the tensors of {prefix.rstrip('.')} are sharded: gather them with "
@@ -113,16 +116,7 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
     return tensors
 
 
-def _effective(stored: Tensor, skew_in: Tensor, skew_out: Tensor, saved: Tensor) -> Tensor:
-    layout = Layout.of(saved, "layout")
-    (n, m), device = stored.shape, stored.device
-    return ops.orthogonal_equivalence(
-        stored,
-        skew_in,
-        skew_out,
-        layout.pair("in", m, device),
-        layout.pair("out", n, device),
-        side_blocks(m, layout.block_in)[1],
-        side_blocks(n, layout.block_out)[1],
-        layout.order,
-    )
+def _effective(stored: Tensor, *rest: Tensor) -> Tensor:
+    *skews, saved = rest
+    effective = Layout.of(saved, "layout").effective(stored, *skews)
+    return stored.clone() if effective is stored else effective

@@ -150,6 +150,21 @@ def check_a_merge_communicates_nothing() -> None:
     assert names <= {"allreduce_", "broadcast_"}, names  # gradients, and DDP's own of buffers
 
 
+def check_every_step_merged_has_the_same_bits_without_traffic() -> None:
+    for make, dtype in ((muon, torch.bfloat16), (adopted, torch.float32)):
+        model = build(dtype, merge_interval=1, small=True)
+        wrapped = DistributedDataParallel(model)
+        optimizer = make(wrapped)
+        losses = train(wrapped, optimizer)
+        if dtype == torch.float32:
+            assert_alike(losses, alone(make, merge_interval=1, small=True))
+        assert same_everywhere(digest(model)), make.__name__
+        loss_of(wrapped, batch(0)[rank() : rank() + 1]).backward()
+        with Collectives() as during:
+            optimizer.step()
+        assert during.calls == []
+
+
 def check_only_what_trains_is_reduced() -> None:
     model = build()
     wrapped = DistributedDataParallel(model)

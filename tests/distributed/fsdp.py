@@ -304,6 +304,10 @@ def check_other_layouts_are_refused() -> None:
 
     with raises(ParallelismError, "which cuts their blocks"):
         muon(shard(build(), shard_placement_fn=across))
+    with raises(ParallelismError, "with merge_interval=1 every step would gather"):
+        muon(shard(build(merge_interval=1)))
+    with raises(ParallelismError, "with merge_interval=1 every step would gather"):
+        poetx.fully_shard_rotations(build(merge_interval=1))
     model = build()
     rotations = set(skews(model))
     with raises(ParallelismError, "nobody reduces their gradients"):

@@ -38,6 +38,12 @@ def stacked(widths: tuple[int, int], b: int, chunk: int | None) -> tuple[Any, ..
     return *operands, *(width // b for width in widths), b, *gathers
 
 
+def skewed(widths: tuple[int, int], b: int, chunk: int | None) -> tuple[Any, ...]:
+    """Arguments of `skew_block_products`, of two products."""
+    x, y, x2, y2, blocks, blocks2, _, gather, gather2 = stacked(widths, b, chunk)
+    return x, y, blocks, b, gather, x2, y2, blocks2, gather2
+
+
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cayley forward, b 256": ("cayley_neumann", (skew(256), 256, 3)),
     "cayley backward, b 256": ("cayley_neumann_backward", (meta(4, 256, 256), skew(256), 256, 3)),
@@ -127,6 +133,14 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "stacked_block_products",
         (*[meta(512, 512)] * 2, *[meta(512, 256)] * 2, 2, 1, 256, pair(32), pair(16)),
     ),
+    **{
+        f"skew products bf16, b {b}": ("skew_block_products", skewed((b * 2, b * 4), b, chunk))
+        for b, chunk in ((1024, 64), (512, 16), (320, None))
+    },
+    "skew products fp32, one side": (
+        "skew_block_products",
+        (meta(512, 77), meta(512, 77), 1, 77, pair(77), None, None, 0, None),
+    ),
     "fold bf16": (
         "fold_weight",
         (
@@ -174,6 +188,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         (meta(512, 499, dtype=BF16), rounded(6, 77), None, pair(499), None, BF16),
     ),
     **{f"delta, b {b}": ("rotation_delta", (skew(b), b, 3, BF16, 2)) for b in (2, 77, 256)},
+    **{f"orthogonalize, b {b}": ("orthogonalize_skew", (skew(b), b)) for b in (2, 77, 256, 512)},
     "permute, widest": ("permute_columns", (meta(4096, 32768, dtype=BF16), pair(32768), False)),
     "permute, chunks": ("permute_columns", (meta(4096, 53248, dtype=BF16), pair(3328), False)),
     "permute fp32, chunks of 8": ("permute_columns", (meta(4096, 1032), pair(129), True)),

@@ -269,7 +269,7 @@ def test_plain_weights_are_stored_permuted_and_rotations_start_again(assign, str
         assert (e.skew_in.requires_grad, stored_weight(linear).requires_grad) == (True, False)
         assert e.draw == 3
         weight = plain.get_submodule(name).weight
-        assert torch.equal(stored_weight(linear), e.permuted(weight))
+        assert torch.equal(stored_weight(linear), e.stored_form(weight))
         assert not torch.equal(stored_weight(linear), weight)
     turn(model)
     before = model(TOKENS)

@@ -23,6 +23,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -56,9 +57,11 @@ def compiled_launches(monkeypatch) -> list[Any]:
         cayley_low_precision,
         fold,
         fold_both,
+        orthogonalize,
         permute,
         rotate,
         tangent,
+        turn_weight,
     )
 
     results: list[Any] = []
@@ -84,9 +87,11 @@ def compiled_launches(monkeypatch) -> list[Any]:
         cayley_low_precision,
         fold,
         fold_both,
+        orthogonalize,
         permute,
         rotate,
         tangent,
+        turn_weight,
     )
     for module in modules:
         monkeypatch.setattr(module, "launch", compile_launch)
@@ -123,6 +128,45 @@ def test_kernel_compiles_fits_and_spills_what_is_recorded(case, compiled_launche
 
 def test_spills_are_recorded_of_cases_that_exist():
     assert {case for spilled in SPILLED.values() for case, _ in spilled} <= set(CASES)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n", "m", "b", "chunk"),
+    [
+        (BF16, 512, 1024, 256, 64),
+        (BF16, 2048, 4096, 1024, 16),
+        (BF16, 99, 200, 77, 1),
+        (torch.float32, 512, 1024, 256, 64),
+    ],
+)
+def test_a_weight_is_turned_in_two_launches(dtype, n, m, b, chunk, compiled_launches, tmp_path):
+    from poetx_compile.ops.kernels.turn_weight import turn_by_deltas
+
+    deltas = [meta(size // b, b, b, dtype=dtype) for size in (m, n)]
+    apply = torch.empty((), dtype=torch.int32, device="meta")
+    given = *deltas, pair(m // chunk), pair(n // chunk), 5, 3, 1, apply
+    turn_by_deltas(meta(n, m, dtype=dtype), *given)
+    kernels = [k for k in compiled_launches if "permute" not in k.metadata.name]
+    assert [k.metadata.name for k in kernels] == ["turn_rows_kernel", "turn_columns_kernel"]
+    for kernel in kernels:
+        assert kernel.metadata.shared <= SHARED_MEMORY
+        assert kernel.asm["ttgir"].count("ttng.warp_group_dot ") == (1 if dtype == BF16 else 3)
+        if chunk > 1:  # single columns need registers for their addresses
+            assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+            assert re.search(r"st\.global\S*\.v4", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("b", [320, 1024])
+def test_large_deltas_are_products_of_two_byte_operands(b, compiled_launches, tmp_path):
+    from poetx_compile.ops.kernels.cayley import delta
+
+    assert delta(skew(b), b, BF16, 2).dtype == BF16
+    names = [kernel.metadata.name for kernel in compiled_launches]
+    assert names == ["unpack_kernel", "square_kernel", "horner_step_kernel"]
+    for kernel in compiled_launches:
+        assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+    for kernel in compiled_launches[1:]:
+        assert kernel.asm["ttgir"].count("ttng.warp_group_dot ") == 1
 
 
 @pytest.mark.parametrize("b", [2, 33, 77, 256])

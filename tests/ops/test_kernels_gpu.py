@@ -20,13 +20,16 @@ from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
 from poetx_compile.ops.fold import fold_weight_reference
 from poetx_compile.ops.kernels.common import MAX_PERMUTE_WIDTH
+from poetx_compile.ops.orthogonalize import orthogonalize_skew_reference
 from poetx_compile.ops.packing import pack
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
 from poetx_compile.ops.rotation_delta import rotation_delta_reference
+from poetx_compile.ops.skew_block_products import skew_block_products_reference
 from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
 from poetx_compile.ops.tangent import rotation_tangent_backward_reference
-from tests.helpers.tolerances import assert_close
+from poetx_compile.ops.turn_weight import turn_weight_reference
+from tests.helpers.tolerances import assert_close, relative_error
 
 pytestmark = pytest.mark.gpu
 
@@ -330,6 +333,28 @@ def test_stacked_block_products(dtype, leading, widths, b, kinds, poisoned):
     assert torch.equal(first, again), "not deterministic"
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("tokens", "widths", "b"),
+    [
+        (33, (77, 154), 77),
+        (999, (640, 1296), 320),
+        (8192, (1024, 2048), 512),
+        (70, (1024, 1040), 1024),
+    ],
+)
+@pytest.mark.parametrize("kinds", [(None, "columns"), ("chunks", "chunks")])
+def test_skew_block_products(dtype, tokens, widths, b, kinds, poisoned):
+    x, y, x2, y2 = (torch.randn(tokens, widths[i], device=DEVICE).to(dtype) for i in (0, 0, 1, 1))
+    gathers = [pairs(width, kind)[0] for width, kind in zip(widths, kinds, strict=True)]
+    first = x, y, widths[0] // b, b, gathers[0]
+    check("skew_block_products", skew_block_products_reference, *first, None, None, 0, None)
+    args = *first, x2, y2, widths[1] // b, gathers[1]
+    made = check("skew_block_products", skew_block_products_reference, *args)
+    again = torch.ops.poetx.skew_block_products(*args)
+    assert torch.equal(made, again), "not deterministic"
+
+
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])
 @pytest.mark.parametrize(
     ("shape", "chunk"),
@@ -476,3 +501,55 @@ def test_kernels_run_inside_cuda_graphs():
         captured = layer(x, packed, gather, scatter, b)
     graph.replay()
     assert torch.equal(captured, out)
+
+
+@pytest.mark.parametrize("b", [2, 77, 256, 320, 1024])
+def test_orthogonalize_skew(b, poisoned):
+    """As near to five steps in fp64 as library products of bf16 are."""
+    packed = torch.randn(3, b * (b - 1) // 2, device=DEVICE)
+    assert OPS["orthogonalize_skew"].kernel.applies(packed, b)
+    actual = torch.ops.poetx.orthogonalize_skew(packed, b)
+    expected = orthogonalize_skew_reference(packed.double(), b)
+    plain = orthogonalize_skew_reference(packed, b)
+    assert relative_error(actual, expected) < 1.2 * relative_error(plain, expected)
+    assert torch.equal(actual, torch.ops.poetx.orthogonalize_skew(packed, b)), "not deterministic"
+    assert not torch.ops.poetx.orthogonalize_skew(torch.zeros_like(packed), b).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("n", "m", "b_out", "b_in", "chunk"),
+    [
+        (520, 1040, 256, 256, 8),
+        (1024, 2080, 512, 1024, 16),
+        (999, 515, 77, 33, 1),
+        (768, 768, 192, 768, 64),
+    ],
+)
+def test_turn_weight(dtype, n, m, b_out, b_in, chunk, poisoned):
+    """Beside the same step in fp64: rounding is as large as a step, at random, and averages out."""
+    weight = torch.randn(n, m, device=DEVICE).to(dtype)
+    steps = skew(m // b_in, b_in, 0.02), skew(n // b_out, b_out, 0.02)
+    chunks = [chunk if size % chunk == 0 else 1 for size in (m, n)]
+    args = *steps, *map(pair, (m, n), chunks), b_in, b_out, 3, 2**63 + 5, 17, 4
+    assert OPS["turn_weight_"].kernel.applies(weight, *args, None)
+    target, turned = weight.double(), weight.clone()
+    torch.ops.poetx.turn_weight_(target, *wide(*args))
+    torch.ops.poetx.turn_weight_(turned, *args, torch.tensor(1.0, device=DEVICE))
+    again = weight.clone()
+    torch.ops.poetx.turn_weight_(again, *args)
+    assert torch.equal(again, turned), "other bits"
+    moved, expected = turned.double() - weight.double(), target - weight.double()
+    if dtype == torch.float32:
+        assert_close(moved, expected, dtype)
+    else:
+        gap = 2.0**-7 * target.abs() + 1e-2 * expected.std()
+        assert ((turned.double() - target).abs() <= gap).all()
+        along = (moved * expected).sum() / expected.square().sum()
+        assert abs(along - 1) < 5e-3, "a step is not what it should be on average"
+        # The bits are those of the reference, so that most entries are rounded alike.
+        plain = weight.clone()
+        turn_weight_reference(plain, *args)
+        assert (plain == turned).float().mean() > 0.9
+    torch.ops.poetx.turn_weight_(again, *args, torch.tensor(0, device=DEVICE))
+    assert torch.equal(again, turned), "written where apply is zero"

@@ -226,7 +226,78 @@ products = [Operands(x1, y1, 2, gather1, gather1), Operands(x2, y2, 3, gather2, 
 expected = reference("stacked_block_products", "stacked_block_products")(*args)
 for splits in (2, 3, 5):
     actual = planned_block_products(products, 32, Plan(16, 32, 16, 4, 3, splits))
-    assert_close(actual, expected, what=f"{splits} splits")
+    assert_close(actual.sum(0), expected, what=f"{splits} splits")
+""",
+    "skew_block_products": """
+for dtype in (torch.float32, torch.float16):
+    for tokens, widths, b in ((7, (10, 7), 2), (70, (35, 70), 35), (3, (73, 65), 64)):
+        x, y = torch.randn(2, tokens, widths[0]).to(dtype)
+        first = x, y, widths[0] // b, b, pair(widths[0])
+        check("skew_block_products", "skew_block_products", *first, None, None, 0, None)
+        x2, y2 = torch.randn(2, tokens, widths[1]).to(dtype)
+        second = x2, y2, widths[1] // b, None
+        check("skew_block_products", "skew_block_products", *first, *second)
+# Partial sums of two splits, gathered in the kernel.
+from poetx_compile.ops.kernels.block_product import plan
+assert plan(4200, 8, 2, 4, False, True).splits > 1
+x, y = torch.randn(2, 4200, 16)
+check("skew_block_products", "skew_block_products", x, y, 2, 8, pair(2), None, None, 0, None)
+""",
+    "orthogonalize": """
+from poetx_compile.ops.kernels.orthogonalize import Tiling, orthogonalize_skew
+
+small = Tiling(16, 32, 16, 4, 3)
+for b, options in ((2, {}), (5, {}), (33, {"tiling": small}), (70, {})):
+    packed = 3 * skew(2, b)
+    packed[1] *= b > 2  # a block of zeros stays
+    expected = reference("orthogonalize_skew", "orthogonalize")(packed.double(), b)
+    actual = orthogonalize_skew(packed, b, operands=torch.float32, **options)
+    assert_close(actual, expected, torch.float32, f"b = {b}")
+""",
+    "turn_weight": """
+import triton
+import triton.language as tl
+from poetx_compile.ops.kernels import turn_weight
+from poetx_compile.ops.kernels.turn_weight import Tiling
+from poetx_compile.ops import random
+
+def turned(weight, b_in, b_out, perm_in, perm_out, apply=None, **options):
+    (n, m), given = weight.shape, (b_in, b_out, 3, 5, 2, 1)
+    steps = skew(m // b_in, b_in) / 20, skew(n // b_out, b_out) / 20
+    actual, expected = weight.clone(), weight.double()
+    turn_weight.turn_weight_(actual, *steps, perm_in, perm_out, *given, apply, **options)
+    wide = [s.double() for s in steps]
+    reference("turn_weight", "turn_weight")(expected, *wide, perm_in, perm_out, *given)
+    assert_close(actual - weight, expected - weight, what="what a step adds")
+
+small = Tiling(32, 32, 16, 4, 3), Tiling(16, 32, 16, 4, 3)
+for n, m, b_in, b_out in ((7, 10, 3, 2), (75, 66, 33, 70), (130, 20, 4, 65)):
+    turned(torch.randn(n, m), b_in, b_out, pair(m), pair(n))
+turned(torch.randn(96, 128), 48, 40, pair(16), pair(6), tilings=small)  # chunks: in the kernels
+turned(torch.randn(96, 128), 64, 96, pair(8), pair(96), torch.tensor(1.0))
+weight = torch.randn(4, 6)
+given = skew(2, 3), skew(2, 2), pair(6), pair(4), 3, 2, 3, 5, 2, 1
+still = weight.clone()
+turn_weight.turn_weight_(still, *given, torch.tensor(0))
+assert torch.equal(still, weight)
+
+@triton.jit
+def rounding_kernel(x, out, low, high, B: tl.constexpr, GROUPED: tl.constexpr):
+    rows, columns = 3 + tl.arange(0, 16), 16 + tl.arange(0, 32)
+    bits = turn_weight.matrix_bits(rows, columns, low, high, 9, 4, GROUPED)
+    at = rows[:, None] * B + columns[None, :]
+    tl.store(out + at, turn_weight.stochastic_bf16(tl.load(x + at), bits))
+
+x = torch.randn(19, 48)
+x[5, 17:20] = torch.tensor([float("inf"), -float("inf"), float("nan")])
+seed = 2**63 + 12345
+bits = random.matrix_bits(19, 48, seed, 9, 4, x.device)
+expected = random.round_stochastically(x, torch.bfloat16, bits)[3:, 16:]
+for grouped in (True, False):
+    out = torch.zeros(19, 48, dtype=torch.bfloat16)
+    words = turn_weight._signed(seed), turn_weight._signed(seed >> 32)
+    rounding_kernel[(1,)](x, out, *words, B=48, GROUPED=grouped)
+    assert torch.equal(out[3:, 16:].nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 """,
     "permute": """
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32):

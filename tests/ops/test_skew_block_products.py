@@ -31,8 +31,8 @@ def test_is_the_definition(d: int, b: int, chunk: int, dtype) -> None:
     actual = ops.skew_block_products(x, y, d // b, b, pair)
     assert actual.dtype == torch.promote_types(dtype, torch.float32)
     assert_close(actual, _entries(x, y, d // b, b, index))
-    # A second product, of other tokens and not gathered, stands behind the first.
-    x2, y2 = (torch.randn(3, d + 1, dtype=torch.float64).to(dtype) for _ in range(2))
+    # A second product, of another width and not gathered, stands behind the first.
+    x2, y2 = (torch.randn(2, 5, d + 1, dtype=torch.float64).to(dtype) for _ in range(2))
     both = ops.skew_block_products(x, y, d // b, b, pair, x2, y2, 1, None)
     assert_close(both[: d // b], actual)
     assert_close(both[d // b :], _entries(x2, y2, 1, b, torch.arange(d + 1)))
@@ -59,6 +59,7 @@ def test_opcheck() -> None:
         ({4: random_pair(7)}, "gather is over 7 columns"),
         ({6: None}, "a second product needs both x2 and y2"),
         ({7: 4}, "4 blocks of 4 do not fit into 12 columns"),
+        ({5: torch.zeros(2, 12), 6: torch.zeros(2, 12)}, "must be over the same tokens"),
         ({5: torch.zeros(3, 12).double()}, "the operands must have one dtype"),
     ],
 )

@@ -16,6 +16,7 @@ import poetx_compile as poetx
 from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.inspect.diagnostics import spectrum, spectrum_drift
 from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
+from poetx_compile.optim import blocks
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim.merge import merge, merged_rotation, polar_factor
 from tests.helpers.models import Siblings
@@ -103,7 +104,7 @@ def test_siblings_still_share_their_permutation() -> None:
     assert q.perm_in is k.perm_in
     assert q.draw == k.draw == 2
     assert not torch.equal(q.perm_in.pair, old)
-    assert torch.equal(stored_weight(model.q), q.permuted(model.q.weight))
+    assert torch.equal(stored_weight(model.q), q.stored_form(model.q.weight))
 
 
 @pytest.mark.parametrize("angle", [0.1, 0.25, 0.6])
@@ -232,7 +233,7 @@ def test_how_many_layers_are_merged_at_once_does_not_matter(
         sizes.append(len(skew))
         return real(skew, *args)
 
-    monkeypatch.setattr(merge_module, "ROTATIONS_BYTES", limit)
+    monkeypatch.setattr(blocks, "ROTATIONS_BYTES", limit)
     monkeypatch.setattr(merge_module, "merged_rotation", counted)
     merge(other)
     assert len(sizes) == calls

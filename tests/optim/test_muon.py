@@ -10,9 +10,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import poetx_compile as poetx
 from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.ops.orthogonalize import orthogonalize
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.optim import POETXMuon, blocks
-from poetx_compile.optim.muon import orthogonalize
 from tests.helpers.models import OddZoo, TinyLM
 from tests.helpers.rotations import sides, skews
 from tests.helpers.tolerances import relative_error

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 import poetx_compile as poetx
 from benchmarks import (
     cayley,
+    drift,
     floors,
     gate,
     generate,
     layers,
     machine,
     merge,
+    merged,
     options,
     peer,
     permute,
+    pieces,
     plot,
     rows,
     step,
@@ -99,6 +102,30 @@ def test_layers_through_inductor(tmp_path: Path) -> None:
     assert found[0]["linear_saved_mib"] == 8 * 24 * 4 / 2**20
 
 
+def test_merged(tmp_path: Path) -> None:
+    (row,) = found = merged.main(
+        [
+            *("--device", "cpu", "--shapes", "48x80", "--tokens", "40", "--block-sizes", "16"),
+            *("--stage", "eager", "--output", str(tmp_path), *FAST),
+        ]
+    )
+    keys = {"linear_ms", "step_ms", "adamw_ms", "layer_ratio", "floor_ratio", "step_error"}
+    read_back(tmp_path, "merged", found, keys | {"saved_mib", "gradient_error"})
+    assert row["step_error"] < 1e-3
+    costs = floors.merged(floors.Layer.of(8192, 4096, 4096, 512, 2))
+    plain = floors.linear(floors.Layer.of(8192, 4096, 4096, 512, 2))
+    assert floors.total_flops(costs) / floors.total_flops(plain) == pytest.approx(0.8, abs=0.05)
+
+
+def test_pieces(tmp_path: Path) -> None:
+    small = ("--shapes", "48x80", "--tokens", "40", "--block-sizes", "16")
+    found = pieces.main(["--device", "cpu", *small, "--output", str(tmp_path), *FAST])
+    read_back(tmp_path, "pieces", found, {"op", "tiling", "floor_ms", "error"})
+    products = ["skew_block_products"] * 2
+    assert [row["op"] for row in found] == [*products, "orthogonalize_skew", "turn_weight_"]
+    assert [row["tokens"] for row in found] == [40, 40, None, None]
+
+
 def test_cayley(tmp_path: Path) -> None:
     found = cayley.main(
         [
@@ -114,6 +141,23 @@ def test_cayley(tmp_path: Path) -> None:
         for order, narrow in ((3, False), (3, True), ("exact", False))
         for op in ("forward", "backward", "tangent")
     ]
+
+
+def test_drift(tmp_path: Path) -> None:
+    found = drift.main(
+        [
+            *("--device", "cpu", "--shape", "24x17", "--block-size", "8", "--rates", "0.01"),
+            *("--steps", "3,30", "--output", str(tmp_path)),
+        ]
+    )
+    assert rows.read(tmp_path / "drift-cpu.json") == found
+    assert [(r["rounding"], r["steps"]) for r in found] == [
+        (rounding, steps) for rounding in drift.ROUNDINGS for steps in (3, 30)
+    ]
+    by_rounding = {r["rounding"]: r for r in found if r["steps"] == 30}
+    assert abs(by_rounding["float32"]["mean_drift"]) < 1e-5
+    assert 1e-4 < by_rounding["stochastic"]["mean_drift"] < 0.1
+    assert abs(by_rounding["stochastic norm"]["norm_drift"]) < 1e-3
 
 
 def test_permute(tmp_path: Path) -> None:
@@ -211,6 +255,15 @@ def test_step(tmp_path: Path) -> None:
     sides = 2 * (4 * (128 + 128) + 3 * (128 + 384)) // 32
     assert ours["gradients_mib"] == (sides * (32 * 31 // 2) + rest) * 4 / 2**20
     assert ours["optimizer_mib"] < 0.5 * dense["optimizer_mib"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_step_of_the_merged_form(tmp_path: Path) -> None:
+    arguments = ["--merge-interval", "1", "--optimizers", "muon", "--output", str(tmp_path)]
+    dense, ours = step.main([*STEP, *arguments])
+    assert (dense["merge_interval"], ours["merge_interval"], ours["merge_ms"]) == (None, 1, 0)
+    assert ours["ms"] == ours["step_ms"]
+    assert ours["gradients_mib"] < 0.6 * dense["gradients_mib"]
 
 
 @pytest.mark.usefixtures("in_this_process")

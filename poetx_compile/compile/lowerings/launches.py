@@ -34,8 +34,8 @@ def register() -> None:
     from poetx_compile._torch import register_lowering
 
     for name, op in OPS.items():
-        if op.kernel is not None:
-            overload = getattr(torch.ops.poetx, name).default
+        overload = getattr(torch.ops.poetx, name).default
+        if op.kernel is not None and not overload._schema.is_mutable:  # what writes stays a call
             register_lowering(overload, type_promotion_kind=None)(_lowering(overload, op.kernel))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from poetx_compile.layers.parametrization import prepared_linears, stored_weight, trained_parameters
-from poetx_compile.optim.blocks import CHUNK_BYTES
+from poetx_compile.optim.blocks import CHUNK_BYTES, ROTATIONS_BYTES
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -21,10 +21,14 @@ def weights(model: nn.Module) -> int:
 
 
 def optimizer_state(model: nn.Module, optimizer: str) -> int:
-    """AdamW: two moments in the dtype of the parameter; Muon: one for the skew parameters."""
+    """AdamW: two moments in the dtype of the parameter; Muon: one for the skew parameters.
+
+    Their own bytes count, not those of the parameters: in the merged form these share one zero.
+    """
     muon = _skews(model) if optimizer == "muon" else []
     rest = set(trained_parameters(model)) - set(muon)
-    return 2 * _bytes(rest) + _COUNTER * len(rest) + _bytes(muon)
+    moments = 2 * sum(p.nbytes for p in rest) + sum(p.nbytes for p in muon)
+    return moments + _COUNTER * len(rest)
 
 
 def step(model: nn.Module, optimizer: str) -> int:
@@ -32,12 +36,28 @@ def step(model: nn.Module, optimizer: str) -> int:
 
     AdamW is fused and updates in place. A merge holds one layer twice in fp32 and twice in its
     dtype; orthogonalised momentum holds the direction of each skew parameter, and some batches of
-    blocks.
+    blocks. In the merged form the steps of a batch of layers are alive, and a layer in fp32.
     """
+    blocks = 4 * CHUNK_BYTES if optimizer == "muon" and _skews(model) else 0
+    if (merged := _turn(model)) is not None:
+        return merged + blocks
     layers = [stored_weight(module) for _, module, _ in prepared_linears(model)]
     merge = max((2 * (4 + w.element_size()) * w.numel() for w in layers), default=0)
-    update = _bytes(_skews(model)) + 4 * CHUNK_BYTES if optimizer == "muon" and layers else 0
+    update = _bytes(_skews(model)) + blocks if blocks else 0
     return max(merge, update)
+
+
+def _turn(model: nn.Module) -> int | None:
+    """What a step of the merged form holds of its batch of layers; ``None`` in the other form."""
+    layers = [(module, e) for _, module, e in prepared_linears(model)]
+    if not layers or not layers[0][1].merged:
+        return None
+    packed = [sum(skew.nbytes for skew in e.skews) for _, e in layers]
+    batch = min(sum(packed), max(ROTATIONS_BYTES // 2, *packed))
+    return 2 * batch + max(
+        4 * (stored_weight(module).numel() + sum(side.elements for side in e.sides))
+        for module, e in layers
+    )
 
 
 def rotations(model: nn.Module) -> int:

@@ -1,9 +1,10 @@
-"""Triton kernel of `block_product` and `stacked_block_products`: blocks of ``Xᵀ Y``.
+"""Triton kernels of `block_product` and its like: blocks of ``Xᵀ Y``.
 
 There are only d·b values to compute, each a sum over all tokens, so that tiles of a block alone may
 not fill the device. Then the tokens are split, and the partial sums are added by one reduction in a
 fixed order. No atomics: two runs give the same bits. The blocks of a second product fill the same
-grid: fewer splits, and one launch where there would be two.
+grid: fewer splits, and one launch where there would be two. Where only the skew parts are wanted,
+a kernel of its own adds the partial sums of a tile and of its mirror image and writes them packed.
 
 x and y are read from memory once, but from the L2 cache once for every tile of a block: by half as
 many, twice as wide tiles (128×256 in 8 warps, half the registers of a multiprocessor) three
@@ -37,6 +38,12 @@ from poetx_compile.ops.kernels.common import (
     shared_memory,
 )
 from poetx_compile.ops.kernels.permute import permute_columns, source_columns
+from poetx_compile.ops.kernels.tiles import (
+    above_diagonal,
+    masked_tile,
+    packed_index,
+    position,
+)
 
 _MAX_SPLITS = 32
 _TILE_T = 64
@@ -135,6 +142,34 @@ def block_product_kernel(
     tl.store(out + base + rows[:, None] * B + columns[None, :], total, mask=inside)
 
 
+@triton.jit
+def skew_parts_kernel(
+    partial,  # f32[splits, blocks, B, B]
+    out,  # f32[blocks, B(B-1)/2]
+    blocks,
+    splits,
+    B: tl.constexpr,
+    N: tl.constexpr,  # B in whole tiles
+    TILE: tl.constexpr,
+):
+    """out = 2 (P - P^T) above the diagonal, where P is the sum of the partial products."""
+    block, row_tile, column_tile = position(N, TILE)
+    if row_tile > column_tile:
+        return
+    rows = row_tile * TILE + tl.arange(0, TILE)
+    columns = column_tile * TILE + tl.arange(0, TILE)
+    direct = tl.zeros((TILE, TILE), tl.float32)
+    mirrored = tl.zeros((TILE, TILE), tl.float32)
+    for split in range(splits):
+        product = partial + (split * blocks + block) * (B * B)
+        direct += masked_tile(product, rows, columns, B)
+        mirrored += masked_tile(product, columns, rows, B)
+    out += block * (B * (B - 1) // 2)
+    stored = above_diagonal(rows, columns, B)
+    result = 2 * (direct - tl.trans(mirrored))
+    tl.store(out + packed_index(rows, columns, B), result, mask=stored)
+
+
 class Plan(NamedTuple):
     """How a product is divided: a program has a tile of one block, and a split of the tokens."""
 
@@ -149,7 +184,7 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(tokens: int, width: int, blocks: int, b: int, half: bool) -> Plan:
+def plan(tokens: int, width: int, blocks: int, b: int, half: bool, skew: bool = False) -> Plan:
     """The division for `blocks` blocks of b columns of rows of `width`.
 
     A function of its arguments and of the device's shared memory, so that every run adds in the
@@ -159,10 +194,11 @@ def plan(tokens: int, width: int, blocks: int, b: int, half: bool) -> Plan:
         width: of the rows of x and y; of two products, a common divisor.
         blocks: of all products.
         half: whether x and y are both of one 2-byte dtype.
+        skew: whether the sums are read once more in any case.
     """
     if not half:
         tile = power_of_two(b, 16, 64)
-        return Plan(tile, tile, 32, 4, 3, _splits(tokens, blocks, b, tile, tile, 4)[1])
+        return Plan(tile, tile, 32, 4, 3, _splits(tokens, blocks, b, tile, tile, 4, skew)[1])
     # Loads of unaligned rows need registers for their addresses, which a larger tile would spill.
     aligned = b % 8 == 0 and width % 16 == 0
     capacity = shared_memory()
@@ -170,7 +206,7 @@ def plan(tokens: int, width: int, blocks: int, b: int, half: bool) -> Plan:
     def divided(tile_m: int, tile_n: int) -> tuple[float, Plan]:
         tile_m, tile_n = power_of_two(b, 16, tile_m), power_of_two(b, 16, tile_n)
         stages = 4 if 4 * _stage_bytes(tile_m, tile_n) < capacity else 3
-        cost, splits = _splits(tokens, blocks, b, tile_m, tile_n, 2)
+        cost, splits = _splits(tokens, blocks, b, tile_m, tile_n, 2, skew)
         warps = 8 if tile_n == 256 else 4
         return cost, Plan(tile_m, tile_n, _TILE_T, warps, stages, splits)
 
@@ -185,7 +221,7 @@ def _stage_bytes(tile_m: int, tile_n: int) -> int:
 
 
 def _splits(
-    tokens: int, blocks: int, b: int, tile_m: int, tile_n: int, size: int
+    tokens: int, blocks: int, b: int, tile_m: int, tile_n: int, size: int, skew: bool
 ) -> tuple[float, int]:
     """(cost, splits of the tokens): the fewest bytes in the way of the result.
 
@@ -195,6 +231,7 @@ def _splits(
 
     Args:
         size: bytes of an element of x and y.
+        skew: as for `plan`.
     """
     programs = blocks * -(-b // tile_m) * -(-b // tile_n)
 
@@ -203,7 +240,8 @@ def _splits(
         written = tile_m * tile_n * 4
         mean = programs * splits / MULTIPROCESSORS
         traffic = max(mean, _ALONE * math.ceil(mean)) * (read + written)
-        added = splits * blocks * b * b * 4 / MULTIPROCESSORS + _REDUCTION if splits > 1 else 0
+        again = splits > 1 or skew
+        added = splits * blocks * b * b * 4 / MULTIPROCESSORS + _REDUCTION if again else 0
         return traffic + added
 
     choices = range(1, min(_MAX_SPLITS, max(1, tokens // 64)) + 1)
@@ -230,7 +268,7 @@ def block_product(
 ) -> Tensor:
     """`ops.block_product` of fp32, bf16 or fp16 tensors; at least one block."""
     product = _operands(x, y, blocks, block_size, gather_x, gather_y)
-    return _block_products([product], block_size)
+    return _summed(_block_products([product], block_size))
 
 
 def stacked_block_products(
@@ -249,7 +287,52 @@ def stacked_block_products(
         _operands(x1, y1, blocks1, block_size, gather1, gather1),
         _operands(x2, y2, blocks2, block_size, gather2, gather2),
     ]
-    return _block_products(products, block_size)
+    return _summed(_block_products(products, block_size))
+
+
+def skew_block_products(
+    x: Tensor,
+    y: Tensor,
+    blocks: int,
+    block_size: int,
+    gather: Tensor | None,
+    x2: Tensor | None,
+    y2: Tensor | None,
+    blocks2: int,
+    gather2: Tensor | None,
+) -> Tensor:
+    """`ops.skew_block_products` of fp32, bf16 or fp16; at least one block in either product."""
+    products = [_operands(x, y, blocks, block_size, gather, gather)]
+    if x2 is not None and y2 is not None:
+        products.append(_operands(x2, y2, blocks2, block_size, gather2, gather2))
+    return _skew_parts(_block_products(products, block_size, skew=True))
+
+
+def _summed(partial: Tensor) -> Tensor:
+    """The sums over the splits, if there are any: [blocks, b, b]."""
+    return partial if partial.dim() == 3 else partial.sum(0)
+
+
+def _skew_parts(partial: Tensor) -> Tensor:
+    """Twice the skew parts of the sums over the splits, packed [blocks, b(b−1)/2]."""
+    *splits, blocks, b, _ = partial.shape
+    out = partial.new_empty(blocks, b * (b - 1) // 2)
+    tile = power_of_two(b, 16, 32)
+    tiles = -(-b // tile)
+    launch(
+        skew_parts_kernel,
+        blocks * tiles * tiles,
+        partial,
+        out,
+        blocks,
+        splits[0] if splits else 1,
+        B=b,
+        N=tiles * tile,
+        TILE=tile,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out
 
 
 def _operands(
@@ -269,19 +352,23 @@ def _operands(
     return Operands(x.contiguous(), y.contiguous(), blocks, gather_x, gather_y)
 
 
-def _block_products(products: Sequence[Operands], block_size: int) -> Tensor:
+def _block_products(products: Sequence[Operands], block_size: int, skew: bool = False) -> Tensor:
     """`planned_block_products` by the division that `plan` finds."""
     x, y = products[0][:2]
     half = x.dtype == y.dtype and x.element_size() == 2
     tokens = known(x.numel() // x.shape[-1], 8192)
     width = math.gcd(*(product.x.shape[-1] for product in products))
     blocks = sum(product.blocks for product in products)
-    division = plan(tokens, width, blocks, block_size, half)
+    division = plan(tokens, width, blocks, block_size, half, skew)
     return planned_block_products(products, block_size, division)
 
 
 def planned_block_products(products: Sequence[Operands], block_size: int, division: Plan) -> Tensor:
-    """The blocks of one or two products of the same tokens by a given division, in one launch."""
+    """The blocks of one or two products of the same tokens by a given division, in one launch.
+
+    Returns:
+        f32[splits, blocks, b, b], partial sums, or f32[blocks, b, b] where there is one split.
+    """
     first, second = products[0], products[-1]
     width, width2 = first.x.shape[-1], second.x.shape[-1]
     tokens = first.x.numel() // width
@@ -326,4 +413,4 @@ def planned_block_products(products: Sequence[Operands], block_size: int, divisi
         num_warps=warps,
         num_stages=stages,
     )
-    return partial if splits == 1 else partial.sum(0)
+    return partial

@@ -24,6 +24,8 @@ In memory beside the result: Q, P and H (forward); Q, S, A, Y and M (backward). 
 zeros to N×N, whole tiles, so that rows are aligned and no product needs a mask.
 
 With `narrow`, order 3 and blocks that fit, the kernels of `cayley_low_precision` run instead.
+``G − I`` of larger blocks in bf16 (`delta`) is the forward with bf16 in memory, where the term of
+first order keeps what rounding Q took off.
 """
 
 from __future__ import annotations
@@ -90,12 +92,14 @@ def horner_step_kernel(
     q,  # f32[blocks, N, N]
     p,  # f32[blocks, N, N]
     h,  # f32[blocks, N, N]: a polynomial of Q
+    rest,  # f32[blocks, N, N]: what is missing in q; HAS_REST = False: not read
     out,  # f32[blocks, WIDTH, WIDTH]
     N: tl.constexpr,
     WIDTH: tl.constexpr,  # N, or the block size where this step is the last
     OUT_I: tl.constexpr,
     OUT_Q: tl.constexpr,
     OUT_P: tl.constexpr,
+    HAS_REST: tl.constexpr,
     TILE: tl.constexpr,
     TILE_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -111,6 +115,8 @@ def horner_step_kernel(
     result = add_product(result, h, p, rows, columns, N, TILE_K, PRECISION)
     result += OUT_I * identity(rows, columns)
     result += OUT_Q * tile_of(q, rows, columns, N)
+    if HAS_REST:
+        result += OUT_Q * tile_of(rest + block * (N * N), rows, columns, N)
     if OUT_P != 0:
         result += OUT_P * tile_of(p, rows, columns, N)
     store_tile(out + block * (WIDTH * WIDTH), rows, columns, result, WIDTH)
@@ -233,9 +239,47 @@ def cayley_neumann(skew: Tensor, block_size: int, order: int, narrow: bool = Fal
         width = padded if j > 0 else block_size
         out = skew.new_empty(blocks, width, width)
         weights = {"OUT_I": c[2 * j], "OUT_Q": c[2 * j + 1], "OUT_P": out_p, "WIDTH": width}
-        launch(horner_step_kernel, programs, q, p, inner, out, **weights, **constants)
+        launch(
+            *(horner_step_kernel, programs, q, p, inner, q, out),
+            **weights,
+            HAS_REST=False,
+            **constants,
+        )
         inner, out_p = out, 0.0
     return inner
+
+
+def delta(skew: Tensor, block_size: int, dtype: torch.dtype, flipped: int) -> Tensor:
+    """``G − I`` of order 3 of contiguous fp32 blocks, the last `flipped` ones transposed.
+
+    Args:
+        skew: f32[blocks, b(b−1)/2], at least one block, b ≥ 2.
+        block_size: b.
+        dtype: of the result. bf16: three launches with bf16 operands, two where a block fits into
+            shared memory; fp32: as exact as `cayley_neumann`.
+        flipped: as for `ops.rotation_delta`.
+    """
+    first_negated = skew.shape[0] - flipped
+    if dtype == torch.float32:
+        turned = torch.cat([skew[:first_negated], -skew[first_negated:]])
+        rotation = cayley_neumann(turned, block_size, 3)
+        rotation.diagonal(dim1=1, dim2=2).sub_(1)
+        return rotation
+    if low_precision_applies(block_size, 3):
+        return cayley_low_precision.rotation_delta(skew, block_size, 3, dtype, flipped)
+    blocks, tiling = skew.shape[0], _Tiling(block_size)
+    programs, padded, constants = tiling.programs(blocks), tiling.padded, tiling.product()
+    q, rest, p, h = (skew.new_empty(blocks, padded, padded, dtype=dtype) for _ in range(4))
+    out = skew.new_empty(blocks, block_size, block_size, dtype=dtype)
+    unpacking = tiling.unpacking()
+    launch(unpack_kernel, programs, skew, q, rest, first_negated, HAS_REST=True, **unpacking)
+    weights = {"OUT_I": 0.0, "OUT_Q": 2.0}
+    launch(square_kernel, programs, q, p, h, WIDTH=padded, **weights, **constants)
+    weights |= {"OUT_P": 2.0, "WIDTH": block_size}
+    launch(
+        *(horner_step_kernel, programs, q, p, h, rest, out), HAS_REST=True, **weights, **constants
+    )
+    return out
 
 
 def cayley_neumann_backward(

@@ -1,0 +1,62 @@
+"""``poetx::orthogonalize_skew``: the direction of a step of `POETXMuon`, from packed to packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx_compile.ops.cayley import check_skew
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.common import static
+from poetx_compile.ops.newton_schulz import COEFFICIENTS, STEPS
+from poetx_compile.ops.packing import pack, unpack
+from poetx_compile.ops.precision import without_autocast
+from poetx_compile.ops.registry import define
+
+
+@without_autocast
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Roughly the orthogonal polar factor, ``msign``, of each block, by five Newton-Schulz steps.
+
+    Args:
+        matrix: [blocks, b, b]; fp32 is computed in bf16 on CUDA. Skew blocks give skew blocks.
+
+    Returns:
+        The same shape: singular values in 0.7 … 1.2, but for those that were below about 0.01 of
+        the Frobenius norm; a zero block stays zero.
+    """
+    a, b, c = COEFFICIENTS
+    norm = torch.linalg.matrix_norm(matrix, keepdim=True)
+    x = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+    if x.is_cuda and x.dtype == torch.float32:
+        x = x.bfloat16()
+    for _ in range(STEPS):
+        square = torch.bmm(x, x.mT)
+        x = torch.baddbmm(a * x, torch.baddbmm(b * square, square, square, alpha=c), x)
+    return x
+
+
+def orthogonalize_skew_reference(skew: Tensor, block_size: int) -> Tensor:
+    """`orthogonalize` of packed skew blocks. Takes no gradient.
+
+    Args:
+        skew: [blocks, b(b−1)/2], float32 or float64: the entries above the diagonal.
+        block_size: b ≥ 1.
+
+    Returns:
+        The same shape and dtype; on CUDA fp32 is computed with bf16 operands.
+    """
+    return pack(orthogonalize(unpack(skew, block_size))).to(skew.dtype)
+
+
+def _kernel_takes(skew: Tensor, block_size: int) -> bool:
+    return skew.dtype == torch.float32 and static(block_size) and block_size > 1
+
+
+orthogonalize_skew = define(
+    "orthogonalize_skew",
+    orthogonalize_skew_reference,
+    check=check_skew,
+    fake=lambda skew, _: skew.new_empty(skew.shape),
+    kernel=Kernel("orthogonalize.orthogonalize_skew", _kernel_takes),
+)

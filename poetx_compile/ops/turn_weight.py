@@ -1,0 +1,134 @@
+"""``poetx::turn_weight_``: a step of the rotations of a weight in its natural order, in place.
+
+With a merge at every step this is all that a step does to a weight: the packed steps of both sides
+become rotations R, and ``W ← R_outᵀ W R_inᵀ`` in the coordinates of the permutations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx_compile.ops.cayley import rotations
+from poetx_compile.ops.identity_equivalence import check_sides
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels.common import permutable
+from poetx_compile.ops.permute import pair_index
+from poetx_compile.ops.precision import rotation_dtype, without_autocast
+from poetx_compile.ops.random import matrix_bits, round_stochastically
+from poetx_compile.ops.registry import define_in_place
+from poetx_compile.ops.rotation_delta import minus_identity
+
+
+def turn_weight_reference(
+    weight: Tensor,
+    skew_in: Tensor,
+    skew_out: Tensor,
+    perm_in: Tensor,
+    perm_out: Tensor,
+    block_in: int,
+    block_out: int,
+    order: int | None,
+    seed: int,
+    step: int,
+    layer: int,
+    apply: Tensor | None = None,
+) -> None:
+    """``W[perm_out][:, perm_in] ← R_outᵀ W[perm_out][:, perm_in] R_inᵀ`` in place.
+
+    Computed in fp32 (fp64 for an fp64 weight) and rounded once. To bf16 and fp16 it is rounded
+    stochastically, unbiased, since a step is smaller than half of what these resolve; the bits
+    are those of `matrix_bits` for the element at (row, column) of the *permuted* matrix, so they
+    are the same on every device, in every process and in a run that resumes.
+
+    Args:
+        weight: W [n, m] in its natural order, floating point; written.
+        skew_in: [blocks_in, b(b−1)/2], fp32 or fp64: the packed step Q of the input side.
+        skew_out: the same of the output side.
+        perm_in, perm_out: permutation pairs int64 [2, m/c] and [2, n/c].
+        block_in, block_out: block size of each side.
+        order: k of the Cayley-Neumann expansion of R, or ``None`` for the exact transform.
+        seed: 64 bits, the key of the random bits.
+        step, layer: 32 bits each, their counters.
+        apply: a scalar on the device, or ``None``: where it is zero, nothing is written.
+    """
+    n, m = weight.shape
+    rows, columns = pair_index(perm_out, 0, n), pair_index(perm_in, 0, m)
+    permuted = weight.index_select(0, rows).index_select(1, columns)
+    deltas = (_delta(skew_in, block_in, order), _delta(skew_out, block_out, order))
+    turned = rotate_weight(permuted, *deltas)
+    if weight.dtype in (torch.bfloat16, torch.float16):
+        bits = matrix_bits(n, m, seed, step, layer, weight.device)
+        turned = round_stochastically(turned.float(), weight.dtype, bits)
+    turned = turned.to(weight.dtype)
+    if apply is not None:
+        turned = torch.where(apply != 0, turned, permuted)
+    back = pair_index(perm_out, 1, n), pair_index(perm_in, 1, m)
+    weight.copy_(turned.index_select(0, back[0]).index_select(1, back[1]))
+
+
+def _delta(skew: Tensor, block_size: int, order: int | None) -> Tensor:
+    if skew.shape[0] == 0:
+        return skew.new_zeros(0, block_size, block_size)
+    return minus_identity(rotations(skew, block_size, order))
+
+
+@without_autocast
+def rotate_weight(weight: Tensor, delta_in: Tensor, delta_out: Tensor) -> Tensor:
+    """``D_outᵀ S D_inᵀ`` in the rotations' dtype.
+
+    Args:
+        weight: S [n, m], any floating dtype.
+        delta_in: ``R − I`` [blocks, b, b] with blocks·b ≤ m, fp32 or fp64; the columns behind the
+            blocks stay.
+        delta_out: the same for the n rows.
+
+    Returns:
+        [n, m], a new tensor.
+    """
+    n, m = weight.shape
+    wide = weight.to(delta_in.dtype, copy=True)
+    # x + x (R − I): a small rotation keeps its relative precision, none changes no bit.
+    blocks, b, _ = delta_in.shape
+    if blocks:
+        columns = wide[:, : blocks * b].view(n, blocks, b).transpose(0, 1)
+        columns += torch.bmm(columns, delta_in.mT)
+    blocks, b, _ = delta_out.shape
+    if blocks:
+        rows = wide[: blocks * b].view(blocks, b, m)
+        rows += torch.bmm(delta_out.mT, rows)
+    return wide
+
+
+def _check(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, *rest) -> None:
+    check_sides(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out)
+    *_, apply = rest
+    torch._check(
+        order is None or order >= 1, lambda: f"poetx: the Neumann order must be ≥ 1, got {order}"
+    )
+    torch._check(
+        apply is None or apply.dim() == 0,
+        lambda: f"poetx: apply must be a scalar tensor, got {list(apply.shape)}",
+    )
+    wide = rotation_dtype(weight.dtype)
+    torch._check(
+        skew_in.dtype == skew_out.dtype
+        and torch.promote_types(wide, skew_in.dtype) == skew_in.dtype,
+        lambda: f"poetx: steps of a weight of {weight.dtype} must be {wide}, got {skew_in.dtype}",
+    )
+
+
+def _kernel_takes(weight, skew_in, skew_out, perm_in, perm_out, *rest) -> bool:
+    _, _, order, *_ = rest
+    floats = weight.dtype in (torch.bfloat16, torch.float32) and skew_in.dtype == torch.float32
+    return floats and order == 3 and weight.is_contiguous() and permutable(weight, perm_in)
+
+
+turn_weight_ = define_in_place(
+    "turn_weight_",
+    turn_weight_reference,
+    check=_check,
+    written="weight",
+    kernel=Kernel("turn_weight.turn_weight_", _kernel_takes),
+    ieee=True,
+)

@@ -1,0 +1,253 @@
+"""The step of the merged form (``merge_interval=1``): directions become rotations of the weights.
+
+Between steps the skew parameters are zeros that take no bytes (`OrthogonalEquivalence.rest`). In a
+step they are given memory, and the optimiser's update of a zero parameter *is* the step Q: it
+becomes a rotation R, ``W ← R_outᵀ W R_inᵀ`` is written in place (`ops.turn_weight_`), and the
+parameters are at rest again. Any optimiser does so for all layers at once, between the hooks of
+`attach`; `POETXAdamW` and `POETXMuon` do it by batches of layers (`Turner.step`), so that no more
+than a batch of steps is ever alive.
+
+A step that is NaN or infinite is written into no weight: a flag on the device says so to
+`turn_weight_`, and to the host before the next step, which has not to wait for it by then.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poetx_compile import ops
+from poetx_compile.errors import AdoptionError, DivergedError
+from poetx_compile.layers.parametrization import INTERRUPTED, Layer, stored_weight
+from poetx_compile.optim.blocks import layer_batches
+from poetx_compile.optim.spectral_norm import largest_norms
+
+DIVERGED = (
+    "the step of the rotations was NaN or infinite, and no weight was turned by it: a loss or a "
+    "gradient was so. Load the last checkpoint; a lower learning rate, "
+    "poetx_compile.clip_grad_norm_ and, for float16, a GradScaler keep it from happening again"
+)
+_ONE_CLOSURE = (
+    "an optimiser that evaluates its closure more than once in a step cannot train rotations with "
+    "merge_interval=1, whose steps start from zero: use a larger merge_interval"
+)
+
+LARGE = 0.1
+"""θ of a step that is warned of: with order 3 it shrinks planes by θ⁴, a ten thousandth."""
+
+MEASURED_EVERY = 128
+
+log = logging.getLogger("poetx_compile")
+
+Update = Callable[[set[Tensor]], None]
+"""Lets an optimiser update the parameters of a set, and no others."""
+
+
+class Turner:
+    """Turns the weights of some layers, for one optimiser.
+
+    Args:
+        layers: of the merged form. Their numbers, by which stochastic rounding tells them apart,
+            are their places here.
+
+    Attributes:
+        angle: the largest θ, the spectral norm of a step Q, of the step that was measured last.
+    """
+
+    def __init__(self, layers: Sequence[Layer]):
+        self._numbers = {e: number for number, (_, e) in enumerate(layers)}
+        self._layers = list(layers)
+        self._open: list[Layer] = []
+        self._finite: dict[torch.device, Tensor] = {}
+        self._angles: list[Tensor] = []
+        self._told: list[_Told] = []
+        self._warned = False
+        self.angle: float | None = None
+
+    # --- what an optimiser of this package does ---------------------------------------------------
+
+    def step(self, number: int, moving: set[Tensor], update: Update) -> None:
+        """Update and turn by batches.
+
+        Args:
+            number: of this step, a counter of stochastic rounding.
+            moving: parameters whose rate is not zero; the others are updated as well, for the
+                sake of the optimiser's state.
+            update: called once for each batch.
+        """
+        for batch in layer_batches(self._with_gradients()):
+            self.open(batch)
+            try:
+                update({skew for _, e in batch for skew in e.skews})
+                self._turn(self._moved(moving), number)
+            finally:
+                self.close()
+        self._finish()
+
+    # --- what is done around the step of any other ------------------------------------------------
+
+    def before_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the parameters memory, or have the closure of a step do so after it has run.
+
+        Returns:
+            Other arguments for the step, or ``None``.
+        """
+        _, *given = args
+        closure = given[0] if given else kwargs.get("closure")
+        if closure is None:
+            self.open(self._with_gradients())
+            return None
+        ran = False
+
+        def then_open() -> Any:
+            nonlocal ran
+            if ran:
+                raise AdoptionError(_ONE_CLOSURE)
+            loss, ran = closure(), True
+            self.open(self._with_gradients())
+            return loss
+
+        return (args[0], then_open), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def after_step(self, number: int, moving: set[Tensor]) -> None:
+        """Turn the weights by what the parameters hold now; arguments as for `step`."""
+        try:
+            self._turn(self._moved(moving), number)
+        finally:
+            self.close()
+        self._finish()
+
+    def open(self, layers: Sequence[Layer]) -> None:
+        """Give the skew parameters of `layers` memory of their own, zeros."""
+        self.close()
+        self._open = list(layers)
+        with torch.no_grad():
+            for skew in (skew for _, e in layers for skew in e.skews):
+                skew.data = torch.empty_like(skew)
+            if layers:
+                torch._foreach_zero_([skew for _, e in layers for skew in e.skews])
+
+    def close(self) -> None:
+        """Let all parameters be at rest."""
+        for _, e in self._open:
+            e.rest()
+        self._open = []
+
+    # --- the weights ------------------------------------------------------------------------------
+
+    def _with_gradients(self) -> list[Layer]:
+        return [(m, e) for m, e in self._layers if any(s.grad is not None for s in e.skews)]
+
+    def _moved(self, moving: set[Tensor]) -> list[Layer]:
+        """The open layers that a step may have moved: what has a rate of zero keeps its bits."""
+        return [(m, e) for m, e in self._open if not moving.isdisjoint(e.skews)]
+
+    @torch.no_grad()
+    def _turn(self, layers: Sequence[Layer], number: int) -> None:
+        """Turn some weights; their layers are marked as interrupted until `_finish`."""
+        sides = [(s.skew, s.block) for _, e in layers for s in e.sides if s.blocks]
+        self._look_at([skew for skew, _ in sides])
+        if _measured(number):
+            self._angles += largest_norms(sides)
+        for module, e in layers:
+            weight = stored_weight(module)
+            e.note_norm(weight)
+            e.interrupted = True
+            try:
+                ops.turn_weight_(
+                    weight,
+                    *(e.skew_in, e.skew_out, e.perm_in.pair, e.perm_out.pair),
+                    *(e.block_in, e.block_out, e.order),
+                    *(e.config.seed, number, self._numbers[e]),
+                    self._finite[weight.device],
+                )
+            except BaseException as error:
+                error.add_note(f"poetx: {INTERRUPTED}")
+                raise
+
+    def _look_at(self, steps: Sequence[Tensor]) -> None:
+        """Bring the flags of the devices up to date: 0 where a step is not finite."""
+        by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
+        for step in steps:
+            by_device[step.device].append(step)
+        for device, found in by_device.items():
+            largest = torch.stack(torch._foreach_norm(found, float("inf")))
+            finite = largest.isfinite().all().int()
+            before = self._finite.get(device)
+            self._finite[device] = finite if before is None else before * finite
+
+    def _finish(self) -> None:
+        """Every layer is whole again; the flags go to the host."""
+        for _, e in self._layers:
+            e.interrupted = False
+        flags = [flag for flag in self._finite.values() if not flag.is_meta]
+        angles = [angle for angle in self._angles if not angle.is_meta]
+        self._told += [_Told(flag, False) for flag in flags] + [_Told(a, True) for a in angles]
+        self._finite, self._angles = {}, []
+        if not any(told.event for told in self._told):
+            self.check()
+
+    def check(self) -> None:
+        """Read what earlier steps have told.
+
+        Raises:
+            DivergedError: one was not finite.
+        """
+        told, self._told = self._told, []
+        values = [(t.is_angle, t.read()) for t in told]
+        if not all(value for is_angle, value in values if not is_angle):
+            raise DivergedError(DIVERGED)
+        angles = [value for is_angle, value in values if is_angle]
+        if angles:
+            self.angle = max(angles)
+            self._look_at_angle()
+
+    def _look_at_angle(self) -> None:
+        orders = {e.order for e in self._numbers} - {None}
+        if self._warned or not orders or self.angle is None or self.angle <= LARGE:
+            return
+        self._warned = True
+        power = min(k for k in orders if k is not None) + 1
+        log.warning(
+            "one optimiser step turned rotations by %.3g, and with merge_interval=1 it changes "
+            "singular values by up to %.1e for good: lower poetx_lr, warm it up, or prepare with "
+            "cayley='exact' or a larger neumann_order",
+            self.angle,
+            self.angle**power,
+        )
+
+    def forget(self) -> None:
+        """Another state has been loaded: what was told of steps before it says nothing."""
+        self._told = []
+
+
+def _measured(number: int) -> bool:
+    """Whether the angle of a step is measured: of the first ones often, later now and then."""
+    return number & (number - 1) == 0 or number % MEASURED_EVERY == 0
+
+
+class _Told:
+    """A scalar on its way from the device to the host."""
+
+    def __init__(self, value: Tensor, is_angle: bool):
+        self.is_angle = is_angle
+        self.event: torch.cuda.Event | None = None
+        if value.is_cuda:
+            host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            host.copy_(value, non_blocking=True)
+            with torch.cuda.device(value.device):
+                self.event = torch.cuda.Event()
+                self.event.record()
+            value = host
+        self._value = value
+
+    def read(self) -> float:
+        """Its value; waits where the device has not come that far."""
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self._value)

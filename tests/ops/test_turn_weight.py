@@ -1,0 +1,137 @@
+"""A step of the rotations of a weight, in place, and the bits that it is rounded with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from poetx_compile import ops
+from poetx_compile.layers.permutation import draw_permutation
+from poetx_compile.ops.random import matrix_bits, philox, round_stochastically
+
+DOUBLE = torch.float64
+
+
+def pair(size: int, group: int, kind: str = "random") -> torch.Tensor:
+    return draw_permutation(size, seed=3, draw=1, group=group, kind=kind, block=16)
+
+
+def arguments(n: int, m: int, b_in: int, b_out: int, dtype=DOUBLE, kind="random") -> list:
+    generator = torch.Generator().manual_seed(0)
+
+    def step(blocks: int, b: int) -> torch.Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        packed = torch.randn(blocks, b * (b - 1) // 2, generator=generator, dtype=DOUBLE)
+        return (packed * 0.01).to(wide)
+
+    weight = torch.randn(n, m, generator=generator, dtype=DOUBLE).to(dtype)
+    blocks = (m // b_in if m > 1 else 0), (n // b_out if n > 1 else 0)
+    steps = step(blocks[0], b_in), step(blocks[1], b_out)
+    return [weight, *steps, pair(m, 0, kind), pair(n, 1, kind), b_in, b_out, 3, 7, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "b_in", "b_out", "kind"),
+    [
+        (13, 21, 5, 4, "random"),
+        (64, 32, 16, 16, "chunked"),
+        (1, 9, 4, 1, "random"),
+        (6, 1, 1, 6, "random"),
+    ],
+)
+def test_it_is_the_effective_weight_of_the_step(n, m, b_in, b_out, kind) -> None:
+    weight, *rest = arguments(n, m, b_in, b_out, kind=kind)
+    step_in, step_out, perm_in, perm_out = rest[:4]
+    turned = weight.clone()
+    address = turned.data_ptr()
+    ops.turn_weight_(turned, *rest)
+    assert turned.data_ptr() == address
+
+    def rotation(packed: torch.Tensor, b: int) -> torch.Tensor:
+        rows, columns = torch.triu_indices(b, b, 1)
+        q = packed.new_zeros(len(packed), b, b)
+        q[:, rows, columns] = packed
+        q = q - q.mT
+        eye = torch.eye(b, dtype=DOUBLE)
+        return torch.block_diag(*((eye + q) @ (eye + q + q @ q + q @ q @ q)))
+
+    full = [torch.eye(m, dtype=DOUBLE), torch.eye(n, dtype=DOUBLE)]
+    for eye, packed, b in zip(full, (step_in, step_out), (b_in, b_out), strict=True):
+        if len(packed):
+            eye[: len(packed) * b, : len(packed) * b] = rotation(packed, b)
+    chunk_out, chunk_in = n // perm_out.shape[1], m // perm_in.shape[1]
+    rows = (perm_out[0][:, None] * chunk_out + torch.arange(chunk_out)).flatten()
+    columns = (perm_in[0][:, None] * chunk_in + torch.arange(chunk_in)).flatten()
+    expected = full[1].T @ weight[rows][:, columns] @ full[0].T
+    assert (turned[rows][:, columns] - expected).abs().max() < 1e-14
+
+
+def test_its_definition() -> None:
+    weight, *rest = arguments(9, 10, 5, 4, torch.float32)
+    torch.library.opcheck(torch.ops.poetx.turn_weight_, (weight.clone(), *rest))
+    untouched = weight.clone()
+    ops.turn_weight_(untouched, *rest, torch.tensor(0))
+    assert torch.equal(untouched, weight)
+    ops.turn_weight_(untouched, *rest, torch.tensor(1))
+    assert not torch.equal(untouched, weight)
+    with pytest.raises(RuntimeError, match=r"must be torch\.float64"):
+        ops.turn_weight_(weight.double(), *rest)
+    with pytest.raises(RuntimeError, match="apply must be a scalar"):
+        ops.turn_weight_(weight, *rest, torch.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_weight_is_rounded_to_a_neighbour_by_its_counter(dtype) -> None:
+    weight, *rest = arguments(12, 10, 5, 4, dtype)
+    wide = weight.float()
+    ops.turn_weight_(wide, *rest)
+
+    def turned(step: int, layer: int) -> torch.Tensor:
+        out = weight.clone()
+        ops.turn_weight_(out, *rest[:8], step, layer)
+        return out
+
+    one = turned(1, 0)
+    assert torch.equal(one, turned(1, 0))
+    assert not torch.equal(one, turned(2, 0))
+    assert not torch.equal(one, turned(1, 1))
+    gap = torch.finfo(dtype).eps * wide.abs().clamp_min(torch.finfo(dtype).tiny)
+    assert ((one.float() - wide).abs() <= gap).all()
+    zero = [torch.zeros_like(t) for t in rest[:2]]
+    still = weight.clone()
+    ops.turn_weight_(still, *zero, *rest[2:])
+    assert torch.equal(still, weight)
+
+
+def test_philox_gives_the_published_words() -> None:
+    """Random123's known answers."""
+    for fill, seed, expected in (
+        (0, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (0xFFFFFFFF, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ):
+        words = philox(seed, (torch.tensor(fill),) * 4)
+        assert [f"{int(word):08x}" for word in words] == expected.split()
+    bits = matrix_bits(3, 11, 5, 6, 7, torch.device("cpu"))
+    word = philox(5, tuple(map(torch.tensor, (1, 2, 6, 7))))[1]  # column 10: third of the second 8
+    assert bits[2, 10] == word & 0xFFFF
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 1e-7])
+def test_stochastic_rounding_is_unbiased(dtype, scale) -> None:
+    """Each of 4096 draws of a value is one of its neighbours; their mean is the value."""
+    values = torch.tensor([1.2345, -1.0001, 3.3e-2, -0.71]) * scale
+    bits = matrix_bits(4, 4096, 1, 0, 0, torch.device("cpu"))
+    x = values[:, None].expand(4, 4096).contiguous()
+    drawn = round_stochastically(x, dtype, bits).double()
+    for value, row in zip(values, drawn, strict=True):
+        found = row.unique()
+        assert len(found) <= 2
+        gap = (found.max() - found.min()).item()
+        assert found.min() <= value <= found.max()
+        assert abs(row.mean() - value.double()) < 4 * gap / 2 / 64 + 1e-30
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
+    kept = round_stochastically(special, dtype, torch.full((4,), 0xFFFF))
+    assert torch.equal(kept[:2].float(), special[:2])
+    assert kept[2].isnan()
+    assert kept[3] == 0
