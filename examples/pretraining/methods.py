@@ -83,7 +83,7 @@ def build(
     if group is not None and group.several:
         forward = spread(model, options.parallel, rotations=options.method == "poetx")
     if options.method == "poetx":
-        label, summary = _LABELS[options.optimizer], str(report).splitlines()[-1]
+        label, summary = _LABELS[options.optimizer], "; ".join(str(report.trained).splitlines())
         backend = poetx.poetx_backend
         compile_options = {"stage": options.stage}
         optimizer = _poetx_optimizer(model, options)

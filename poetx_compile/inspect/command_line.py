@@ -76,6 +76,7 @@ def command_parser(prog: str = "poetx") -> argparse.ArgumentParser:
     command = _command(commands, "explain", "what is rewritten, what is not, and why", _EXPLAIN)
     command.set_defaults(run=_explain)
     add = command.add_argument
+    add("--verbose", action="store_true", help="a row for every layer, and what passes did")
     add("--html", metavar="FILE", type=Path, help="write a page with the drawn graphs")
     add("--graphs", action="store_true", help="print the graph after the passes as well")
     add("--adopt", action="store_true", help="as compiled without prepare: the backend adopts it")
@@ -171,7 +172,7 @@ def _explain(args: argparse.Namespace) -> None:
         model = meta.prepared(model, config)
         options = without_adoption(options)
     found = explain(model, *inputs, options=options, **kwargs)
-    print(found)
+    print(found.text(verbose=args.verbose))
     if args.graphs:
         print(f"\n{found.after}")
     if args.html:

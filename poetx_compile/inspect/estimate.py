@@ -19,7 +19,7 @@ from poetx_compile.inspect.memory.source import model_on_meta
 from poetx_compile.inspect.memory.trace import trace
 from poetx_compile.layers.parametrization import trained_parameters
 from poetx_compile.layers.prepare import config_of
-from poetx_compile.layers.report import format_table
+from poetx_compile.layers.tables import format_table
 
 MIB = 2**20
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from poetx_compile.inspect.drawing import Drawn
-from poetx_compile.layers.report import compact
+from poetx_compile.layers.tables import compact, without_conditions
 from poetx_compile.passes import Event
 from poetx_compile.passes.cost import TOKENS, Cost
 from poetx_compile.version import __version__
 
 if TYPE_CHECKING:
     from poetx_compile.inspect.explain import ExplainedGraph, ExplainRow, Explanation
-    from poetx_compile.inspect.trained import Trained
+    from poetx_compile.layers.trained import Trained
 
 COLUMNS = ("layer", "shape", "blocks in | out", "formulation", "status", "reason")
 
@@ -226,7 +225,9 @@ def _data(explanation: Explanation) -> str:
             row.name or "(root)": {
                 "shape": f"{row.shape[0]}×{row.shape[1]}",
                 "status": row.status,
-                "how": "" if row.formulation in ("-", "plain") else _short(row.formulation),
+                "how": ""
+                if row.formulation in ("-", "plain")
+                else without_conditions(row.formulation),
                 "reason": row.reason,
             }
             for row in explanation.rows
@@ -240,8 +241,3 @@ def _data(explanation: Explanation) -> str:
 
 def _box(box: Drawn) -> dict[str, Any]:
     return dataclasses.asdict(box)
-
-
-def _short(formulation: str) -> str:
-    """The choice without its conditions: ``folded in (fold where …), …`` → ``folded in, …``."""
-    return re.sub(r" \([^)]*\)", "", formulation)

@@ -37,13 +37,13 @@ from poetx_compile.layers.parametrization import (
     equivalence_of,
     prepared_linears,
     stored_weight,
-    trained_parameters,
 )
 from poetx_compile.layers.permutation import Permutation
 from poetx_compile.layers.prepared_class import own_class, share_class
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.report import LayerRow, PrepareReport
 from poetx_compile.layers.sharing import Groups
+from poetx_compile.layers.trained import trained as what_trains
 
 log = logging.getLogger("poetx_compile")
 M = TypeVar("M", bound=nn.Module)
@@ -142,11 +142,8 @@ def prepare(
     guard_loads(model)
     done = dict.fromkeys(fresh, described(config)) if config.initialises else {}
     rows = list(_rows(model, found, reasons, done))
-    parameters = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
-    unfrozen = [p for p in trained_parameters(model) if not nn.parameter.is_lazy(p)]
-    trainable = sum(p.numel() for p in unfrozen)
-    rotations = sum(skew.numel() for _, _, e in prepared_linears(model) for skew in e.skews)
-    return PrepareReport(rows, trainable, sum(p.numel() for p in parameters) - rotations)
+    why_not = {row.name: row.reason for row in rows if row.is_linear and row.status != "prepared"}
+    return PrepareReport(rows, what_trains(model, config, why_not))
 
 
 def _check_order(model: nn.Module, reasons: dict[str, str | None]) -> None:

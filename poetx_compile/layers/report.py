@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-"""A number that is a whole segment of a module's name."""
+from poetx_compile.layers.tables import folded_rows, format_table, html_table, wrapped_table
+from poetx_compile.layers.trained import Trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +34,28 @@ class LayerRow:
 class PrepareReport:
     """What `prepare` did: iterable rows, and a table when printed.
 
+    Printed, it has the share that trains through rotations first, and one row for all layers that
+    are alike (``layers.0-31.mlp.up_proj``); `text` has every layer.
+
     Attributes:
         rows: one `LayerRow` for each `nn.Linear`, and for every other weight of two dimensions or
             more, in the model's order.
-        trainable: number of trainable parameters after `prepare`, rotations included.
-        total: number of parameters of the plain model.
+        trained: a `Trained`: how much of the model trains, and how.
     """
 
-    def __init__(self, rows: Iterable[LayerRow], trainable: int, total: int):
+    def __init__(self, rows: Iterable[LayerRow], trained: Trained):
         self.rows = list(rows)
-        self.trainable, self.total = trainable, total
+        self.trained = trained
+
+    @property
+    def trainable(self) -> int:
+        """The number of trainable parameters after `prepare`, rotations included."""
+        return self.trained.trainable
+
+    @property
+    def total(self) -> int:
+        """The number of parameters of the plain model."""
+        return self.trained.total
 
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self.rows)
@@ -53,58 +64,41 @@ class PrepareReport:
         return len(self.rows)
 
     def __str__(self) -> str:
-        cells = [
-            (r.name or "(root)", "x".join(map(str, r.shape)), r.blocks, r.status, r.reason)
-            for r in self.rows
-        ]
-        linears = [r for r in self.rows if r.is_linear]
-        prepared = sum(r.status == "prepared" for r in linears)
-        others = len(self.rows) - len(linears)
-        summary = (
-            f"{prepared} of {len(linears)} nn.Linear prepared; "
-            + (f"{others} other weight{'s' * (others > 1)}; " if others else "")
-            + f"{self.trainable:,} trainable parameters, "
-            f"{100 * self.trainable / max(self.total, 1):.1f} % of the plain model's {self.total:,}"
-        )
+        return self.text()
+
+    def __repr__(self) -> str:
+        t = self.trained
         return (
-            format_table(("layer", "shape", "blocks in|out", "status", "reason"), cells)
-            + "\n"
-            + summary
+            f"<PrepareReport: {t.layers} of {t.linears} nn.Linear, {t.share:.1f} % of {t.total:,}>"
         )
 
+    def _repr_html_(self) -> str:
+        return html_table(str(self.trained), _HEADER, self._folded())
 
-def format_table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], right: Container[int] = ()
-) -> str:
-    """Columns with a rule under the header; no trailing blanks, plain ASCII.
+    def text(self, verbose: bool = False) -> str:
+        """The table that `print` shows; with `verbose` every layer has a row."""
+        if not verbose:
+            return f"{self.trained}\n{wrapped_table(_HEADER, self._folded())}"
+        cells = [
+            (r.name or "(root)", _sizes(r.shape), r.blocks, r.status, r.reason) for r in self.rows
+        ]
+        header = ("layer", "shape", "blocks in|out", "status", "reason")
+        return f"{self.trained}\n{format_table(header, cells)}"
 
-    Left-aligned, but for those whose numbers are in `right`.
-    """
-    table = [list(header), *([str(c) for c in row] for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    table.insert(1, ["-" * width for width in widths])
-
-    def aligned(column: int, cell: str) -> str:
-        return cell.rjust(widths[column]) if column in right else cell.ljust(widths[column])
-
-    return "\n".join("  ".join(map(aligned, range(len(row)), row)).rstrip() for row in table)
-
-
-def compact(names: Iterable[str]) -> list[str]:
-    """Names with the numbers of equal ones joined: ``layers.0-3.mlp.up``, ``layers.7.mlp.up``."""
-    numbers: dict[tuple[str, str], set[int]] = {}
-    for name in names:
-        found = _NUMBER.search(name)
-        key = (name[: found.start()], name[found.end() :]) if found else (name, "")
-        numbers.setdefault(key, set()).update([int(found.group())] if found else [])
-    return [f"{start}{_ranges(found)}{rest}" for (start, rest), found in numbers.items()]
+    def _folded(self) -> list[tuple[str, ...]]:
+        cells = [(r.name or "(root)", _sizes(r.shape), _what(r)) for r in self.rows]
+        return folded_rows(cells)
 
 
-def _ranges(numbers: set[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+_HEADER = ("layer", "shape", "blocks in|out, or why not")
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _what(row: LayerRow) -> str:
+    """The blocks of a layer that is prepared, the reason of any other."""
+    if row.status != "prepared":
+        return row.reason or row.status
+    return f"{row.blocks}; {row.reason}" if row.reason else row.blocks

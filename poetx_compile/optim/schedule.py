@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -39,6 +40,8 @@ from poetx_compile.optim.probe import Probed, probe, reset_state
 from poetx_compile.optim.rates import RateWatch
 from poetx_compile.optim.regroup import drop_weights, regroup
 from poetx_compile.optim.turning import Turner
+
+log = logging.getLogger("poetx_compile")
 
 STEP = "poetx_step"
 LAST_MERGE = "poetx_last_merge"
@@ -341,6 +344,12 @@ class MergeSchedule:
         if due or early:
             self._merge(optimizer, ledger)
             self.early_merges += early
+            log.info(
+                "step %d: the rotations of %d nn.Linear are merged, %s",
+                ledger[STEP],
+                len(self._layers),
+                "as the angle guard asked" if early else "on schedule",
+            )
         self._ledger = ledger
 
     def _before_state_dict(self, optimizer: Optimizer) -> None:

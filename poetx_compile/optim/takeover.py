@@ -157,11 +157,10 @@ def _tell(optimizer: Optimizer, layers: list[Layer]) -> None:
     blocks = {g[BLOCK]: g[RATIO] for g in optimizer.param_groups if FOLLOWS in g}
     rates = ", ".join(f"{ratio:.3g} x lr at b={b}" for b, ratio in blocks.items())
     guard = "" if config.max_angle is None else f" or when an angle reaches {config.max_angle:g}"
-    log.info(
-        "%s trains %d nn.Linear through rotations from now on: %s, no weight decay, merged every "
-        "%d steps%s; their dense weights are frozen and have no moments. A model that the compiler "
-        "adopted is compiled once more at its next call. poetx_compile.prepare(model, config) "
-        "beforehand chooses otherwise, options={'unprepared': 'refuse'} refuses.",
+    log.warning(  # one line, at the level that is seen: the user's optimiser is another from here
+        "%s trains %d nn.Linear through rotations from now on (rate %s, merged every %d steps%s); "
+        "their dense weights are frozen. Call poetx_compile.prepare(model, config) before, to "
+        "choose otherwise; options={'unprepared': 'refuse'} refuses",
         type(optimizer).__name__,
         len(layers),
         rates,

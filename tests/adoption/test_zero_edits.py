@@ -82,8 +82,12 @@ def test_a_training_script_trains_rotations_and_merges_them(caplog: pytest.LogCa
     assert set(optimizer.state) == {bias, model.down.bias, *skews(model)}
     user, ours = optimizer.param_groups
     assert (ours["lr"], ours["weight_decay"]) == (16 * user["lr"], 0.0)
-    (record,) = caplog.records
-    assert "AdamW trains 2 nn.Linear through rotations" in record.getMessage()
+    taken_over, *merges = caplog.records
+    assert "AdamW trains 2 nn.Linear through rotations" in taken_over.getMessage()
+    assert [(r.levelname, r.getMessage()) for r in merges] == [
+        ("INFO", f"step {step}: the rotations of 2 nn.Linear are merged, on schedule")
+        for step in (3, 6)
+    ]
 
 
 def test_an_optimiser_built_before_or_after_compiling_gives_one_run():

@@ -20,10 +20,10 @@ def test_explain_prints_the_table_and_writes_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
-    inputs = ["--input", "3x16", "--html", str(page), "--graphs"]
+    inputs = ["--input", "3x16", "--verbose", "--html", str(page), "--graphs"]
     assert main(["explain", *FACTORY, *inputs, "--option", "disable_passes=batch_cayley"]) == 0
     out = capsys.readouterr().out
-    assert "3 of 3 nn.Linear rewritten" in out
+    assert "3 of 3 nn.Linear rewritten in 1 graph\n" in out
     assert "poetx.rotate_blocks(" in out
     assert "split(" not in out
     assert f"page: {page}" in out
@@ -35,7 +35,7 @@ def test_explain_shows_a_model_that_nobody_prepared(capsys: pytest.CaptureFixtur
     assert main(["explain", *FACTORY, *dtype, "--adopt", "--graphs", "--variant", "mem"]) == 0
     out = capsys.readouterr().out
     assert "bf16[40, 16]" in out
-    assert "3 of 3 nn.Linear rewritten" in out
+    assert "(3 of 3 nn.Linear) train by rotations" in out
 
 
 def test_estimate_prints_a_table_and_writes_json(

@@ -16,7 +16,7 @@ from torch import nn
 import poetx_compile as poetx
 from poetx_compile.inspect.explain import Explanation
 from poetx_compile.inspect.page import page
-from poetx_compile.layers.report import compact
+from poetx_compile.layers.tables import compact
 from tests.helpers.models import MLP, TinyLM
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
@@ -136,7 +136,7 @@ def test_what_passes_did_across_layers_is_told_once_and_alike_in_text_and_on_the
     poetx.prepare(model, poetx.POETXConfig(block_size=4, formulation="folded"))
     options = {"keep_folded": "step"}
     explanation = poetx.explain(model, torch.randn(3, 12), options=options)
-    drawn, text = page(explanation), str(explanation)
+    drawn, text = page(explanation), explanation.text(verbose=True)
     for name, times in (("cancel_permutations", 1), ("batch_cayley", 2), ("hoist_folds", 1)):
         assert drawn.count(f"<b>{name}</b>: ") == text.count(f"\n{name}: ") == times, text
     layers = "0.up, 0.down, 1.up, 1.down, 2.up, 2.down"

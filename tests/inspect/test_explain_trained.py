@@ -51,7 +51,7 @@ class Mixture(nn.Module):
 
 
 def lead(explanation: poetx.explain) -> str:
-    return str(explanation).split("\n\n")[0] + "\n"
+    return explanation.text(verbose=True).split("\n\n")[0] + "\n"
 
 
 class TestGolden(expecttest.TestCase):
@@ -60,8 +60,8 @@ class TestGolden(expecttest.TestCase):
         self.assertExpectedInline(
             lead(found),
             """\
-4.5 % of 11,448 parameters train through rotations, 93.3 % densely
-10,904 trainable parameters, 224 of them rotations
+4.5 % of 11,448 parameters (2 of 6 nn.Linear) train by rotations
+trainable: 10,904 = 224 of rotations + 10,680 dense
   dense: layers.0-1.experts.up: 4x16x40, 5,120 parameters, Experts is no nn.Linear (3 dimensions)
   dense: layers.0-1.experts.down: 4x40x16, 5,120 parameters, Experts is no nn.Linear (3 dimensions)
   dense: embedding.weight: 10x16, 160 parameters, embedding
@@ -76,8 +76,8 @@ class TestGolden(expecttest.TestCase):
         self.assertExpectedInline(
             lead(poetx.explain(model, torch.arange(5))),
             """\
-5.6 % of 11,448 parameters train through rotations, 92.2 % densely
-10,860 trainable parameters, 308 of them rotations
+5.6 % of 11,448 parameters (3 of 6 nn.Linear) train by rotations
+trainable: 10,860 = 308 of rotations + 10,552 dense
   dense: layers.0-1.experts.up: 4x16x40, 5,120 parameters, Experts is no nn.Linear (3 dimensions)
   dense: layers.0-1.experts.down: 4x40x16, 5,120 parameters, Experts is no nn.Linear (3 dimensions)
   dense: embedding.weight: 10x16, 160 parameters, embedding
@@ -105,6 +105,6 @@ def test_the_numbers_are_those_of_the_model(prepared: bool):
 
 def test_the_page_leads_with_it_too():
     text = page(poetx.explain(Mixture(), torch.arange(5), options=OPTIONS))
-    assert text.index("train through rotations, ") < text.index('id="h-layers"')
+    assert text.index("nn.Linear) train by rotations") < text.index('id="h-layers"')
     assert "<code>layers.0-1.experts.up</code> 4×16×40: 5,120 parameters" in text
     assert "trains through rotations</span>" in text

@@ -415,11 +415,10 @@ def test_layers_that_share_a_permutation_have_one_optimiser() -> None:
 
 
 def test_one_line_tells_what_happened(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "poetx_compile")
     model = MLP()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     poetx.adopt(optimizer, model, CONFIG)
-    (record,) = caplog.records
+    (record,) = caplog.records  # at the level that is seen by default
     message = record.getMessage()
     for part in ("AdamW trains 2 nn.Linear", "16 x lr at b=4", "every 3 steps", "'refuse'"):
         assert part in message

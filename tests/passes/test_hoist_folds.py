@@ -109,7 +109,7 @@ def test_folds_in_checkpoints_stay():
             return self.head(checkpoint(self.inner, x, use_reentrant=False))
 
     model = prepared(Checkpointed(), formulation="folded")
-    text = str(explained(model, torch.randn(3, 16), keep_folded="step"))
+    text = explained(model, torch.randn(3, 16), keep_folded="step").text(verbose=True)
     assert "hoist_folds: 1 folded weight(s) kept between calls (head)" in text
     names = "inner.gate_proj, inner.up_proj, inner.down_proj"
     assert f"hoist_folds: refused: {hoist_folds.IN_CHECKPOINT} ({names})" in text

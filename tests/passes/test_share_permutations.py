@@ -138,7 +138,7 @@ def test_layers_of_different_groups_are_refused_with_a_reason():
     assert "different groups" in event.detail
     assert {layer.name for layer in event.layers} == {"a.0", "b.0"}
     assert "permute_columns" not in explanation.after
-    assert "different groups" in str(explanation)
+    assert "different groups" in explanation.text(verbose=True)
 
 
 def test_a_lone_layer_does_not_fire():

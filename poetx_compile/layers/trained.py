@@ -11,7 +11,7 @@ from torch import nn
 from poetx_compile.config import POETXConfig
 from poetx_compile.layers.eligibility import linears, other_weights
 from poetx_compile.layers.parametrization import equivalence_of, side_blocks, stored_weight
-from poetx_compile.layers.report import compact
+from poetx_compile.layers.tables import compact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Trained:
     """What trains, in numbers of parameters.
 
     Attributes:
+        layers: `nn.Linear` that train through rotations.
+        linears: all of them.
         total: of the plain model.
         rotated: of weights that train through rotations.
         rotations: of these rotations.
@@ -40,6 +42,8 @@ class Trained:
         weights: of two dimensions or more that train densely, the largest first.
     """
 
+    layers: int
+    linears: int
     total: int
     rotated: int
     rotations: int
@@ -51,15 +55,18 @@ class Trained:
         """The part of the plain model's parameters that trains through rotations, in per cent."""
         return 100 * self.rotated / max(self.total, 1)
 
+    @property
+    def trainable(self) -> int:
+        """The number of parameters that an optimiser holds."""
+        return self.rotations + self.dense
+
     def __str__(self) -> str:
-        trainable = self.rotations + self.dense
-        lines = [
-            f"{self.share:.1f} % of {self.total:,} parameters train through rotations, "
-            f"{100 * self.dense / max(self.total, 1):.1f} % densely",
-            f"{trainable:,} trainable parameters, {self.rotations:,} of them rotations",
-        ]
-        lines += [f"  dense: {weights}" for weights in self.weights]
-        return "\n".join(lines)
+        return (
+            f"{self.share:.1f} % of {self.total:,} parameters ({self.layers} of {self.linears} "
+            "nn.Linear) train by rotations\n"
+            f"trainable: {self.trainable:,} = {self.rotations:,} of rotations + "
+            f"{self.dense:,} dense"
+        )
 
 
 def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> Trained:
@@ -69,11 +76,12 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
         config: of the blocks of linears that are not prepared, and are going to be adopted.
         left: the linears that are neither, by name, and why.
     """
-    rotated = rotations = total = 0
+    layers = rotated = rotations = total = 0
     inside: set[int] = set()  # what belongs to rotations
     dense: list[tuple[str, tuple[int, ...], str]] = []
     seen: set[int] = set()
-    for name, module in linears(model).items():
+    found = linears(model)
+    for name, module in found.items():
         if id(module) in seen:
             continue
         seen.add(id(module))
@@ -83,8 +91,10 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
             inside |= {id(weight), *map(id, e.skews)}
             rotations += sum(skew.numel() for skew in skews)
             rotated += weight.numel() if skews else 0
+            layers += bool(skews)
             total += weight.numel()
         elif name not in left:
+            layers += 1
             inside.add(id(module.weight))
             rotated += module.weight.numel()
             total += module.weight.numel()
@@ -94,6 +104,8 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
     dense += [(w.name, w.shape, w.reason) for w in other_weights(model) if w.trains]
     rest = [p for p in model.parameters() if id(p) not in inside and not nn.parameter.is_lazy(p)]
     return Trained(
+        layers,
+        len({id(module) for module in found.values()}),
         total + sum(p.numel() for p in rest),
         rotated,
         rotations,
