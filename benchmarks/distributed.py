@@ -173,15 +173,15 @@ def measure(args: argparse.Namespace, recipe: Recipe, expected: list[float]) -> 
     error = gate.check(
         torch.tensor(found), torch.tensor(expected), torch.bfloat16, f"losses of {recipe.name}"
     )
-    merge(run.model)
+    merge(run.model, redraw=True)
     counting = CommDebugMode()
     with counting if "DDP" in recipe.name else contextlib.nullcontext():
-        merge(run.model)
+        merge(run.model, redraw=True)
     if counting.get_total_counts():
         raise gate.GateError(f"{recipe.name}: a merge communicated")
     synchronize(run.device)
     begun = time.perf_counter()
-    merge(run.model)
+    merge(run.model, redraw=True)
     synchronize(run.device)
     merge_ms = 1e3 * (time.perf_counter() - begun)
     digests: list[Any] = [None] * dist.get_world_size()

@@ -45,7 +45,7 @@ def measure(session: Session, m: int, n: int, config: poetx.POETXConfig) -> Row:
     """The row of one layer m → n."""
     error = check(session, m, n, config)
     layer = contenders.poetx_linear(session, m, n, config)
-    timing = session.timer.time(lambda: merge(layer))
+    timing = session.timer.time(lambda: merge(layer, redraw=True))
     sizes = floors.Layer.of(0, m, n, config.block_in, session.dtype.itemsize)
     floor_ms = floors.total_ms(floors.merge(sizes, config.merge_rotation), session.ceilings)
     return session.add(
@@ -72,7 +72,7 @@ def check(session: Session, m: int, n: int, config: poetx.POETXConfig) -> float:
     plain = dataclasses.replace(config, merge_rotation="plain")
     layer = contenders.poetx_linear(session, m, n, plain)
     wide = copy.deepcopy(layer).double()
-    merge(layer)
+    merge(layer, redraw=True)
     error = gate.check(layer.weight, wide.weight, session.dtype, "weight merged plainly")
     if config.merge_rotation == "plain":
         return error
@@ -81,8 +81,8 @@ def check(session: Session, m: int, n: int, config: poetx.POETXConfig) -> float:
 
 def _check_polar(session: Session, layer: nn.Linear) -> float:
     wide = copy.deepcopy(layer).double()
-    merge(layer)
-    merge(wide)
+    merge(layer, redraw=True)
+    merge(wide, redraw=True)
     return gate.check(layer.weight, wide.weight, session.dtype, "weight merged by polar factors")
 
 

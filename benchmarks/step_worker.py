@@ -190,7 +190,7 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
     ours = OPTIMIZERS[case.optimizer](model, lr=case.lr)
     compile_kwargs.setdefault("options", {}).update(stage=case.stage, keep_folded=case.keep_folded)
     forward = torch.compile(model, backend=poetx.poetx_backend, **compile_kwargs)
-    merging = None if config.merged else lambda: merge(model)
+    merging = None if config.merged else lambda: merge(model, redraw=True)
     return Trained(model, forward, ours, merging, lambda: ours.schedule.merges)
 
 

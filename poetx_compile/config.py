@@ -14,7 +14,7 @@ from poetx_compile.errors import ConfigError
 _CHOICES: dict[str, tuple[str, ...]] = {
     "cayley": ("neumann", "exact"),
     "merge_rotation": ("polar", "plain"),
-    "moments": ("keep", "reset"),
+    "moments": ("transport", "keep", "reset"),
     "permutation": ("random", "chunked"),
     "variant": ("fast", "mem"),
     "formulation": ("auto", "input_centric", "folded"),
@@ -35,15 +35,21 @@ class POETXConfig:
             of a weight. A side shorter than b uses one block of its own size.
         neumann_order: k ≥ 1 of the Cayley-Neumann expansion ``G = (I+Q)(I+Q+…+Q^k)``.
         cayley: ``"neumann"``, or ``"exact"`` for ``G = (I+Q)(I−Q)⁻¹`` by a batched solve.
-        merge_interval: optimiser steps between two merge-then-reinitialise. 1 is the *merged form*:
-            the weights stay plain and in their order, and each step turns them in place; there is
-            no angle to guard, no fold, and what concerns those has no effect.
+        merge_interval: optimiser steps between two merges at most: the rotations go into the
+            weights and start again at zero. The permutations stay. 1 is the *merged form*: the
+            weights stay plain and in their order, and each step turns them in place; there is no
+            angle to guard, no fold, and what concerns those has no effect.
+        redraw_interval: optimiser steps after which the permutations are drawn again, together with
+            a merge; ``None`` for never. A side of one block is never redrawn: it turns in all
+            planes there are.
         max_angle: the angle guard, in radians: merge early rather than let the spectral norm of
             any Q exceed it; ``None`` turns the guard off.
         merge_rotation: ``"polar"`` merges the polar factor of G (exactly orthogonal), ``"plain"``
             merges G itself.
-        moments: ``"keep"`` or ``"reset"`` the optimiser's moments of the skew parameters at a
-            merge.
+        moments: what becomes of the optimiser's moments of the skew parameters at a redraw:
+            ``"transport"`` them with the pairs of coordinates that share a block before and after,
+            ``"keep"`` them where they are, whatever planes they then stand for, or ``"reset"`` them
+            to those of a fresh optimiser. A merge by itself touches none.
         permutation: ``"random"``, or ``"chunked"`` for random chunks of up to 64 neighbouring
             coordinates, which kernels gather at no extra cost.
         variant: what the backward keeps: ``"fast"`` keeps what costs time to recompute, ``"mem"``
@@ -80,9 +86,10 @@ class POETXConfig:
     neumann_order: int = 3
     cayley: str = "neumann"
     merge_interval: int = 200
+    redraw_interval: int | None = 200
     max_angle: float | None = 0.25
     merge_rotation: str = "polar"
-    moments: str = "keep"
+    moments: str = "transport"
     permutation: str = "random"
     variant: str = "fast"
     formulation: str = "auto"
@@ -110,6 +117,9 @@ class POETXConfig:
         for name in ("neumann_order", "merge_interval"):
             if not (_is_int(getattr(self, name)) and getattr(self, name) >= 1):
                 raise _bad(name, getattr(self, name), "an int ≥ 1")
+        redraw = self.redraw_interval
+        if redraw is not None and not (_is_int(redraw) and redraw >= 1):
+            raise _bad("redraw_interval", redraw, "None, or an int ≥ 1")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise _bad(name, getattr(self, name), "one of " + ", ".join(map(repr, choices)))

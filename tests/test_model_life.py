@@ -47,10 +47,12 @@ def test_a_model_that_is_deleted_is_freed(how: str) -> None:
         if how == "kept":
             options |= {"keep_folded": "step", "formulation": "folded"}
         if how == "adopted":
-            options |= {"block_size": 8, "merge_interval": 2}
+            options |= {"block_size": 8, "merge_interval": 2, "redraw_interval": 2}
             optimizer = torch.optim.AdamW(model.parameters())
         else:
-            poetx.prepare(model, poetx.POETXConfig(block_size=8, merge_interval=2))
+            poetx.prepare(
+                model, poetx.POETXConfig(block_size=8, merge_interval=2, redraw_interval=2)
+            )
             optimizer = POETXMuon(model)
         run: Any = model
         if how != "eager":
@@ -226,7 +228,11 @@ def test_averaging_a_prepared_models_own_tensors_across_a_merge_is_refused(kind)
     update()
     assert optimizer.schedule.merges == 1
     averaged.to("cpu")  # hides nothing
-    for use in (lambda: averaged(TOKENS), averaged.state_dict, lambda: merge(averaged)):
+    for use in (
+        lambda: averaged(TOKENS),
+        averaged.state_dict,
+        lambda: merge(averaged, redraw=True),
+    ):
         with pytest.raises(IncompatibleStateError, match=r"average poetx\.plain_state_dict\(model"):
             use()
     assert torch.isfinite(model(TOKENS)).all()
@@ -268,7 +274,10 @@ def test_a_new_layer_trains_densely_until_prepare_takes_it_in() -> None:
 def test_a_fresh_head_in_the_place_of_a_prepared_one() -> None:
     """Fine-tuning: the old head's state is gone with it, the new one trains densely."""
     model = TinyLM(layers=1)
-    poetx.prepare(model, poetx.POETXConfig(block_size=8, exclude_modules=(), merge_interval=2))
+    poetx.prepare(
+        model,
+        poetx.POETXConfig(block_size=8, exclude_modules=(), merge_interval=2, redraw_interval=2),
+    )
     optimizer = POETXAdamW(model, lr=1e-3)
     train_step(model, optimizer)
     model.lm_head = nn.Linear(16, 24)
@@ -281,7 +290,7 @@ def test_a_fresh_head_in_the_place_of_a_prepared_one() -> None:
     train_step(forward, optimizer)
     assert type(model.lm_head) is nn.Linear
     assert not torch.equal(model.lm_head.weight, head)
-    merge(model)
+    merge(model, redraw=True)
 
 
 def test_a_mixture_added_later_is_taken_in_without_its_router() -> None:

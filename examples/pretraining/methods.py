@@ -62,6 +62,7 @@ def poetx_config(options: Options, shapes: LlamaConfig) -> poetx.POETXConfig:
     return poetx.POETXConfig(
         block_size=block_size,
         merge_interval=options.merge_interval,
+        redraw_interval=options.redraw_interval or None,
         variant=options.variant,
         permutation=options.permutation,
         seed=options.seed,

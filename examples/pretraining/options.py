@@ -47,6 +47,9 @@ class Options:
         None, "b, size of the rotation blocks (default: half the width, at most 256)", least=2
     )
     merge_interval: int = _option(200, "steps between merges", least=1)
+    redraw_interval: int = _option(
+        200, "steps after which permutations are drawn again; 0 for never", least=0
+    )
     variant: str = _option("fast", "what the backward keeps", choices=("fast", "mem"))
     permutation: str = _option(
         "random", "of single columns, or of chunks, faster", choices=("random", "chunked")

@@ -141,12 +141,12 @@ def _take_over_compilation(args: TrainingArguments) -> str | None:
 
 
 class POETXCallback(TrainerCallback):
-    """Logs what the Trainer does not: the learning rate of every group, the angle, the last merge.
+    """Logs what the Trainer does not: every group's rate, the angle, the last merge and redraw.
 
     Beside each training loss: ``learning_rate/<group>``, as it was in that step;
-    ``poetx_last_merge``, the step of the last merge; ``poetx_angle``, the guard's last measurement
-    in radians. They are in ``state.log_history`` and in the ``logs`` of the callbacks behind this
-    one.
+    ``poetx_last_merge`` and ``poetx_last_redraw``, the steps of the last ones; ``poetx_angle``, the
+    guard's last measurement in radians. They are in ``state.log_history`` and in the ``logs`` of
+    the callbacks behind this one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: MergeSchedule):
@@ -169,7 +169,11 @@ class POETXCallback(TrainerCallback):
         """Add to the logs of a training step."""
         if logs is None or RATE not in logs:
             return
-        more = self._rates | {"poetx_last_merge": self._schedule.last_merge}
+        last = {
+            "poetx_last_merge": self._schedule.last_merge,
+            "poetx_last_redraw": self._schedule.last_redraw,
+        }
+        more = self._rates | last
         if self._schedule.angle is not None:
             more["poetx_angle"] = self._schedule.angle
         logs.update(more)

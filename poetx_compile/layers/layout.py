@@ -13,8 +13,8 @@ from poetx_compile import ops
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.permutation import draw_permutation
 
-FORMAT = 2
-SIZE = 10
+FORMAT = 3
+SIZE = 11
 """Entries of the buffer."""
 
 _KINDS = ("random", "chunked")
@@ -25,7 +25,8 @@ class Layout:
     """Everything about a prepared weight that its tensors do not show.
 
     Attributes:
-        seed, draw, group_in, group_out, kind: of the permutations (`draw_permutation`).
+        seed, draw_in, draw_out, group_in, group_out, kind: of the permutations
+            (`draw_permutation`). A side of one block keeps its draw while others are redrawn.
         order: k of the Cayley-Neumann expansion, ``None`` for the exact transform.
         block_in, block_out: b of the configuration; a shorter side has one block of its own size.
         natural: the weight is stored in its natural order, and its rotations are zero: the merged
@@ -33,7 +34,8 @@ class Layout:
     """
 
     seed: int
-    draw: int
+    draw_in: int
+    draw_out: int
     group_in: int
     group_out: int
     kind: str
@@ -43,17 +45,18 @@ class Layout:
     natural: bool = False
 
     def values(self) -> list[int]:
-        """Format, seed, draw, groups, kind, order (0: exact), block sizes, checksum of these.
+        """Format, seed, draws, groups, kind, order (0: exact), block sizes, checksum of these.
 
         The kind is that of the permutations, and one of `_KINDS` further on for the natural order.
         """
-        groups, blocks = (self.group_in, self.group_out), (self.block_in, self.block_out)
+        draws, groups = (self.draw_in, self.draw_out), (self.group_in, self.group_out)
+        blocks = self.block_in, self.block_out
         kind, order = _KINDS.index(self.kind) + len(_KINDS) * self.natural, self.order or 0
-        values = [FORMAT, self.seed, self.draw, *groups, kind, order, *blocks]
+        values = [FORMAT, self.seed, *draws, *groups, kind, order, *blocks]
         return [*values, _checksum(values)]
 
     def tensor(self) -> Tensor:
-        """The buffer: `values`, int64 [10], on the CPU."""
+        """The buffer: `values`, int64 [11], on the CPU."""
         return torch.tensor(self.values(), dtype=torch.int64, device="cpu")
 
     @classmethod
@@ -75,17 +78,21 @@ class Layout:
                 f"{name} is not as it was saved: if this state is an average, average "
                 "poetx.plain_state_dict(model) instead"
             )
-        seed, draw, group_in, group_out, kind, order, block_in, block_out = values
-        groups, blocks = (group_in, group_out), (block_in, block_out)
+        seed, draw_in, draw_out, group_in, group_out, kind, order, block_in, block_out = values
+        draws, groups, blocks = (draw_in, draw_out), (group_in, group_out), (block_in, block_out)
         natural, kind = divmod(kind, len(_KINDS))
-        return cls(seed, draw, *groups, _KINDS[kind], order or None, *blocks, bool(natural))
+        return cls(seed, *draws, *groups, _KINDS[kind], order or None, *blocks, bool(natural))
+
+    def draw(self, side: str) -> int:
+        """The draw of side ``"in"`` or ``"out"``."""
+        return self.draw_in if side == "in" else self.draw_out
 
     def pair(self, side: str, size: int, device: torch.device) -> Tensor:
         """The permutation pair of side ``"in"`` or ``"out"``, of `size` coordinates."""
         return draw_permutation(
             size,
             seed=self.seed,
-            draw=self.draw,
+            draw=self.draw(side),
             group=self.group_in if side == "in" else self.group_out,
             kind=self.kind,
             block=min(self.block_in, self.block_out),
@@ -111,7 +118,7 @@ class Layout:
     def differences(self, other: Layout) -> list[str]:
         """What a model of layout `self` cannot take over from a checkpoint of layout `other`.
 
-        Seed and draw are no difference: the model takes those of the checkpoint. Nor is the form,
+        Seed and draws are no difference: the model takes those of the checkpoint. Nor is the form,
         which is converted.
         """
         mine, theirs = self._shared(), other._shared()

@@ -232,7 +232,7 @@ class _Load:
         for e, layout in saved.items():
             for side in e.sides:
                 draws = wanted.setdefault(side.permutation, {})
-                draws.setdefault((layout.seed, layout.draw), names[e])
+                draws.setdefault((layout.seed, layout.draw(side.name)), names[e])
         outside = share_permutations_with(saved)
         for permutation, draws in wanted.items():
             first, *others = draws.items()

@@ -93,8 +93,8 @@ class Side(NamedTuple):
 class OrthogonalEquivalence(nn.Module):
     """Parametrization of a weight [n, m] by two block-diagonal rotations under permutations.
 
-    ``W[perm_out][:, perm_in] = D_outᵀ S D_inᵀ``: S is the frozen weight, stored permuted once a
-    merge; the rotations come from the packed skew parameters (POET, arXiv 2603.05500).
+    ``W[perm_out][:, perm_in] = D_outᵀ S D_inᵀ``: S is the frozen weight, stored permuted; the
+    rotations come from the packed skew parameters (POET, arXiv 2603.05500).
 
     In the *merged form* (``merge_interval=1``) the weight is stored in its natural order and *is*
     the effective weight. The skew parameters are zero whenever the model runs, share the memory of
@@ -106,7 +106,7 @@ class OrthogonalEquivalence(nn.Module):
         skew_out: the same of the output side.
 
     Buffers:
-        layout: int64 [10], saved (`Layout`): the permutations follow from it.
+        layout: int64 [11], saved (`Layout`): the permutations follow from it.
         reference_norm: in the merged form alone, saved: the Frobenius norm that the weight was
             given, a scalar of the rotations' dtype, NaN until it has values. Steps keep it but for
             rounding (`diagnostics`).
@@ -351,15 +351,18 @@ class OrthogonalEquivalence(nn.Module):
 
     @property
     def draw(self) -> int:
-        """Which draw of the permutations is in force: 0 is the identity, each merge adds one."""
-        return self.perm_in.draw
+        """The newest draw in force: 0 is the identity, each redraw adds one.
+
+        A permutation that a redraw leaves alone (`redrawn`) stays at the draw it has.
+        """
+        return max(self.perm_in.draw, self.perm_out.draw)
 
     @property
     def here(self) -> Layout:
         """The layout in force."""
         p, q = self.perm_in, self.perm_out
         blocks = self.config.block_in, self.config.block_out
-        drawn = p.seed, p.draw, p.group, q.group, p.kind
+        drawn = p.seed, p.draw, q.draw, p.group, q.group, p.kind
         return Layout(*drawn, self.order, *blocks, natural=self.merged)
 
     def layout_values(self) -> list[int]:
@@ -471,6 +474,15 @@ def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
     return None
 
 
+def redrawn(equivalences: Iterable[OrthogonalEquivalence]) -> list[Permutation]:
+    """The permutations that a redraw changes: those of which a side gains by it.
+
+    A side whose one block covers it turns in all its planes under every permutation.
+    """
+    sides = (side for e in equivalences for side in e.sides)
+    return list(dict.fromkeys(s.permutation for s in sides if s.permutation.size > s.block))
+
+
 def check_layouts(equivalences: Sequence[OrthogonalEquivalence]) -> None:
     """Raise `IncompatibleStateError` where a saved layout is not that of the permutations in force.
 
@@ -550,7 +562,7 @@ def share_permutations_with(
 ) -> list[OrthogonalEquivalence]:
     """The layers outside of `equivalences` that have a permutation of theirs.
 
-    A merge draws a permutation again for all layers that have it: they are merged together.
+    A redraw is one of all layers that have a permutation: they are merged together.
     """
     inside = set(equivalences)
     permutations = {side.permutation for e in inside for side in e.sides}

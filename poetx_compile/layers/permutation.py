@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ def draw_permutation(
     Args:
         size: number of coordinates.
         seed: `POETXConfig.seed`.
-        draw: 0 is the identity; every merge takes the next number.
+        draw: 0 is the identity; every redraw takes the next number.
         group: id of the sides that share this permutation.
         kind: ``"random"`` or ``"chunked"`` (`POETXConfig.permutation`).
         block: the smallest block size of the sides.
@@ -156,3 +156,7 @@ class Permutation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, group={self.group}, draw={self.draw}"
+
+
+Moves = Mapping[Permutation, Tensor]
+"""What `redraw_all` returns: permutations, and where their new coordinates were before."""

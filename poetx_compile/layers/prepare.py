@@ -300,7 +300,7 @@ def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXCo
         else:
             registry.release(module.weight)
             perm_in, perm_out = permutations
-            perm_out.redraw(perm_out.seed, perm_in.draw)  # both sides of a layer are at one draw
+            perm_out.redraw(perm_out.seed, perm_in.draw)  # as shuffled as the other side is
             late = OrthogonalEquivalence(module.weight, config, *permutations)
             late.adopted = True
             register(module, late)
@@ -387,7 +387,8 @@ def _row(name: str, module: nn.Linear, reason: str | None, done: str | None) -> 
         elif over:
             left_over.append(f"{over} {side.name}")
     if left_over:
-        notes.append(f"left over until the next merge: {', '.join(left_over)}")
+        ever = "until the next redraw" if e.config.redraw_interval else "for good (never redrawn)"
+        notes.append(f"left over {ever}: {', '.join(left_over)}")
     notes += _rank_notes(stored_weight(module))
     blocks = " | ".join(f"{side.blocks}x{side.block}" for side in e.sides)
     return LayerRow(name, shape, blocks, "prepared", "; ".join(notes))

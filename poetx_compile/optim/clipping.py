@@ -22,16 +22,16 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Clip the gradients of all parameters of an attached optimiser, between backward and step.
 
-    The limit is `max_norm`, except after a merge that reset the moments (``moments="reset"``):
+    The limit is `max_norm`, except after a redraw that reset the moments (``moments="reset"``):
     there the first steps have moments of a single gradient and turn far, so it rises linearly from
-    `start` to `max_norm` over `ramp` steps (POET-X, arXiv 2603.05500: from 0.1, over 10). After a
-    merge that kept them it is `max_norm`. With a `GradScaler`, unscale the gradients first.
+    `start` to `max_norm` over `ramp` steps (POET-X, arXiv 2603.05500: from 0.1, over 10). After
+    any other merge it is `max_norm`. With a `GradScaler`, unscale the gradients first.
 
     Args:
         optimizer: one that merges: `POETXAdamW`, `POETXMuon`, or any after `attach` or `adopt`.
         max_norm: > 0, limit of the norm of all gradients together.
-        start: > 0, limit in the first step after a merge, where it is below `max_norm`.
-        ramp: steps after a merge until the limit is `max_norm` again; 0 for no ramp.
+        start: > 0, limit in the first step after such a redraw, where it is below `max_norm`.
+        ramp: steps after a redraw until the limit is `max_norm` again; 0 for no ramp.
         norm_type, error_if_nonfinite, foreach: as in `torch.nn.utils.clip_grad_norm_`.
 
     Returns:
@@ -53,8 +53,8 @@ def clip_grad_norm_(
     if ramp < 0:
         raise ConfigError(f"ramp = {ramp!r} is not allowed: use an int ≥ 0")
     limit = max_norm
-    if schedule.config.moments == "reset" and schedule.last_merge > 0:
-        since = schedule.step - schedule.last_merge
+    if schedule.config.moments == "reset" and schedule.last_redraw > 0:
+        since = schedule.step - schedule.last_redraw
         if since < ramp:
             limit = min(max_norm, start + (max_norm - start) * since / ramp)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,11 +1,14 @@
-"""Merge-then-reinitialise: the rotations go into the frozen weights and start again at zero.
+"""The merge and the redraw: rotations go into the frozen weights, permutations are drawn again.
 
-For each layer, in permuted coordinates and IEEE fp32 (`docs/numerics.md`):
+For each layer, in permuted coordinates and IEEE fp32 (`docs/numerics.md`), a merge does
 
 1. ``S ← R_outᵀ S R_inᵀ``, where R are the polar factors of the rotations (or the rotations as they
    are, ``merge_rotation="plain"``);
-2. the old permutations are undone and the next draw is applied, in one gather;
-3. the packed skew parameters go back to zero.
+2. the packed skew parameters go back to zero.
+
+Every coordinate keeps its place, and moments of the rotations mean what they did. A redraw, which
+comes with a merge, changes places: between the two, the old permutations are undone and the next
+draw is applied, in one gather. Then the moments belong elsewhere (`optim.transport`).
 
 Everything is written in place: the addresses stay, so a compiled model is not recompiled and CUDA
 graphs stay valid. Permutations follow from (seed, draw, group) and the arithmetic is the same in
@@ -17,7 +20,8 @@ and each keeps its own part.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +32,16 @@ from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.parametrization import (
     INTERRUPTED,
+    Layer,
     OrthogonalEquivalence,
     check_alone,
     check_layouts,
     check_stored_weights,
     prepared_linears,
+    redrawn,
     stored_weight,
 )
-from poetx_compile.layers.permutation import Permutation, redraw_all
+from poetx_compile.layers.permutation import Moves, redraw_all
 from poetx_compile.ops import rotations
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
 from poetx_compile.ops.rotation_delta import minus_identity
@@ -52,8 +58,10 @@ What is further off would move the singular values of the weight it is merged in
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Merge all prepared layers of `model` and draw their next permutations, in one transaction.
+def merge(
+    model: nn.Module, *, redraw: bool = False, then: Callable[[Moves], None] | None = None
+) -> None:
+    """Merge all prepared layers of `model`, in one transaction.
 
     The outputs of the model move by the rounding of the weights' dtype and, with polar factors, by
     about 2θ⁴ where θ is the largest angle. Besides the model itself at most one layer's weight is
@@ -62,6 +70,8 @@ def merge(model: nn.Module) -> None:
     Args:
         model: the whole prepared model (layers share permutations), compiled or not. Where it is
             sharded every process has to call this.
+        redraw: draw the next permutations as well, where a side gains by it (`redrawn`).
+        then: called with what was redrawn, as the last part of the transaction.
 
     Raises:
         ConfigError: layers outside of `model` share permutations with it.
@@ -72,6 +82,39 @@ def merge(model: nn.Module) -> None:
             interrupt included), every layer is marked: forward, `state_dict` and the optimiser
             refuse until a checkpoint has been loaded.
     """
+    with _transaction(model) as layers:
+        moves = redraw_all(redrawn(e for _, e in layers)) if redraw else {}
+        for batch in layer_batches(layers):
+            deltas_of = _merged_deltas([e for _, e in batch])
+            for (module, equivalence), deltas in zip(batch, deltas_of, strict=True):
+                _merge_layer(stored_weight(module), equivalence, deltas, moves)
+        torch._foreach_zero_([local(skew) for _, e in layers for skew in e.skews])
+        if then is not None:
+            then(moves)
+
+
+@torch.no_grad()
+def redraw(model: nn.Module, *, then: Callable[[Moves], None] | None = None) -> None:
+    """Draw the next permutations of a model whose rotations are zero, in one transaction.
+
+    What `merge` with `redraw` does, without rotating anything: no value of a weight changes.
+
+    Args, Raises: as of `merge`.
+    """
+    with _transaction(model) as layers:
+        moves = redraw_all(redrawn(e for _, e in layers))
+        for module, equivalence in layers:
+            if not equivalence.merged:
+                stored = stored_weight(module)
+                _write(stored, equivalence, whole(stored), moves)
+            equivalence.write_layout()
+        if then is not None:
+            then(moves)
+
+
+@contextmanager
+def _transaction(model: nn.Module) -> Iterator[list[Layer]]:
+    """The layers of `model`, looked at before anything is written, and marked while it is."""
     model = unwrap_compiled(model)
     reshard(model)
     layers = [(m, e) for _, m, e in prepared_linears(model)]
@@ -79,17 +122,11 @@ def merge(model: nn.Module) -> None:
     check_alone(e for _, e in layers)
     check_layouts([e for _, e in layers])
     check_stored_weights([(e, stored_weight(m)) for m, e in layers])
-    skews = [skew for _, e in layers for skew in e.skews]
-    _check_finite(skews)
+    _check_finite([skew for _, e in layers for skew in e.skews])
     for _, equivalence in layers:
         equivalence.interrupted = True
     try:
-        indices = redraw_all(side.permutation for _, e in layers for side in e.sides)
-        for batch in layer_batches(layers):
-            deltas_of = _merged_deltas([e for _, e in batch])
-            for (module, equivalence), deltas in zip(batch, deltas_of, strict=True):
-                _merge_layer(stored_weight(module), equivalence, deltas, indices)
-        torch._foreach_zero_(list(map(local, skews)))
+        yield layers
     except BaseException as error:
         error.add_note(f"poetx: {INTERRUPTED}")
         raise
@@ -147,15 +184,20 @@ def _merge_layer(
     stored: Tensor,
     equivalence: OrthogonalEquivalence,
     deltas: Sequence[Tensor],
-    indices: dict[Permutation, Tensor],
+    moves: Moves,
 ) -> None:
-    e = equivalence
     with ieee_fp32():
         rotated = rotate_weight(whole(stored), *deltas)
-    # From the old order to the new one: one gather a side, in the narrow dtype.
-    rows, columns = indices[e.perm_out], indices[e.perm_in]
-    write(stored, rotated.to(stored.dtype).index_select(0, rows).index_select(1, columns))
-    e.write_layout()
+    _write(stored, equivalence, rotated.to(stored.dtype), moves)
+    equivalence.write_layout()
+
+
+def _write(stored: Tensor, e: OrthogonalEquivalence, weight: Tensor, moves: Moves) -> None:
+    """Store a whole weight in the old order in the new one: one gather a side, in its dtype."""
+    for dim, permutation in enumerate((e.perm_out, e.perm_in)):
+        if permutation in moves and not e.merged:
+            weight = weight.index_select(dim, moves[permutation])
+    write(stored, weight)
     e.seal(stored)
 
 

@@ -12,7 +12,9 @@ of a few entries in the place of its own. The real one is not touched.
 - Nor may it be a vector of all parameters together.
 - A step may not be an orthogonal matrix: packed skew parameters are no matrices.
 
-The same copies tell how the state of a parameter is made that of a fresh optimiser.
+The same copies tell how the state of a parameter is made that of a fresh optimiser, and which of
+its tensors are first moments: a copy in the mirror, whose parameters and gradients have the other
+sign, has those with the other sign as well, and second moments with the same one.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import functools
 import inspect
 import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,10 +75,13 @@ class Probed:
         reset: how the state of a parameter becomes that of a fresh optimiser: ``"zero"`` in place,
             which compiled steps do not notice, or ``"drop"`` it.
         early: the optimiser makes the state of its parameters when it is built.
+        signed: the tensors of a parameter's shape in its state, by key: whether they turn with the
+            gradient, as first moments do.
     """
 
     reset: str = "zero"
     early: bool = False
+    signed: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
 
 def probe(optimizer: Optimizer, parameters: Iterable[Tensor], moments: str) -> Probed:
@@ -85,11 +90,13 @@ def probe(optimizer: Optimizer, parameters: Iterable[Tensor], moments: str) -> P
     Args:
         optimizer: it is not changed.
         parameters: the rotations, or the weights whose groups they are to join.
-        moments: `POETXConfig.moments`; with ``"reset"`` a way to do that is looked for.
+        moments: `POETXConfig.moments`; with ``"reset"`` a way to do that is looked for, with
+            ``"transport"`` what is to move.
 
     Raises:
         AdoptionError: it cannot, with the reason.
-        ConfigError: nothing makes the state of a parameter that of a fresh optimiser.
+        ConfigError: nothing makes the state of a parameter that of a fresh optimiser, or a tensor
+            of it cannot move.
     """
     wanted = set(parameters)
     if not any(p in wanted for group in optimizer.param_groups for p in group["params"]):
@@ -105,7 +112,8 @@ def probe(optimizer: Optimizer, parameters: Iterable[Tensor], moments: str) -> P
         except _NotCopied as error:
             log.warning(
                 "%s cannot be tried on small parameters (%s): look whether it remembers "
-                "values of its parameters, which are wrong after a merge",
+                "values of its parameters, which are wrong after a merge. At a redraw its moments "
+                "stay where they are",
                 type(optimizer).__name__,
                 error,
             )
@@ -113,13 +121,20 @@ def probe(optimizer: Optimizer, parameters: Iterable[Tensor], moments: str) -> P
         if reason := _reason(make):
             raise AdoptionError(f"{_name(optimizer)} cannot train rotations: {reason}")
         reset = _way_to_reset(make) if moments == "reset" else "zero"
+        signed = _signs(make) if moments == "transport" else {}
+    if isinstance(signed, str):
+        raise ConfigError(
+            f"moments = 'transport' is not possible with {_name(optimizer)}: {signed} is neither a "
+            "first nor a second moment of one parameter, so a redraw cannot move it with its "
+            "planes. Use moments='keep', or 'reset'"
+        )
     if reset is None:
         raise ConfigError(
             f"moments = 'reset' is not possible with {_name(optimizer)}: the state of a parameter "
             "cannot be made that of a fresh optimiser, since it is made with the optimiser or kept "
             "in its groups. Use moments='keep'"
         )
-    return Probed(reset, early)
+    return Probed(reset, early, signed)
 
 
 def reset_state(optimizer: Optimizer, parameters: Iterable[Tensor], how: str) -> None:
@@ -189,6 +204,32 @@ def _way_to_reset(make: Callable[[int], _Copy]) -> str | None:
         if _difference(fresh, used) is None:
             return how
     return None
+
+
+def _signs(make: Callable[[int], _Copy]) -> dict[str, bool] | str:
+    """`Probed.signed`; or the name of a tensor of a parameter's shape that cannot be moved."""
+    one, mirror = make(1), make(1)
+    for parameter in mirror.parameters:
+        parameter.neg_()
+    for number in range(one.steps):
+        one.step(number)
+        mirror.step(number, -1)
+    shapes = {p.shape for p in one.parameters}
+    signed: dict[str, bool] = {}
+    known = set()
+    for own, other in zip(one.parameters, mirror.parameters, strict=True):
+        state, mirrored = one.state(own), mirror.state(other)
+        for key, tensor in state.items():
+            if isinstance(tensor, Tensor) and tensor.shape == own.shape:
+                known.add(tensor.data_ptr())
+                turns = torch.equal(mirrored[key], -tensor)
+                moves = tensor.is_floating_point() and (turns or torch.equal(mirrored[key], tensor))
+                if not moves or signed.setdefault(key, turns) != turns:
+                    return f"its state {key!r}"
+    for path, tensor in one.tensors():
+        if tensor.shape in shapes and tensor.data_ptr() not in known:
+            return repr(path)
+    return signed
 
 
 def _difference(one: _Copy, other: _Copy) -> str | None:
@@ -283,11 +324,17 @@ class _Copy:
         for i, parameter in enumerate(self.parameters):
             parameter.copy_(_random(parameter.shape, 1000 * number + i))
 
-    def step(self, number: int) -> None:
-        """Take a step with the gradients of that number: much of one sign, for all singular
+    def state(self, parameter: Tensor) -> dict[str, Any]:
+        """The state of a parameter, also where an optimiser in the optimiser has it."""
+        inner = getattr(self.optimizer, "optim", self.optimizer)
+        return inner.state.get(parameter, {})
+
+    def step(self, number: int, sign: int = 1) -> None:
+        """Take a step with the gradients of that number: much of one `sign`, for all singular
         values of a matrix but one to be small."""
         gradients = [
-            1 + _random(p.shape, 10**6 + 1000 * number + i) for i, p in enumerate(self.parameters)
+            sign * (1 + _random(p.shape, 10**6 + 1000 * number + i))
+            for i, p in enumerate(self.parameters)
         ]
 
         def closure() -> Tensor:

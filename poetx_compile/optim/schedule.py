@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,24 +28,28 @@ from poetx_compile.layers.parametrization import (
     check_alone,
     check_stored_weights,
     prepared_linears,
+    redrawn,
     stored_weight,
 )
+from poetx_compile.layers.permutation import Moves
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.sharding import check_processes
 from poetx_compile.optim.angle import ANGLE, AngleGuard
 from poetx_compile.optim.follow import follow_all
 from poetx_compile.optim.groups import BLOCK, RULE, only, prepared_config
-from poetx_compile.optim.merge import check_whole, merge
+from poetx_compile.optim.merge import check_whole, merge, redraw
 from poetx_compile.optim.ownership import own
 from poetx_compile.optim.probe import Probed, probe, reset_state
 from poetx_compile.optim.rates import RateWatch
 from poetx_compile.optim.regroup import drop_weights, regroup
+from poetx_compile.optim.transport import transport
 from poetx_compile.optim.turning import Turner
 
 log = logging.getLogger("poetx_compile")
 
 STEP = "poetx_step"
 LAST_MERGE = "poetx_last_merge"
+LAST_REDRAW = "poetx_last_redraw"
 MOMENTUM = "momentum"
 """Setting of a group that is stepped by a momentum, and not by two moments."""
 
@@ -56,9 +61,10 @@ def attach(
 ) -> MergeSchedule:
     """Make `optimizer` merge the rotations of `model` as its steps go by.
 
-    After every `merge_interval` optimiser steps, or earlier where the angle guard says so, all
-    rotations are merged and start again at zero; the skew parameters' optimiser state is kept or
-    fresh again (`POETXConfig.moments`). Steps count where `optimizer.step` really ran: gradient
+    After `merge_interval` optimiser steps, or earlier where the angle guard says so, all rotations
+    are merged and start again at zero. Every `redraw_interval` steps a merge draws the permutations
+    again; the skew parameters' moments follow their planes, stay or are fresh again
+    (`POETXConfig.moments`). Steps count where `optimizer.step` really ran: gradient
     accumulation and steps that a `GradScaler` skips do not count. The counters are in the param
     groups of the skew parameters, hence in `optimizer.state_dict()`. The frozen weights leave the
     groups, now and whenever something adds them. With ``merge_interval=1`` each step turns the
@@ -137,12 +143,13 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
 
 
 class MergeSchedule:
-    """When the rotations of a model are merged; made by `attach`.
+    """When the rotations of a model are merged and redrawn; made by `attach`.
 
     Attributes:
         turner: what makes the steps of the merged form, or ``None``.
         merges: number of merges done by this object (not saved).
         early_merges: those of them that the angle guard asked for.
+        redraws: those of them that drew the permutations again.
     """
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, config: POETXConfig, probed: Probed):
@@ -157,7 +164,7 @@ class MergeSchedule:
         self._guard: AngleGuard | None = None
         self.turner: Turner | None = None
         self._rates = RateWatch()
-        self.merges = self.early_merges = 0
+        self.merges = self.early_merges = self.redraws = 0
         self._restored = self._stepped = False
         self._take(optimizer, [(m, e) for _, m, e in prepared_linears(model)])
         self._loads = self._count_loads()
@@ -171,6 +178,11 @@ class MergeSchedule:
     def last_merge(self) -> int:
         """The step of the last merge; 0 before the first."""
         return self._ledger[LAST_MERGE]
+
+    @property
+    def last_redraw(self) -> int:
+        """The step of the last redraw; 0 before the first."""
+        return self._ledger[LAST_REDRAW]
 
     @property
     def angle(self) -> float | None:
@@ -219,6 +231,7 @@ class MergeSchedule:
         self._layers, self._skews, self._revision = layers, skews, registry.revision
         self._weights = {stored_weight(module) for module, _ in layers}
         drop_weights(optimizer, layers)
+        self._redraws = bool(redrawn(self.equivalences))
         self._loose = skews & set(_loose_parameters(optimizer))  # as the user has built the groups
         if self._config.merged:
             self.turner = Turner(layers)
@@ -254,7 +267,7 @@ class MergeSchedule:
         """The keys of the counters in a live group. Their values are in the ledger alone: a
         compiled `optimizer.step` would be compiled again wherever a group changes."""
         guard = {} if self._guard is None else self._guard.fresh()
-        return {STEP: 0, LAST_MERGE: 0, **guard}
+        return {STEP: 0, LAST_MERGE: 0, LAST_REDRAW: 0, **guard}
 
     def _groups(self, optimizer: Optimizer) -> Iterator[dict[str, Any]]:
         """The groups that hold skew parameters of these layers, or will."""
@@ -333,16 +346,18 @@ class MergeSchedule:
         ledger = dict(self._ledger)
         ledger[STEP] += 1
         lr = max(float(group["lr"]) if self._turns(group) else 0.0 for group in groups)
-        due = early = False
+        due = early = again = False
         # Frozen rotations turn nothing, and none turn at a learning rate of zero. Tools that want
         # only the optimiser's state made (torch.distributed.checkpoint) take such a step, on a
         # model that must not change.
+        if lr > 0:
+            again = self._redraw_due(ledger)
         if lr > 0 and self.turner is None:
-            due = ledger[STEP] - ledger[LAST_MERGE] >= self._config.merge_interval
+            due = again or ledger[STEP] - ledger[LAST_MERGE] >= self._config.merge_interval
             if self._guard is not None:
                 early = self._guard.after_step(ledger, ledger[STEP], lr) and not due
         if due or early:
-            self._merge(optimizer, ledger)
+            self._merge(optimizer, ledger, again)
             self.early_merges += early
             log.info(
                 "step %d: the rotations of %d nn.Linear are merged, %s",
@@ -350,7 +365,17 @@ class MergeSchedule:
                 len(self._layers),
                 "as the angle guard asked" if early else "on schedule",
             )
+        elif again:
+            self._redraw(optimizer, ledger)
+        if again:
+            log.info("step %d: the permutations are drawn again", ledger[STEP])
         self._ledger = ledger
+
+    def _redraw_due(self, ledger: dict[str, Any]) -> bool:
+        interval = self._config.redraw_interval
+        if interval is None or not self._redraws:
+            return False
+        return ledger[STEP] - ledger[LAST_REDRAW] >= interval
 
     def _before_state_dict(self, optimizer: Optimizer) -> None:
         self._tidy_groups(optimizer)
@@ -396,6 +421,7 @@ class MergeSchedule:
                 )
             if STEP in group:  # saved without the guard: it starts anew
                 known = {key: saved[key] for key in _fresh() if key in saved}
+                known.setdefault(LAST_REDRAW, saved[LAST_MERGE])  # once these were the same
                 self._loaded = self._loaded or _fresh() | known
                 saved = saved | self._placeholders()
             groups.append(saved)
@@ -414,17 +440,32 @@ class MergeSchedule:
 
     # --- the transaction --------------------------------------------------------------------------
 
-    def _merge(self, optimizer: Optimizer, ledger: dict[str, Any]) -> None:
+    def _merge(self, optimizer: Optimizer, ledger: dict[str, Any], redraw: bool) -> None:
         self._check_layers(thoroughly=True)  # also layers that were replaced by others
-        merge(self._model)
-        if self._config.moments == "reset":
-            # A ZeroRedundancyOptimizer has the state of its shard in an optimiser of its own.
-            inner = getattr(optimizer, "optim", optimizer)
-            reset_state(inner, self._skews, self._probed.reset)
+        merge(self._model, redraw=redraw, then=partial(self._redrawn, optimizer, ledger))
         ledger[LAST_MERGE] = ledger[STEP]
         if self._guard is not None:
             self._guard.merged(ledger, ledger[STEP])
         self.merges += 1
+
+    def _redraw(self, optimizer: Optimizer, ledger: dict[str, Any]) -> None:
+        """A redraw of the merged form, between whose steps there is nothing to merge."""
+        self._check_layers(thoroughly=True)
+        redraw(self._model, then=partial(self._redrawn, optimizer, ledger))
+
+    def _redrawn(self, optimizer: Optimizer, ledger: dict[str, Any], moves: Moves) -> None:
+        """Do with the moments of redrawn sides what the configuration says."""
+        if not moves:
+            return
+        ledger[LAST_REDRAW] = ledger[STEP]
+        self.redraws += 1
+        sides = [s for e in self.equivalences for s in e.sides if s.permutation in moves]
+        # A ZeroRedundancyOptimizer has the state of its shard in an optimiser of its own.
+        inner = getattr(optimizer, "optim", optimizer)
+        if self._config.moments == "reset":
+            reset_state(inner, {side.skew for side in sides}, self._probed.reset)
+        elif self._config.moments == "transport":
+            transport(sides, moves, inner.state, self._probed.signed)
 
     def _check_layers(self, thoroughly: bool = False) -> None:
         check_whole(e for _, e in self._layers)
@@ -459,7 +500,7 @@ def _refuse_copy(protocol: int) -> Any:
 
 def _fresh() -> dict[str, Any]:
     """The ledger of an optimiser that has taken no step."""
-    return {STEP: 0, LAST_MERGE: 0, **AngleGuard.fresh()}
+    return {STEP: 0, LAST_MERGE: 0, LAST_REDRAW: 0, **AngleGuard.fresh()}
 
 
 def _by_batches(optimizer: Optimizer) -> bool:

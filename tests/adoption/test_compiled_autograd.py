@@ -18,7 +18,13 @@ from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP
 from tests.helpers.rotations import skews
 
-OPTIONS = {"stage": "eager", "block_size": 4, "merge_interval": 2, "max_angle": None}
+OPTIONS = {
+    "stage": "eager",
+    "block_size": 4,
+    "merge_interval": 2,
+    "redraw_interval": 2,
+    "max_angle": None,
+}
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
 TARGET = torch.randn(8, 12, generator=torch.Generator().manual_seed(2))

@@ -26,8 +26,14 @@ from tests.helpers.models import MLP, TinyLM
 from tests.helpers.rotations import skews
 from tests.helpers.tolerances import assert_close
 
-OPTIONS = {"stage": "eager", "block_size": 4, "merge_interval": 3, "max_angle": None}
-CONFIG = poetx.POETXConfig(block_size=4, merge_interval=3, max_angle=None)
+OPTIONS = {
+    "stage": "eager",
+    "block_size": 4,
+    "merge_interval": 3,
+    "redraw_interval": 3,
+    "max_angle": None,
+}
+CONFIG = poetx.POETXConfig(block_size=4, merge_interval=3, redraw_interval=3, max_angle=None)
 
 X = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
 TARGET = torch.randn(8, 12, generator=torch.Generator().manual_seed(2))
@@ -466,7 +472,7 @@ def test_a_run_resumes_bit_for_bit_in_a_fresh_process():
     torch._dynamo.reset()
     torch.manual_seed(4)
     resumed = TinyLM(layers=1)
-    poetx.prepare(resumed, poetx.POETXConfig(block_size=4, merge_interval=3))
+    poetx.prepare(resumed, poetx.POETXConfig(block_size=4, merge_interval=3, redraw_interval=3))
     again, scheduler_again = build(resumed)
     poetx.adopt(again, resumed)
     file.seek(0)

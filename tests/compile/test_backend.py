@@ -168,7 +168,7 @@ def losses_and_gradients(
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = nn.Sequential(nn.Embedding(24, 16), SwiGLU(), nn.Linear(16, 24)).double()
-    config = poetx.POETXConfig(block_size=8, merge_interval=8)
+    config = poetx.POETXConfig(block_size=8, merge_interval=8, redraw_interval=8)
     poetx.prepare(model, config)
     call = model
     if options:
@@ -210,7 +210,7 @@ def test_a_merge_causes_no_recompilation():
     model = SwiGLU()
     run = torch.compile(model, backend=poetx.poetx_backend, options={"stage": "aot_eager"})
     optimizer = poetx.POETXAdamW(
-        model, lr=1e-3, config=poetx.POETXConfig(block_size=8, merge_interval=2)
+        model, lr=1e-3, config=poetx.POETXConfig(block_size=8, merge_interval=2, redraw_interval=2)
     )
     torch._dynamo.utils.counters.clear()
     for _ in range(7):

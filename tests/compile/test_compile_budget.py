@@ -16,7 +16,7 @@ from tests.helpers.models import MLP, SwiGLU, TinyLM
 from tests.helpers.tolerances import assert_close
 
 AOT, EAGER = {"stage": "aot_eager"}, {"stage": "eager"}
-CONFIG = poetx.POETXConfig(block_size=8, merge_interval=3)
+CONFIG = poetx.POETXConfig(block_size=8, merge_interval=3, redraw_interval=3)
 
 
 class Run:

@@ -132,7 +132,7 @@ def test_steps_of_four_micro_batches_over_two_merges(folds):
     def train(call: Callable[[nn.Module], nn.Module]) -> tuple[list[float], list[dict]]:
         torch.manual_seed(0)
         model = SwiGLU().double()
-        poetx.prepare(model, poetx.POETXConfig(block_size=8, merge_interval=2))
+        poetx.prepare(model, poetx.POETXConfig(block_size=8, merge_interval=2, redraw_interval=2))
         run = call(model)
         optimizer = torch.optim.SGD(poetx.param_groups(model, lr=0.1, poetx_lr=0.02), momentum=0.9)
         schedule = poetx.attach(optimizer, model)

@@ -94,8 +94,8 @@ def check_merged_bits_are_those_of_one_process() -> None:
     for seed in range(2):
         turn(model, seed=seed)
         turn(single, seed=seed)
-        merge(model)
-        merge(single)
+        merge(model, redraw=True)
+        merge(single, redraw=True)
         assert digest(model) == digest(single)
     for (_, a, _), (_, b, _) in zip(prepared_linears(model), prepared_linears(single), strict=True):
         assert torch.equal(effective_weight(a), b.weight)
@@ -122,7 +122,7 @@ def check_whole_plain_weights_are_kept_in_parts_also_from_meta() -> None:
         with torch.no_grad():
             before = [model(batch(0)[:, :-1]) for _ in range(2)][-1]
         assert not any(e in effective._cache for _, _, e in prepared_linears(model))
-        merge(model)
+        merge(model, redraw=True)
         assert_close(model(batch(0)[:, :-1]), before)
         with raises(ParallelismError, "give the whole weight to model.load_state_dict"):
             model.layers[0].mlp.up_proj.weight = torch.zeros(40, 16)
@@ -147,7 +147,7 @@ def check_a_merge_holds_one_whole_weight_at_a_time() -> None:
     DTensor.full_tensor = spy
     gc.disable()  # what only the collector frees counts as held
     try:
-        merge(model)
+        merge(model, redraw=True)
     finally:
         DTensor.full_tensor = real
         gc.enable()
@@ -205,7 +205,12 @@ def check_uneven_blocks_and_sides_of_size_one() -> None:
     for single in (False, True):
         torch.manual_seed(1)
         model = OddZoo()
-        poetx.prepare(model, poetx.POETXConfig(block_size=4, exclude_modules=(), merge_interval=2))
+        poetx.prepare(
+            model,
+            poetx.POETXConfig(
+                block_size=4, exclude_modules=(), merge_interval=2, redraw_interval=2
+            ),
+        )
         if not single:
             fully_shard(model)
         optimizer = poetx.POETXMuon(model, lr=1e-2)
@@ -267,8 +272,8 @@ def check_an_evaluation_between_steps() -> None:
     single.load_state_dict({k: shards.whole(v).clone() for k, v in model.state_dict().items()})
     with torch.no_grad():
         model(batch(9)[:, :-1])
-    merge(model)  # not into what FSDP2 has gathered, and drops
-    merge(single)
+    merge(model, redraw=True)  # not into what FSDP2 has gathered, and drops
+    merge(single, redraw=True)
     model.reshard()
     assert digest(model) == digest(single)
 

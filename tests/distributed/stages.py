@@ -10,7 +10,7 @@ import poetx_compile as poetx
 from tests.distributed.training import assert_alike, rank, world
 from tests.helpers.models import MLP
 
-CONFIG = poetx.POETXConfig(block_size=4, merge_interval=2)
+CONFIG = poetx.POETXConfig(block_size=4, merge_interval=2, redraw_interval=2)
 
 
 def parts() -> list[nn.Module]:

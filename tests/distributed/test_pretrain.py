@@ -26,7 +26,8 @@ STEPS = 12
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 ARGUMENTS = (
     "--data text.txt --device cpu --seq-len 8 --batch-size 4 --block-size 32 --merge-interval 5 "
-    f"--eval-every 6 --log-every 1 --save-every 4 --eval-batches 2 --no-compile --steps {STEPS}"
+    f"--redraw-interval 5 --eval-every 6 --log-every 1 --save-every 4 --eval-batches 2 "
+    f"--no-compile --steps {STEPS}"
 ).split()
 
 

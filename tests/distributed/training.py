@@ -37,7 +37,13 @@ def build(dtype: torch.dtype = torch.float32, small: bool = False, **fields: Any
     if small:
         model.layers = nn.ModuleList([SwiGLU()])
     model.to(dtype)
-    config = {"block_size": 8, "merge_interval": 2, "max_angle": None, "variant": "mem"}
+    config = {
+        "block_size": 8,
+        "merge_interval": 2,
+        "redraw_interval": 2,
+        "max_angle": None,
+        "variant": "mem",
+    }
     poetx.prepare(model, poetx.POETXConfig(**{**config, **fields}))
     return model
 
@@ -162,7 +168,7 @@ def raises(error: type[BaseException], words: str) -> Iterator[None]:
 
 def assert_early_merges_as_alone(wrap: Callable[[nn.Module], nn.Module]) -> None:
     """The angle guard merges at the same steps as in one process, in all processes alike."""
-    fields: dict[str, Any] = {"merge_interval": 100, "max_angle": 0.05}
+    fields: dict[str, Any] = {"merge_interval": 100, "redraw_interval": 7, "max_angle": 0.05}
     runs = []
     for single in (False, True):
         model = build(**fields)
@@ -171,12 +177,15 @@ def assert_early_merges_as_alone(wrap: Callable[[nn.Module], nn.Module]) -> None
         steps = []
         for step in range(8):
             train(forward, optimizer, range(step, step + 1), alone=single)
-            steps.append((prepared_draw(model), optimizer.schedule.angle, diagnostics(forward)))
-        assert optimizer.schedule.early_merges >= 2
+            schedule = optimizer.schedule
+            merges = schedule.merges, schedule.redraws, prepared_draw(model)
+            steps.append((merges, schedule.angle, diagnostics(forward)))
+        assert schedule.early_merges >= 2
         runs.append(steps)
     assert same_everywhere(runs[0])
-    for (draw, angle, figures), (draw_alone, angle_alone, figures_alone) in zip(*runs, strict=True):
-        assert draw == draw_alone
+    for (merges, angle, figures), other in zip(*runs, strict=True):
+        merges_alone, angle_alone, figures_alone = other
+        assert merges == merges_alone
         assert abs(angle - angle_alone) < 1e-4
         for key, value in figures.items():
             assert abs(value - figures_alone[key]) < 1e-4, key

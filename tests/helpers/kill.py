@@ -65,7 +65,7 @@ class Scenario:
 def build(optimizer_class: Any) -> Any:
     """(model, optimiser); every call draws other weights, which a checkpoint has to replace."""
     model = TinyLM(layers=1)
-    config = poetx.POETXConfig(block_size=8, merge_interval=INTERVAL)
+    config = poetx.POETXConfig(block_size=8, merge_interval=INTERVAL, redraw_interval=INTERVAL)
     return model, optimizer_class(model, lr=2e-3, config=config)
 
 
@@ -121,6 +121,7 @@ def by_example(folder: Path) -> None:
     text.write_text(" ".join(f"word{i * i % 13}" for i in range(900)))
     arguments = "--device cpu --no-compile --seq-len 16 --batch-size 4 --block-size 8 --log-every 1"
     arguments += f" --steps {STEPS} --save-every {SAVE_EVERY} --merge-interval {INTERVAL}"
+    arguments += f" --redraw-interval {INTERVAL}"
     arguments += " --eval-every 100 --eval-batches 1"
     paths = ["--data", str(text), "--out", str(folder)]
     assert pretrain.main([*arguments.split(), *paths]) == 0

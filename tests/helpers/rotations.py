@@ -46,5 +46,5 @@ def trained(model: nn.Module, merges: int = 2, **config: Any) -> nn.Module:
     poetx.prepare(model, poetx.POETXConfig(**{"block_size": 4} | config))
     for _ in range(merges):
         turn(model)
-        merge(model)
+        merge(model, redraw=True)
     return turn(model)

@@ -20,7 +20,8 @@ def build(optimizer_class, model: nn.Module | None = None, lr: float = 1e-3, **f
     """(model, optimiser) over a prepared model."""
     model = TinyLM() if model is None else model
     kwargs = {k: fields.pop(k) for k in ("poetx_lr", "fused") if k in fields}
-    fields = {"block_size": 8, "max_angle": None, **fields}
+    interval = fields.get("merge_interval", 200)
+    fields = {"block_size": 8, "max_angle": None, "redraw_interval": interval, **fields}
     return model, optimizer_class(model, lr=lr, config=poetx.POETXConfig(**fields), **kwargs)
 
 

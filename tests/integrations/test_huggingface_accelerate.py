@@ -15,7 +15,7 @@ from poetx_compile.layers.parametrization import prepared_linears
 from tests.helpers.models import TinyLM
 from tests.helpers.tolerances import relative_error, tolerance
 
-CONFIG = poetx.POETXConfig(block_size=8, merge_interval=3)
+CONFIG = poetx.POETXConfig(block_size=8, merge_interval=3, redraw_interval=3)
 ACCUMULATED = 2
 
 

@@ -22,7 +22,7 @@ from tests.helpers import huggingface
 from tests.helpers.rotations import skews
 from tests.helpers.tolerances import assert_close, relative_error, tolerance
 
-CONFIG = poetx.POETXConfig(block_size=8, merge_interval=3)
+CONFIG = poetx.POETXConfig(block_size=8, merge_interval=3, redraw_interval=3)
 AOT = {"stage": "aot_eager"}
 
 _EVALUATION = 1 if torch.__version__ >= "2.13" else 3

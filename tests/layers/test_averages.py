@@ -58,7 +58,7 @@ def test_a_target_that_is_averaged_over_a_merge_is_noticed(update, use: str) -> 
     model = prepared()
     target = copy.deepcopy(model)
     update(target, model, 0.005)  # within an interval an average of rotations is one
-    merge(model)
+    merge(model, redraw=True)
     turn(model)
     for _ in range(3):
         update(target, model, 0.005)
@@ -79,7 +79,7 @@ def test_a_compiled_target_looks_after_each_step(update) -> None:
     with torch.no_grad():
         for forward in compiled:
             forward(X)
-    merge(model)
+    merge(model, redraw=True)
     turn(model)
     for _ in range(3):
         update(target, model, 0.005)
@@ -96,7 +96,7 @@ def test_an_average_that_is_copied_back_over_a_merge_is_noticed(update) -> None:
     """As libraries of moving averages do for an evaluation; and it can be taken back."""
     model = prepared()
     shadow = copy.deepcopy(model)
-    merge(model)
+    merge(model, redraw=True)
     turn(model)
     own = [p.detach().clone() for p in model.parameters()]
     update(model, shadow, 1.0)
@@ -106,7 +106,7 @@ def test_an_average_that_is_copied_back_over_a_merge_is_noticed(update) -> None:
     for p, value in zip(model.parameters(), own, strict=True):
         p.data.copy_(value)
     model.state_dict()
-    merge(model)
+    merge(model, redraw=True)
 
 
 def test_averages_within_an_interval_are_used_and_kept() -> None:
@@ -117,7 +117,7 @@ def test_averages_within_an_interval_are_used_and_kept() -> None:
     with torch.no_grad():
         assert_close(target(X), model(X))
     poetx.plain_state_dict(target)
-    merge(target)
+    merge(target, redraw=True)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_averages_within_an_interval_are_used_and_kept() -> None:
         lambda m: m.up.reset_parameters(),
         lambda m: m.bfloat16().float(),
         lambda m: m.double(),
-        lambda m: merge(m),
+        lambda m: merge(m, redraw=True),
     ],
 )
 def test_documented_writes_are_no_foreign_ones(write: Callable[[nn.Module], object]) -> None:
@@ -143,7 +143,7 @@ def test_documented_writes_are_no_foreign_ones(write: Callable[[nn.Module], obje
     with torch.no_grad():
         model(X.to(next(model.parameters()).dtype))
     copy.deepcopy(model).state_dict()
-    merge(model)
+    merge(model, redraw=True)
 
 
 def test_weights_that_come_from_another_process_before_the_first_step_are_taken() -> None:

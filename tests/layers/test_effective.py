@@ -112,7 +112,7 @@ def _assign(model: nn.Module) -> None:
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "a step": _step,
     "a step that leaves the versions": _in_place_past_the_version,
-    "a merge": lambda model: (turn(model, 0.2), merge(model)),
+    "a merge": lambda model: (turn(model, 0.2), merge(model, redraw=True)),
     "a load": lambda model: model.load_state_dict(prepared(TinyLM(layers=1)).state_dict()),
     "a load by assignment": lambda model: model.load_state_dict(
         prepared(TinyLM(layers=1)).state_dict(), assign=True

@@ -160,7 +160,7 @@ def test_the_state_holds_the_layout_and_no_permutation() -> None:
         "layout",
     }
     *layout, checksum = state["parametrizations.weight.0.layout"].tolist()
-    assert layout == [2, CONFIG.seed, 1, e.perm_in.group, e.perm_out.group, 0, 3, 4, 4]
+    assert layout == [3, CONFIG.seed, 1, 1, e.perm_in.group, e.perm_out.group, 0, 3, 4, 4]
     assert checksum > 2**24
 
 

@@ -457,7 +457,7 @@ def test_prepare_twice_changes_nothing_and_takes_in_what_is_new() -> None:
     x = torch.randn(5, 12)
     expected, state = model(x), copy.deepcopy(model.state_dict())
     status = _status(prepare(model))
-    assert status["up"] == ("prepared", "already prepared; left over until the next merge: 2 out")
+    assert status["up"] == ("prepared", "already prepared; left over until the next redraw: 2 out")
     assert torch.equal(model(x), expected)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     model.extra = nn.Linear(12, 12)
@@ -652,13 +652,13 @@ def test_a_model_of_all_kinds_of_weights_lists_each_with_a_reason() -> None:
 11.9 % of 2,131 parameters (4 of 6 nn.Linear) train by rotations
 trainable: 1,858 = 84 of rotations + 1,774 dense
 layer                     shape    blocks in|out  status    reason
-------------------------  -------  -------------  --------  -----------------------------------------------------------------------
+------------------------  -------  -------------  --------  ------------------------------------------------------------------------
 embedding.weight          24x8     -              dense     embedding
 positions.weight          9x8      -              frozen    embedding
 patches.weight            8x3x2x2  -              dense     Conv2d is no nn.Linear (4 dimensions)
-odd.0                     13x7     1x4 | 3x4      prepared  left over until the next merge: 3 in, 1 out
-odd.1                     1x13     3x4 | 0x1      prepared  out side of size 1 is not rotated; left over until the next merge: 1 in
-odd.2                     1x5      1x4 | 0x1      prepared  out side of size 1 is not rotated; left over until the next merge: 1 in
+odd.0                     13x7     1x4 | 3x4      prepared  left over until the next redraw: 3 in, 1 out
+odd.1                     1x13     3x4 | 0x1      prepared  out side of size 1 is not rotated; left over until the next redraw: 1 in
+odd.2                     1x5      1x4 | 0x1      prepared  out side of size 1 is not rotated; left over until the next redraw: 1 in
 attention.in_proj_weight  36x12    -              dense     SelfAttention is no nn.Linear
 attention.out_proj        12x12    3x4 | 3x4      prepared
 experts.gate_up_proj      4x20x8   -              dense     _Experts is no nn.Linear (3 dimensions)
@@ -681,17 +681,18 @@ def test_the_report_prints_as_a_table() -> None:
 38.8 % of 1,183 parameters (8 of 9 nn.Linear) train by rotations
 trainable: 876 = 152 of rotations + 724 dense
 layer                     shape  blocks in|out, or why not
-odd.chain.0               13x7   1x4 | 3x4; left over until the next merge: 3
+odd.chain.0               13x7   1x4 | 3x4; left over until the next redraw: 3
                                  in, 1 out
 odd.chain.1               1x13   3x4 | 0x1; out side of size 1 is not rotated;
-                                 left over until the next merge: 1 in
+                                 left over until the next redraw: 1 in
 odd.chain.2               5x1    0x1 | 1x4; in side of size 1 is not rotated;
-                                 left over until the next merge: 1 out
-odd.chain.3               2x5    1x4 | 1x2; left over until the next merge: 1 in
+                                 left over until the next redraw: 1 out
+odd.chain.3               2x5    1x4 | 1x2; left over until the next redraw: 1
+                                 in
 odd.chain.4               3x2    1x2 | 1x3
-odd.chain.5               19x3   1x3 | 4x4; left over until the next merge: 3
+odd.chain.5               19x3   1x3 | 4x4; left over until the next redraw: 3
                                  out
-odd.chain.6               7x19   4x4 | 1x4; left over until the next merge: 3
+odd.chain.6               7x19   4x4 | 1x4; left over until the next redraw: 3
                                  in, 3 out
 attention.in_proj_weight  36x12  SelfAttention is no nn.Linear
 attention.out_proj        12x12  3x4 | 3x4

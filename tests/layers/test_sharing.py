@@ -117,7 +117,7 @@ def test_a_merge_draws_one_permutation_for_the_group() -> None:
     before = groups(model)
     old = permutation(model, "layers.0.attention.q_proj.in").pair.clone()
     expected = model(tokens)
-    merge(model)
+    merge(model, redraw=True)
     assert groups(model) == before
     assert not torch.equal(permutation(model, "layers.1.mlp.down_proj.out").pair, old)
     assert {e.draw for _, _, e in prepared_linears(model)} == {2}
@@ -140,13 +140,13 @@ def test_a_checkpoint_resumes_with_the_same_groups() -> None:
     model, resumed = TinyLM(), TinyLM()
     prepare(model, CONFIG, shared=[GATED, RESIDUAL])
     turn(model)
-    merge(model)
+    merge(model, redraw=True)
     turn(model)
     prepare(resumed, CONFIG, shared=[GATED, RESIDUAL])
     resumed.load_state_dict(model.state_dict())
     assert torch.equal(resumed(tokens), model(tokens))
-    merge(model)
-    merge(resumed)
+    merge(model, redraw=True)
+    merge(resumed, redraw=True)
     assert torch.equal(resumed(tokens), model(tokens))
 
 
@@ -195,7 +195,7 @@ def test_sides_with_permutations_of_their_own_cannot_be_joined() -> None:
 def test_nothing_joins_a_group_that_has_been_merged() -> None:
     model = SwiGLU()
     prepare(model.up_proj, CONFIG)
-    merge(model)
+    merge(model, redraw=True)
     with pytest.raises(ConfigError, match="another draw"):
         prepare(model, CONFIG, shared=[GATED])
     assert equivalence_of(model.gate_proj) is None
@@ -211,7 +211,7 @@ def test_adopted_states_are_grouped_when_they_are_moved() -> None:
     assert set(GATED) in groups(model)
     assert_close(model(x), expected)
     assert equivalence_of(model.up_proj).skew_out.grad is not None  # type: ignore[union-attr]
-    merge(model)
+    merge(model, redraw=True)
     assert_close(model(x), expected)
     assert not torch.equal(permutation(model, "down_proj.in").pair[0], torch.arange(40))
 

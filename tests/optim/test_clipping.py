@@ -13,7 +13,8 @@ from poetx_compile.errors import ConfigError
 def run(moments: str, steps: int = 9, **clip) -> list[float]:
     """The norms after clipping of steps whose gradients have a norm far above every limit."""
     model = nn.Linear(8, 8)
-    config = poetx.POETXConfig(block_size=4, merge_interval=3, max_angle=None, moments=moments)
+    fields = {"merge_interval": 1, "redraw_interval": 3, "max_angle": None, "moments": moments}
+    config = poetx.POETXConfig(block_size=4, **fields)
     optimizer = poetx.POETXAdamW(model, lr=1e-3, config=config)
     after = []
     for _ in range(steps):
@@ -27,7 +28,7 @@ def run(moments: str, steps: int = 9, **clip) -> list[float]:
     return after
 
 
-def test_the_limit_rises_from_a_tenth_after_each_merge_that_reset_the_moments():
+def test_the_limit_rises_from_a_tenth_after_each_redraw_that_reset_the_moments():
     assert run("reset") == pytest.approx([1, 1, 1, 0.1, 0.19, 0.28, 0.1, 0.19, 0.28], rel=1e-4)
     assert run("reset", start=0.5, ramp=2) == pytest.approx(
         [1, 1, 1, 0.5, 0.75, 1, 0.5, 0.75, 1], rel=1e-4

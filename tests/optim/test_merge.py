@@ -55,9 +55,8 @@ def test_outputs_survive_a_merge(case: str, dtype: torch.dtype) -> None:
     turn(model, angle)
     features = next(m for m in model.modules() if isinstance(m, nn.Linear)).in_features
     x = torch.randn(64, features, dtype=dtype)
-    draws = {e.draw for _, _, e in prepared_linears(model)}
     before = model(x)
-    merge(model)
+    merge(model, redraw=True)
     after = model(x)
     # Order k shrinks by θ^(k+1) on either side, and even orders turn by it.
     k = fields.get("neumann_order", 3)
@@ -66,8 +65,8 @@ def test_outputs_survive_a_merge(case: str, dtype: torch.dtype) -> None:
     assert torch.isfinite(after).all()
     assert relative_error(after, before) <= bound
     for _, _, e in prepared_linears(model):
-        assert e.draw == max(draws) + 1
-        assert e.layout.tolist()[1:3] == [e.seed, e.draw]
+        drawn = [1 if side.permutation.size <= side.block else 2 for side in e.sides]
+        assert e.layout.tolist()[1:4] == [e.seed, *drawn]
         assert not e.skew_in.any()
         assert not e.skew_out.any()
 
@@ -79,7 +78,7 @@ def test_exact_and_plain_merges_change_nothing_but_rounding(fields: dict) -> Non
     turn(model, 0.5)
     x = torch.randn(32, 48, dtype=torch.float64)
     before = model(x)
-    merge(model)
+    merge(model, redraw=True)
     assert_close(model(x), before, torch.float64)
 
 
@@ -88,7 +87,7 @@ def test_a_merge_at_zero_moves_no_bit(permutation: str) -> None:
     model = Siblings().bfloat16()
     poetx.prepare(model, config(permutation=permutation))
     before = [m.weight.clone() for _, m, _ in prepared_linears(model)]
-    merge(model)
+    merge(model, redraw=True)
     for weight, (_, module, _) in zip(before, prepared_linears(model), strict=True):
         assert torch.equal(weight, module.weight)
 
@@ -100,7 +99,7 @@ def test_siblings_still_share_their_permutation() -> None:
     assert q is not None
     assert k is not None
     old = q.perm_in.pair.clone()
-    merge(model)
+    merge(model, redraw=True)
     assert q.perm_in is k.perm_in
     assert q.draw == k.draw == 2
     assert not torch.equal(q.perm_in.pair, old)
@@ -152,7 +151,7 @@ def test_three_hundred_merges_keep_the_spectrum() -> None:
     for i in range(300):
         e.skew_in.data.copy_(skew_in.roll(i, dims=0))
         e.skew_out.data.copy_(skew_out.roll(i, dims=0) * (-1) ** i)
-        merge(linear)
+        merge(linear, redraw=True)
     assert spectrum_drift(linear.weight, reference) <= 0.002
 
 
@@ -165,7 +164,7 @@ def test_plain_merges_shrink_the_spectrum_and_polar_ones_do_not() -> None:
         reference = spectrum(linear.weight)
         for i in range(50):
             turn(linear, 0.4, seed=i)
-            merge(linear)
+            merge(linear, redraw=True)
         assert linear.weight.isfinite().all()
         means[how] = (spectrum(linear.weight).mean() / reference.mean()).item()
     assert abs(means["polar"] - 1) < 1e-4
@@ -186,7 +185,7 @@ def test_an_output_projection_that_its_owner_reads_raw_survives_merges() -> None
         turn(model, 0.05, seed)
         before = attend(x)
         assert_close(compiled(x), before)
-        merge(model)
+        merge(model, redraw=True)
         # Polar factors: the output moves by about 2θ⁴.
         assert relative_error(attend(x), before) < 1e-4
         assert_close(compiled(x), attend(x))
@@ -207,7 +206,7 @@ def test_in_place_without_recompilation(permutation: str) -> None:
     for i in range(3):
         turn(model, 0.2, seed=i)
         before = compiled(x)
-        merge(compiled)
+        merge(compiled, redraw=True)
         assert relative_error(compiled(x), before) <= tolerance(torch.float32) + 2 * 0.2**4
         assert relative_error(compiled(x), model(x)) <= tolerance(torch.float32)
     assert counter.frame_count == frames
@@ -225,7 +224,7 @@ def test_how_many_layers_are_merged_at_once_does_not_matter(
     poetx.prepare(model, config())
     turn(model, 0.2)
     other = copy.deepcopy(model)
-    merge(model)
+    merge(model, redraw=True)
     sizes = []
     real = merge_module.merged_rotation
 
@@ -235,7 +234,7 @@ def test_how_many_layers_are_merged_at_once_does_not_matter(
 
     monkeypatch.setattr(blocks, "ROTATIONS_BYTES", limit)
     monkeypatch.setattr(merge_module, "merged_rotation", counted)
-    merge(other)
+    merge(other, redraw=True)
     assert len(sizes) == calls
     for (name, value), same in zip(
         model.state_dict().items(), other.state_dict().values(), strict=True
@@ -266,7 +265,7 @@ def test_a_cut_off_merge_is_refused_everywhere_until_a_checkpoint_is_loaded(
     model = Siblings()
     poetx.prepare(model, config())
     turn(model, 0.1)
-    merge(model)
+    merge(model, redraw=True)
     turn(model, 0.2)
     compiled = torch.compile(model, backend="aot_eager")
     x = torch.randn(8, 48)
@@ -275,7 +274,7 @@ def test_a_cut_off_merge_is_refused_everywhere_until_a_checkpoint_is_loaded(
     with monkeypatch.context() as patch:
         _break_second_layer(patch, error)
         with pytest.raises(type(error)) as caught:
-            merge(model)
+            merge(model, redraw=True)
         assert "Load the last checkpoint" in caught.value.__notes__[0]
     for refused in (
         lambda: model(x),
@@ -283,7 +282,7 @@ def test_a_cut_off_merge_is_refused_everywhere_until_a_checkpoint_is_loaded(
         lambda: model.o.weight,
         model.state_dict,
         model.v.state_dict,
-        lambda: merge(model),
+        lambda: merge(model, redraw=True),
         lambda: poetx.merge_and_unload(model),
     ):
         with pytest.raises(InterruptedMergeError, match="Load the last checkpoint"):
@@ -291,7 +290,7 @@ def test_a_cut_off_merge_is_refused_everywhere_until_a_checkpoint_is_loaded(
     model.load_state_dict(checkpoint)
     assert_close(model(x), expected)
     assert_close(compiled(x), expected)
-    merge(model)
+    merge(model, redraw=True)
     assert {e.draw for _, _, e in prepared_linears(model)} == {3}
 
 
@@ -307,7 +306,7 @@ def test_a_model_is_compiled_again_once_a_checkpoint_ends_a_cut_off_merge(
         with monkeypatch.context() as patch:
             _break_second_layer(patch, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
-                merge(model)
+                merge(model, redraw=True)
         with pytest.raises(InterruptedMergeError):
             compiled(x)
         before = graphs()
@@ -333,7 +332,7 @@ torch.rand({seed})
 poetx.prepare(model, poetx.POETXConfig(block_size=16, exclude_modules=(), seed=3))
 for i in range(2):
     turn(model, 0.2, seed=i)
-    merge(model)
+    merge(model, redraw=True)
 torch.save(model.state_dict(), {path!r})
 """
 
@@ -357,7 +356,7 @@ def test_angles_no_expansion_holds_still_merge_to_orthogonal_matrices(angle: flo
     poetx.prepare(linear, config(max_angle=None))
     turn(linear, angle)
     reference = spectrum(linear.parametrizations["weight"].original)
-    merge(linear)
+    merge(linear, redraw=True)
     assert spectrum_drift(linear.weight, reference) < 1e-5
 
 

@@ -41,7 +41,11 @@ def prepared(moments: str = "keep", interval: int = INTERVAL) -> nn.Linear:
     torch.manual_seed(0)
     model = nn.Linear(12, 12, bias=False)
     config = poetx.POETXConfig(
-        block_size=4, merge_interval=interval, max_angle=None, moments=moments
+        block_size=4,
+        merge_interval=interval,
+        redraw_interval=interval,
+        max_angle=None,
+        moments=moments,
     )
     poetx.prepare(model, config)
     return model
@@ -117,7 +121,7 @@ def test_the_refused_are_wrong_after_a_merge() -> None:
     optimizer.train()
     for number in range(4):
         step(optimizer, model, number)
-    merge(model)
+    merge(model, redraw=True)
     before = model.weight.detach().clone()
     step(optimizer, model, None)
     assert (model.weight - before).norm() > 0.05 * before.norm()

@@ -24,7 +24,7 @@ from tests.helpers.models import MLP, Attention
 from tests.helpers.rotations import skews
 from tests.helpers.schedulers import ABSOLUTE, SCHEDULERS
 
-CONFIG = poetx.POETXConfig(block_size=4, merge_interval=3, max_angle=None)
+CONFIG = poetx.POETXConfig(block_size=4, merge_interval=3, redraw_interval=3, max_angle=None)
 
 
 def groups_by_name(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -322,7 +322,9 @@ def regress(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> l
 def test_every_optimiser_trains_the_rotations_and_merges(name: str, how: str) -> None:
     torch.manual_seed(3)
     model = nn.Linear(12, 12)
-    poetx.prepare(model, poetx.POETXConfig(block_size=4, merge_interval=4, moments="reset"))
+    poetx.prepare(
+        model, poetx.POETXConfig(block_size=4, merge_interval=4, redraw_interval=8, moments="reset")
+    )
     if how == "adopt":
         optimizer = OPTIMISERS[name](model.parameters())
         poetx.adopt(optimizer, model)

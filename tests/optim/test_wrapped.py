@@ -112,7 +112,7 @@ def process_group() -> Iterator[None]:
 
 @pytest.mark.parametrize("how", ["attach", "adopt"])
 def test_the_state_of_a_sharded_optimiser_is_reset(process_group, how):
-    config = poetx.POETXConfig(block_size=4, merge_interval=2, moments="reset")
+    config = poetx.POETXConfig(block_size=4, merge_interval=2, redraw_interval=2, moments="reset")
     model = MLP()
     groups = model.parameters()
     if how == "attach":

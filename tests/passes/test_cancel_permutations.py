@@ -351,7 +351,7 @@ def test_fewer_permutations_give_the_outputs_and_gradients_of_eager(
     assert counts(model, x) == (before, now)
     assert_equals_eager(model, x, stage="eager")  # and through AOTAutograd after a merge
     model.zero_grad()
-    merge(model)
+    merge(model, redraw=True)
     prepared(model, formulation="input_centric")
     assert_equals_eager(model, x)
 
@@ -373,7 +373,7 @@ def test_folded_layers_equal_eager(make, shared, permutation) -> None:
     assert text.count("permute_columns") == (2 if is_lm else 0) + text.count("[16] = poetx.permute")
     assert_equals_eager(model, x, stage="eager")  # and through AOTAutograd after a merge
     model.zero_grad()
-    merge(model)
+    merge(model, redraw=True)
     prepared(model, **config)
     assert_equals_eager(model, x)
 

@@ -182,6 +182,6 @@ def look(world: World, *, what: str) -> None:
 def _use_a_copy(copy: Copy, tokens: Tensor) -> None:
     """Merge and unload a copy of the model."""
     other = deepcopy(copy.model)
-    merge_module.merge(other)
+    merge_module.merge(other, redraw=True)
     poetx.merge_and_unload(other)(tokens)
     require(not list(prepared_linears(other)), "an unloaded copy is prepared")

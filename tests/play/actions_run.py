@@ -88,7 +88,7 @@ def force_a_merge(world: World) -> None:
     dense = [plain_state(copy) for copy in world.copies]
     for copy, before in zip(world.copies, dense, strict=True):
         weights = {f"{name}.weight" for name, _, _ in copy.layers()}
-        checked_merge(copy.model)
+        checked_merge(copy.model, redraw=True)
         same(plain_state(copy), before, f"{copy.name} after a merge", weights)
 
 
@@ -112,7 +112,7 @@ def interrupt_a_merge(world: World) -> None:
                 mock.patch.object(merge_module, "_merge_layer", cut_off),
                 raises(KeyboardInterrupt, "a merge that is cut off"),
             ):
-                merge_module.merge(copy.model)
+                merge_module.merge(copy.model, redraw=True)
             uses = (lambda copy=copy: copy.run(tokens), copy.model.state_dict, copy.optimizer.step)
             for use in uses:
                 with raises(InterruptedMergeError, f"{copy.name} after half of a merge"):

@@ -256,7 +256,7 @@ def watched_merges() -> Iterator[None]:
         yield
 
 
-def checked_merge(model: nn.Module) -> None:
+def checked_merge(model: nn.Module, *, redraw: bool = False, then: Any = None) -> None:
     """Merge, and check what it did to each layer.
 
     A plane that Q turns by θ is scaled by ``|1 − (iθ)^(k+1)|``, off 1 by ``δ ≤ θ^(k+1)``, which the
@@ -266,12 +266,18 @@ def checked_merge(model: nn.Module) -> None:
     before = []
     for _, linear, e in layers:
         weight, skew_in, skew_out = naive_weight(linear, e)
-        before.append((weight.detach(), _merged(linear, e), _delta(e, skew_in, skew_out), e.draw))
-    merge_module.merge(model)
-    for (name, linear, e), (weight, expected, delta, draw) in zip(layers, before, strict=True):
+        before.append((weight.detach(), _merged(linear, e), _delta(e, skew_in, skew_out)))
+    sides = [side for _, _, e in layers for side in e.sides]
+    expected_draws = {side.permutation: side.permutation.draw for side in sides}
+    gains = {side.permutation for side in sides if side.permutation.size > side.block}
+    for permutation in gains if redraw else ():
+        expected_draws[permutation] += 1
+    merge_module.merge(model, redraw=redraw, then=then)
+    for permutation, draw in expected_draws.items():
+        require(permutation.draw == draw, f"{permutation}: not draw {draw} after a merge")
+    for (name, linear, e), (weight, expected, delta) in zip(layers, before, strict=True):
         what = f"{name} after a merge"
         rounding = tolerance(stored_weight(linear).dtype)
-        require(e.draw == draw + 1, f"{what}: draw {e.draw} after {draw}")
         require(not e.skew_in.any() and not e.skew_out.any(), f"{what}: rotations are left")
         after, _, _ = naive_weight(linear, e)
         bound = rounding + 2 * delta + delta**2

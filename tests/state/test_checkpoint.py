@@ -90,7 +90,7 @@ def test_the_scenarios_are_what_they_say(runs: Path) -> None:
 
 def trained(block_size: int = 4, optimizer_class: Any = poetx.POETXAdamW) -> tuple[nn.Module, Any]:
     model = MLP()
-    config = poetx.POETXConfig(block_size=block_size, merge_interval=2)
+    config = poetx.POETXConfig(block_size=block_size, merge_interval=2, redraw_interval=2)
     optimizer = optimizer_class(model, lr=1e-3, poetx_lr=1e-3, config=config)
     for _ in range(3):
         model(torch.randn(5, 12)).square().sum().backward()
@@ -207,7 +207,7 @@ def test_distributed_checkpoint_files_resume_in_one_process(tmp_path: Path) -> N
     def build(seed: int) -> tuple[nn.Module, Any]:
         torch.manual_seed(seed)
         model = TinyLM(layers=1)
-        config = poetx.POETXConfig(block_size=8, merge_interval=3)
+        config = poetx.POETXConfig(block_size=8, merge_interval=3, redraw_interval=3)
         return model, poetx.POETXMuon(model, lr=1e-3, config=config)
 
     stop = 4

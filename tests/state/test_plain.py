@@ -183,12 +183,12 @@ def test_logits_of_a_pretrained_model_survive_a_merge(pretrained: Path) -> None:
     model = load(pretrained)
     poetx.prepare(model, CONFIG)
     before = logits(model)
-    merge(model)
+    merge(model, redraw=True)
     assert relative_error(logits(model), before) <= tolerance(torch.float32)
     turn(model, angle := 0.08)
     turned = logits(model)
     assert relative_error(turned, before) > 0.01
-    merge(model)
+    merge(model, redraw=True)
     # 14 layers, each within 2θ⁴.
     assert relative_error(logits(model), turned) <= 14 * (tolerance(torch.float32) + 2 * angle**4)
 
@@ -224,7 +224,7 @@ def test_exports_are_loaded_by_auto_model_without_this_package(tmp_path: Path) -
         model = llama(tied)
         poetx.prepare(model, CONFIG)
         turn(model)
-        merge(model)
+        merge(model, redraw=True)
         turn(model)
         expected = logits(model.eval())
         compiled = torch.compile(model, backend="eager")
