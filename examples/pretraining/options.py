@@ -46,7 +46,9 @@ class Options:
     block_size: int | None = _option(
         None, "b, size of the rotation blocks (default: half the width, at most 256)", least=2
     )
-    merge_interval: int = _option(200, "steps between merges", least=1)
+    merge_interval: int = _option(
+        200, "steps between merges; 1: plain weights, turned in each step", least=1
+    )
     redraw_interval: int = _option(
         200, "steps after which permutations are drawn again; 0 for never", least=0
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from poetx_compile._torch import _disable_dynamo
 from poetx_compile.config import POETXConfig
 from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.errors import (
@@ -297,6 +298,7 @@ class MergeSchedule:
         self.turner.check()
         return None if _by_batches(optimizer) else self.turner.before_step(args, kwargs)
 
+    @_disable_dynamo  # where Dynamo compiles `optimizer.step`, this stays out of its graphs
     def turn_by_batches(self, optimizer: Optimizer, update: Callable[[], Any]) -> None:
         """The step of an optimiser of this package in the merged form (`Turner.step`).
 

@@ -308,3 +308,15 @@ def test_diagnostics_tell_of_the_drift() -> None:
     nn.init.normal_(model.k.weight)
     step(model, optimizer)
     assert poetx.diagnostics(model)["norm_drift_max"] < 0.01
+
+
+@pytest.mark.parametrize("name", ["SGD", "POETXMuon"])
+def test_a_compiled_step(name: str) -> None:
+    one, other = net(), net()
+    first, second = OPTIMISERS[name](one), OPTIMISERS[name](other)
+    second.step = torch.compile(second.step, backend="eager")
+    for _ in range(3):
+        step(one, first)
+        step(other, second)
+    for a, b in zip(weights(one), weights(other), strict=True):
+        assert (a - b).abs().max() < 1e-12
