@@ -19,9 +19,8 @@ from benchmarks.rows import Row, environment, line, result_path, table, write
 from poetx_compile import ops
 from poetx_compile.layers.parametrization import side_blocks
 from poetx_compile.layers.permutation import draw_permutation
-from poetx_compile.ops.packing import pack, packed_size, unpack
+from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.random import matrix_bits, round_stochastically
-from poetx_compile.optim.muon import orthogonalize
 
 COLUMNS = (
     "rounding", "every", "rate", "steps", "norm_drift", "mean_drift", "smallest", "middle",
@@ -115,7 +114,7 @@ class Weight:
         for momentum, b in zip(self.momenta, self.blocks, strict=True):
             noise = torch.empty_like(momentum).normal_(generator=self.generator)
             momentum.lerp_(noise, 1 - MOMENTUM)
-            yield pack(orthogonalize(unpack(momentum, b))).float()
+            yield ops.orthogonalize_skew(momentum, b)
 
     def turn(self, steps: Sequence[Tensor], number: int) -> None:
         """Turn the weight, rounded in the way that is tried."""

@@ -18,6 +18,7 @@ from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.errors import (
     ConfigError,
     IncompatibleStateError,
+    ParallelismError,
     StaleOptimizerError,
     UnownedRotationsError,
 )
@@ -106,6 +107,12 @@ def attach_probed(
 ) -> MergeSchedule:
     """`attach` of an optimiser that is known to train rotations."""
     check_processes(model)
+    if config.merged and getattr(optimizer, "parameters_as_bucket_view", False):
+        raise ParallelismError(
+            "a ZeroRedundancyOptimizer with parameters_as_bucket_view=True keeps the memory of its "
+            "parameters, and with merge_interval=1 they have some only within a step: leave that "
+            "argument out"
+        )
     schedule = MergeSchedule(optimizer, model, config, probed)
     setattr(optimizer, _ATTRIBUTE, schedule)
     # Where Dynamo compiles `optimizer.step`, the hooks stay out of its graphs.
@@ -476,7 +483,11 @@ class MergeSchedule:
         reshard(self._model)  # FSDP2 may have left whole parameters in the place of its own
         here = [e for _, _, e in prepared_linears(self._model)]
         skews = {skew for e in here for skew in e.skews}
-        if here != [e for _, e in self._layers] or skews != self._skews:
+        changed = here != [e for _, e in self._layers] or skews != self._skews
+        if self.turner is not None:  # at rest, skew parameters stay the same where weights do not
+            weights = {stored_weight(m) for _, m, _ in prepared_linears(self._model)}
+            changed |= weights != self._weights
+        if changed:
             raise StaleOptimizerError(
                 "the rotations of the model are no longer those this optimiser was built for "
                 "(prepare, merge_and_unload or load_state_dict(assign=True) was called since, or a "

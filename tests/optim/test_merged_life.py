@@ -16,6 +16,7 @@ from poetx_compile.errors import (
     ConfigError,
     DivergedError,
     InterruptedMergeError,
+    StaleOptimizerError,
     UnownedRotationsError,
 )
 from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
@@ -272,6 +273,10 @@ def test_what_is_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(poetx.param_groups(model, lr=0.1), lr=0.1)
     with pytest.raises(UnownedRotationsError, match="call poetx_compile"):
+        step(model, optimizer)
+    optimizer = poetx.POETXMuon(model)
+    model.load_state_dict(net().state_dict(), assign=True)
+    with pytest.raises(StaleOptimizerError, match="assign=True"):
         step(model, optimizer)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import poetx_compile as poetx
-from poetx_compile.errors import ConfigError
+from poetx_compile.errors import ConfigError, ParallelismError
 from poetx_compile.layers.parametrization import equivalence_of
 from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP
@@ -127,3 +127,34 @@ def test_the_state_of_a_sharded_optimiser_is_reset(process_group, how):
     assert (state["step"], state["exp_avg"].abs().max()) == (0, 0)
     step(model, optimizer)
     assert skew.abs().max() > 0
+
+
+def test_a_sharded_optimiser_turns_weights(process_group) -> None:
+    """With ``merge_interval=1`` the steps that processes send each other turn the weights."""
+    weights = []
+    kind = torch.optim.AdamW
+    for sharded in (False, True):
+        torch.manual_seed(0)
+        model = MLP()
+        poetx.prepare(model, poetx.POETXConfig(block_size=4, merge_interval=1))
+        groups = poetx.param_groups(model, lr=1e-3)
+        if sharded:
+            optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=kind, lr=1e-3)
+        else:
+            optimizer = kind(groups, lr=1e-3)
+        poetx.attach(optimizer, model)
+        weights.append(model.up.weight.detach().clone())
+        step(model, optimizer)
+        weights.append(model.up.weight.detach().clone())
+    before, alone, also_before, together = weights
+    assert torch.equal(before, also_before)
+    assert not torch.equal(before, alone)
+    assert torch.equal(alone, together)
+    views = ZeroRedundancyOptimizer(
+        poetx.param_groups(model, lr=1e-3),
+        optimizer_class=kind,
+        lr=1e-3,
+        parameters_as_bucket_view=True,
+    )
+    with pytest.raises(ParallelismError, match="leave that argument out"):
+        poetx.attach(views, model)
