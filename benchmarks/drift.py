@@ -19,9 +19,9 @@ from benchmarks.rows import Row, environment, line, result_path, table, write
 from poetx_compile import ops
 from poetx_compile.layers.parametrization import side_blocks
 from poetx_compile.layers.permutation import draw_permutation
+from poetx_compile.ops.orthogonalize import orthogonalize
 from poetx_compile.ops.packing import pack, packed_size, unpack
 from poetx_compile.ops.random import matrix_bits, round_stochastically
-from poetx_compile.optim.muon import orthogonalize
 
 COLUMNS = (
     "rounding", "every", "rate", "steps", "norm_drift", "mean_drift", "smallest", "middle",
