@@ -178,8 +178,8 @@ def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
         columns = kernels.Tiling(*tiling[1])
     else:
         rows = kernels.Tiling(*tiling)
-    turn = functools.partial(kernels.turn_weight_, tilings=(rows, columns))
-    turn(weight, *given, None)
+    turn: Callable[..., None] = kernels.turn_weight_
+    turn(weight, *given, None, tilings=(rows, columns))
 
 
 if __name__ == "__main__":
