@@ -169,7 +169,8 @@ def _orthogonalize(packed: Tensor, b: int, tiling: Any) -> Tensor:
 
 def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
     if tiling is None:
-        return ops.turn_weight_(weight, *given)
+        ops.turn_weight_(weight, *given)
+        return
     from poetx_compile.ops.kernels import turn_weight as kernels
 
     rows, columns = kernels.NARROW
@@ -177,7 +178,8 @@ def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
         columns = kernels.Tiling(*tiling[1])
     else:
         rows = kernels.Tiling(*tiling)
-    return kernels.turn_weight_(weight, *given, None, tilings=(rows, columns))
+    turn: Callable[..., None] = kernels.turn_weight_
+    turn(weight, *given, None, tilings=(rows, columns))
 
 
 if __name__ == "__main__":

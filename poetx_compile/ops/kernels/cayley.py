@@ -177,10 +177,11 @@ class _Tiling:
     """
 
     block_size: int
+    largest: int = 64
 
     @property
     def tile(self) -> int:
-        return power_of_two(self.block_size, 16, 64)
+        return power_of_two(self.block_size, 16, self.largest)
 
     @property
     def padded(self) -> int:
@@ -190,11 +191,14 @@ class _Tiling:
     def programs(self, blocks: Any) -> Any:
         return blocks * (self.padded // self.tile) ** 2
 
+    def unpackers(self, blocks: Any) -> Any:
+        return blocks * (self.padded // min(self.tile, 64)) ** 2
+
     def unpacking(self) -> dict[str, Any]:
         return {
             "B": self.block_size,
             "N": self.padded,
-            "TILE": self.tile,
+            "TILE": min(self.tile, 64),
             "num_warps": 4,
             "num_stages": 1,
         }
@@ -203,9 +207,9 @@ class _Tiling:
         return {
             "N": self.padded,
             "TILE": self.tile,
-            "TILE_K": min(self.tile, 32),
+            "TILE_K": 64 if self.tile == 128 else min(self.tile, 32),
             "PRECISION": input_precision(),
-            "num_warps": 4 if self.tile >= 32 else 1,
+            "num_warps": {16: 1, 128: 8}.get(self.tile, 4),
             "num_stages": 3,
         }
 
@@ -239,12 +243,8 @@ def cayley_neumann(skew: Tensor, block_size: int, order: int, narrow: bool = Fal
         width = padded if j > 0 else block_size
         out = skew.new_empty(blocks, width, width)
         weights = {"OUT_I": c[2 * j], "OUT_Q": c[2 * j + 1], "OUT_P": out_p, "WIDTH": width}
-        launch(
-            *(horner_step_kernel, programs, q, p, inner, q, out),
-            **weights,
-            HAS_REST=False,
-            **constants,
-        )
+        weights["HAS_REST"] = False
+        launch(horner_step_kernel, programs, q, p, inner, q, out, **weights, **constants)
         inner, out_p = out, 0.0
     return inner
 
@@ -267,18 +267,16 @@ def delta(skew: Tensor, block_size: int, dtype: torch.dtype, flipped: int) -> Te
         return rotation
     if low_precision_applies(block_size, 3):
         return cayley_low_precision.rotation_delta(skew, block_size, 3, dtype, flipped)
-    blocks, tiling = skew.shape[0], _Tiling(block_size)
+    blocks, tiling = skew.shape[0], _Tiling(block_size, 128)
     programs, padded, constants = tiling.programs(blocks), tiling.padded, tiling.product()
     q, rest, p, h = (skew.new_empty(blocks, padded, padded, dtype=dtype) for _ in range(4))
     out = skew.new_empty(blocks, block_size, block_size, dtype=dtype)
-    unpacking = tiling.unpacking()
-    launch(unpack_kernel, programs, skew, q, rest, first_negated, HAS_REST=True, **unpacking)
+    unpacking = {"HAS_REST": True, **tiling.unpacking()}
+    launch(unpack_kernel, tiling.unpackers(blocks), skew, q, rest, first_negated, **unpacking)
     weights = {"OUT_I": 0.0, "OUT_Q": 2.0}
     launch(square_kernel, programs, q, p, h, WIDTH=padded, **weights, **constants)
-    weights |= {"OUT_P": 2.0, "WIDTH": block_size}
-    launch(
-        *(horner_step_kernel, programs, q, p, h, rest, out), HAS_REST=True, **weights, **constants
-    )
+    weights |= {"OUT_P": 2.0, "WIDTH": block_size, "HAS_REST": True}
+    launch(horner_step_kernel, programs, q, p, h, rest, out, **weights, **constants)
     return out
 
 
