@@ -40,7 +40,10 @@ SECTIONS: list[tuple[str, list[Any]]] = [
         [poetx.save_checkpoint, poetx.load_checkpoint, poetx.plain_state_dict],
     ),
     ("Several GPUs", [poetx.fully_shard_rotations]),
-    ("Hugging Face", [huggingface.for_trainer, huggingface.POETXCallback]),
+    (
+        "Hugging Face",
+        [huggingface.for_trainer, huggingface.OptimizerFactory, huggingface.POETXCallback],
+    ),
     (
         "Look",
         [

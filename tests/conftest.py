@@ -18,7 +18,13 @@ import torch  # noqa: E402
 
 NO_GPU = "needs a CUDA GPU"
 # What a test may need of the machine, or of torch's version: the reasons of skips that CI allows.
-NOT_IN_A_PACKAGE = (NO_GPU, "no headless browser", "Triton exists for Linux alone", "this torch ")
+NOT_IN_A_PACKAGE = (
+    NO_GPU,
+    "no headless browser",
+    "Triton exists for Linux alone",
+    "this torch ",
+    "pins other versions: ",  # a host that cannot be installed beside what is tested here
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

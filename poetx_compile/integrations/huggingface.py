@@ -1,7 +1,8 @@
-"""`for_trainer`: what the `Trainer` of Hugging Face transformers needs to train with POET-X.
+"""What the `Trainer` of Hugging Face transformers needs to train with POET-X, by either door.
 
->>> from poetx_compile.integrations.huggingface import for_trainer
+>>> from poetx_compile.integrations.huggingface import OptimizerFactory, for_trainer
 >>> trainer = Trainer(train_dataset=dataset, **for_trainer(model, args))
+>>> trainer = Trainer(model, args, optimizer_cls_and_kwargs=(OptimizerFactory, {"args": args}))
 >>> trainer.train()
 """
 
@@ -19,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from poetx_compile.compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
-from poetx_compile.errors import ConfigError, UnownedRotationsError
+from poetx_compile.errors import ConfigError, IncompatibleStateError, UnownedRotationsError
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.layers.prepare import config_of, prepare
@@ -75,23 +76,9 @@ def for_trainer(
     _refuse(args)
     model = unwrap_compiled(model)
     mode = _take_over_compilation(args)
-    if config_of(model) is None or shared:
-        prepare(model, config, shared=shared)
     if getattr(model, "hf_device_map", None) is None:
         model.to(args.device)
-    if isinstance(optimizer, type):
-        given: dict[str, Any] = {
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
-            "weight_decay": args.weight_decay,
-        }
-        optimizer = optimizer(model, config=config, **given | optimizer_arguments)
-    elif optimizer_arguments:
-        raise ConfigError(
-            f"{', '.join(optimizer_arguments)}: the optimiser is made already, give its arguments "
-            "to it"
-        )
+    optimizer = _optimizer_of(model, args, config, optimizer, shared, optimizer_arguments)
     if (schedule := schedule_of(optimizer)) is None:
         raise UnownedRotationsError(
             "this optimiser merges no rotations: call poetx_compile.attach(optimizer, model)"
@@ -107,6 +94,93 @@ def for_trainer(
         "optimizers": (optimizer, None),
         "callbacks": [*callbacks, POETXCallback(optimizer, schedule)],
     }
+
+
+class OptimizerFactory:
+    """For ``Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {"args": args, ...}))``.
+
+    The Trainer calls it with the model when it is to train, also with one of `model_init`. It does
+    what `for_trainer` does, without the callback: the rates of the groups, the angle and the last
+    merge are not logged.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        config: POETXConfig | None = None,
+        *,
+        optimizer: type[POETXAdamW] | type[POETXMuon] = POETXMuon,
+        shared: Sequence[Sequence[str]] = (),
+        compile: bool = True,
+        dynamic: bool | None = None,
+        fullgraph: bool = False,
+        options: dict[str, Any] | None = None,
+        **optimizer_arguments: Any,
+    ) -> torch.optim.Optimizer:
+        """The optimiser of `model`, which is prepared (if nobody has) and compiled in place.
+
+        Arguments as of `for_trainer`.
+
+        Raises:
+            ConfigError: as `for_trainer`; or ``torch_compile`` in `args`, by which the Trainer
+                compiles with another backend before this is called.
+            IncompatibleStateError: a run is resumed whose model was not prepared before: its
+                weights could not be loaded.
+        """
+        _refuse(args)
+        if args.torch_compile:
+            raise ConfigError(
+                "torch_compile: the Trainer compiles with a backend of its own list; leave it out, "
+                "OptimizerFactory compiles the model"
+            )
+        model = unwrap_compiled(model)
+        unprepared = config_of(model) is None
+        made = _optimizer_of(model, args, config, optimizer, shared, optimizer_arguments)
+        if unprepared:
+            made.register_load_state_dict_pre_hook(_refuse_to_resume)
+        if compile:
+            model.compile(
+                backend=poetx_backend, dynamic=dynamic, fullgraph=fullgraph, options=options
+            )
+        _save_under_own_names(model)
+        return made
+
+
+def _refuse_to_resume(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The Trainer loads weights before it makes the optimiser, and passes over unknown names."""
+    if not state["state"]:
+        return  # no step yet: Accelerate gives an optimiser its own state
+    raise IncompatibleStateError(
+        "the weights of the checkpoint were loaded before the model was prepared, by names that it "
+        "did not have: call poetx_compile.prepare(model, config) before you make the Trainer"
+    )
+
+
+def _optimizer_of(
+    model: nn.Module,
+    args: TrainingArguments,
+    config: POETXConfig | None,
+    optimizer: type[POETXAdamW] | type[POETXMuon] | torch.optim.Optimizer,
+    shared: Sequence[Sequence[str]],
+    arguments: dict[str, Any],
+) -> torch.optim.Optimizer:
+    """The optimiser, made by `args` where it is a class; the model is prepared if nobody has."""
+    if config_of(model) is None or shared:
+        prepare(model, config, shared=shared)
+    if isinstance(optimizer, type):
+        given: dict[str, Any] = {
+            "lr": args.learning_rate,
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "weight_decay": args.weight_decay,
+        }
+        return optimizer(model, config=config, **given | arguments)
+    if arguments:
+        raise ConfigError(
+            f"{', '.join(arguments)}: the optimiser is made already, give its arguments to it"
+        )
+    return optimizer
 
 
 def _refuse(args: TrainingArguments) -> None:

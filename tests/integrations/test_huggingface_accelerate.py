@@ -44,6 +44,8 @@ class Loop:
             model.compile(backend=poetx.poetx_backend, fullgraph=True, options=options)
         elif how == "wrapped":
             model = torch.compile(model, backend=poetx.poetx_backend, options=options)
+        elif how == "default backend":
+            model.compile(options=options)
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
             model, optimizer, scheduler
         )
@@ -78,6 +80,23 @@ def test_accumulation_and_mixed_precision(precision, graphs):
     assert compiled.schedule.merges == 1
     skews = [e.skew_in for _, _, e in prepared_linears(compiled.model)]
     assert all(skew.dtype == torch.float32 and skew.abs().max() > 0 for skew in skews)
+
+
+@pytest.fixture
+def _default_backend() -> Iterator[None]:
+    if not hasattr(torch.compiler, "set_default_backend"):
+        pytest.skip("this torch has no default backend")
+    torch.compiler.set_default_backend("poetx")
+    yield
+    torch.compiler.set_default_backend(None)
+
+
+@pytest.mark.usefixtures("_default_backend")
+def test_the_default_backend_is_that_of_a_model_compiled_without_one(graphs):
+    loops = [Loop("no", how) for how in ("in place", "default backend")]
+    named, default = (torch.tensor(loop.run(range(6))) for loop in loops)
+    assert graphs() == 1, "of one backend: the second model runs what the first one compiled"
+    assert torch.equal(default, named)
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped"])

@@ -37,7 +37,10 @@ def test_a_skip_for_want_of_a_package_fails_in_ci_alone(reason, monkeypatch):
     assert _judged(_skipped(reason)).skipped
 
 
-@pytest.mark.parametrize("reason", ["needs a CUDA GPU", "no headless browser is installed"])
+@pytest.mark.parametrize(
+    "reason",
+    ["needs a CUDA GPU", "no headless browser is installed", "pins other versions: axolotl"],
+)
 def test_a_machine_without_a_gpu_or_a_browser_may_skip(reason, monkeypatch):
     monkeypatch.setenv("CI", "1")
     assert may_be_skipped(_skipped(reason))
