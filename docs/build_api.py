@@ -59,7 +59,15 @@ SECTIONS: list[tuple[str, list[Any]]] = [
 ]
 
 INTERNAL = (
-    *("block_in", "block_out", "smallest_block", "order", "may_fold", "initialises"),
+    *(
+        "block_in",
+        "block_out",
+        "smallest_block",
+        "order",
+        "may_fold",
+        "initialises",
+        "gained_sides",
+    ),
     *("parse", "cuda_graphs", "identity"),
     *("equivalences", "extend"),
     *("on_optimizer_step", "on_log"),

@@ -2,6 +2,7 @@
 
 ======================  ========================================================================
 `adopt_linear`          plain linears of an unprepared model get the orthogonal-equivalence form
+`gains`                 linear over a weight with gains → its input and output multiplied by them
 `formulation`           linear over such a weight → the product, each side of the layer rotated
                         (`input_centric`) or folded into the weight (`folded`)
 `merged`                linear over a weight whose rotations are the identity → the product alone
@@ -25,6 +26,7 @@ from poetx_compile.passes.cancel_permutations import CancelPermutations
 from poetx_compile.passes.contract import Event, GraphPass, Record, Refusal, run
 from poetx_compile.passes.cost import Machine
 from poetx_compile.passes.formulation import FORMS, Formulation
+from poetx_compile.passes.gains import Gains
 from poetx_compile.passes.hoist_folds import HoistFolds
 from poetx_compile.passes.merged import Merged
 from poetx_compile.passes.recompute import Recompute
@@ -32,6 +34,7 @@ from poetx_compile.passes.share_permutations import SharePermutations
 
 PASSES: tuple[type[GraphPass[Any]], ...] = (
     AdoptLinear,
+    Gains,
     Formulation,
     Merged,
     SharePermutations,
@@ -64,6 +67,7 @@ def pipeline(
     folds = 1 if variant == "fast" and not budget else 2
     forms = [form for form in FORMS if form not in disabled]
     passes: list[GraphPass[Any]] = [
+        Gains(),
         Formulation(formulation, folds, machine, within_guard, forms),
         Merged(),
         SharePermutations(),
@@ -85,6 +89,7 @@ __all__ = [
     "CancelPermutations",
     "Event",
     "Formulation",
+    "Gains",
     "GraphPass",
     "HoistFolds",
     "Machine",

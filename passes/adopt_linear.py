@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
+from poetx_compile.ops.gains import GAINS
 from poetx_compile.passes import gradients, graphs
 from poetx_compile.passes.contexts import Context
 from poetx_compile.passes.contract import GraphPass, Refusal
@@ -60,7 +61,8 @@ class Slot:
     siblings: int
     """Slots with one number read the same tensor and share an input permutation."""
     tensors: tuple[str, ...]
-    """Which of `STATE` follow for this slot: a later sibling brings no ``perm_in`` of its own."""
+    """Which of `STATE` and of the gains follow for this slot: a later sibling brings no ``perm_in``
+    of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +76,16 @@ class StateSpec:
     merged: bool = False
     """Whether the rotations are the identity whenever the model runs (``merge_interval=1``)."""
 
-    def equivalence(self, stored: fx.Node, operands: Iterable[fx.Node]) -> tuple[Any, tuple]:
-        """The op that gives the effective weight, and its arguments."""
-        args = (stored, *operands, self.block_in, self.block_out)
-        if self.merged:
-            return graphs.IDENTITY.default, args
-        return graphs.ROTATED.default, (*args, self.order)
+    def equivalence(
+        self, stored: fx.Node, operands: Mapping[str, fx.Node]
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The op that gives the effective weight, and its arguments; `operands` by their names."""
+        target = graphs.IDENTITY.default if self.merged else graphs.ROTATED.default
+        state = (operands[name] for name in STATE)
+        order = () if self.merged else (self.order,)
+        gains = tuple(map(operands.get, GAINS))
+        gains = gains if any(gains) else ()
+        return target, (stored, *state, self.block_in, self.block_out, *order, *gains)
 
 
 class AdoptLinear(GraphPass[WeightSite]):
@@ -95,7 +101,8 @@ class AdoptLinear(GraphPass[WeightSite]):
         w: [n, m] = poetx.orthogonal_equivalence(S, skew_in, skew_out, perm_in, perm_out, b, b', k)
         y: [..., n] = linear(x, w, bias)
 
-    With ``merge_interval=1`` it is ``poetx.identity_equivalence`` (without k).
+    With ``merge_interval=1`` it is ``poetx.identity_equivalence`` (without k). Gains are the last
+    arguments, where there are any.
 
     The same value (the rotations start at the identity); W gets no gradient, the skew parameters
     do. A weight that is read in several contexts (grad modes, autocast regions) is built in each.
@@ -109,16 +116,21 @@ class AdoptLinear(GraphPass[WeightSite]):
     Args:
         refuse: (layer name, position of the weight among the inputs) → reason, or ``None``.
         create: slot → the state of its weight.
+        gains: the names of the gains that a state has.
     """
 
     name = "adopt_linear"
     into_checkpoints = False  # it follows the weights into them by itself
 
     def __init__(
-        self, refuse: Callable[[str, int], str | None], create: Callable[[Slot], StateSpec]
+        self,
+        refuse: Callable[[str, int], str | None],
+        create: Callable[[Slot], StateSpec],
+        gains: Sequence[str] = (),
     ):
         self.refuse = refuse
         self.create = create
+        self.gains = tuple(gains)
         self.slots: list[Slot] = []
         self._sources: dict[Any, int] = {}
         self._perm_in: dict[int, fx.Node] = {}
@@ -167,7 +179,8 @@ class AdoptLinear(GraphPass[WeightSite]):
         source = graphs.linear_arguments(site.linears[0])[0]
         siblings = self._sources.setdefault(source, len(self._sources))
         shared = self._perm_in.get(siblings)
-        own = STATE if shared is None else tuple(n for n in STATE if n != "perm_in")
+        state = (*STATE, *self.gains)
+        own = tuple(name for name in state if shared is None or name != "perm_in")
         slot = Slot(site.index, site.layer, siblings, own)
         spec = self.create(slot)
         self.slots.append(slot)
@@ -178,7 +191,7 @@ class AdoptLinear(GraphPass[WeightSite]):
             inputs[name].meta[gradients.STANDS_FOR] = site.placeholder
         self._perm_in[siblings] = inputs["perm_in"]
         for use in site.uses:
-            operands = [self._operand(use, inputs[name]) for name in STATE]
+            operands = {name: self._operand(use, inputs[name]) for name in state}
             body = use.module.graph
             built: dict[Context, fx.Node] = {}
             for linear in sorted(use.linears):

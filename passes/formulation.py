@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from poetx_compile.passes import cost, graphs, sides
+from poetx_compile.passes import cost, gains, graphs, sides
 from poetx_compile.passes.contract import GraphPass, Refusal
 from poetx_compile.passes.cost import Choice, Cost, Machine
 from poetx_compile.passes.sides import Side
@@ -112,6 +112,7 @@ class Formulation(GraphPass[Weight]):
     def decide(self, site: Weight) -> str:
         if reason := sides.refusal_of_calls(self.contexts, site.node):
             raise Refusal(f"weight-centric: {reason}")
+        gains.check_without(site.node)
         site.choices = self._choose(site.node, site.sides)
         if not site.folded and "input_centric" not in self.forms:
             raise Refusal("weight-centric: input_centric is among disable_passes")

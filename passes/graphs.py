@@ -172,6 +172,13 @@ def inherit(new: fx.Node, old: fx.Node, role: str | None = None) -> fx.Node:
     return new
 
 
+def arguments_of(equivalence: fx.Node) -> dict[str, Any]:
+    """The arguments given to an op that makes effective weights, by their names."""
+    target: Any = equivalence.target
+    schema = getattr(target, "default", target)._schema
+    return dict(zip((a.name for a in schema.arguments), equivalence.args, strict=False))
+
+
 def shape_of(node: Any) -> torch.Size | None:
     """Shape of a node's value, or ``None`` where it is unknown."""
     value = node.meta.get(VALUE) if isinstance(node, fx.Node) else None

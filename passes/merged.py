@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from poetx_compile.passes import graphs, sides
+from poetx_compile.passes import gains, graphs, sides
 from poetx_compile.passes.contract import GraphPass, Refusal
 
 
@@ -44,6 +44,7 @@ class Merged(GraphPass[fx.Node]):
     def decide(self, site: fx.Node) -> str:
         if reason := sides.refusal_of_calls(self.contexts, site):
             raise Refusal(f"weight-centric: {reason}")
+        gains.check_without(site)
         return self.name
 
     def describe(self, site: fx.Node) -> dict[str, Any]:

@@ -35,8 +35,8 @@ class Side(NamedTuple):
 
 def sides_of(equivalence: fx.Node) -> tuple[Side, Side]:
     """The input and the output side of an effective weight."""
-    stored, skew_in, skew_out, perm_in, perm_out, block_in, block_out, *rest = equivalence.args
-    order: Any = rest[0] if rest else None
+    stored, skew_in, skew_out, perm_in, perm_out, block_in, block_out, *_ = equivalence.args
+    order = graphs.arguments_of(equivalence).get("order")
     shape = graphs.shape_of(stored)
     assert shape is not None, "a weight has a known shape"
     n, m = (int(size) for size in shape)
@@ -131,6 +131,14 @@ def rotate(
     target = torch.ops.poetx.rotate_blocks.default
     rotated = graph.call_function(target, (x, rotations, gather, scatter, False))
     return graphs.inherit(rotated, origin, graphs.INTERMEDIATE if scatter is None else None)
+
+
+def scale(graph: fx.Graph, x: Any, gain: Any, origin: fx.Node) -> Any:
+    """``x · gain`` column by column, in the dtype of the gain, as x's; x where there is no gain."""
+    if gain is None:
+        return x
+    product = graphs.inherit(graph.call_function(operator.mul, (x, gain)), origin)
+    return graphs.inherit(graph.call_method("type_as", (product, x)), origin)
 
 
 def add_bias(graph: fx.Graph, y: fx.Node, bias: Any, origin: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "permutation": ("random", "chunked"),
     "variant": ("fast", "mem"),
     "formulation": ("auto", "input_centric", "folded"),
+    "gains": ("none", "rows", "both"),
     "init": ("keep", "rows", "spectrum"),
     "base": ("dense",),
 }
@@ -75,6 +76,9 @@ class POETXConfig:
             rows of norm one.
         init_range: smallest singular value over the largest of ``init="spectrum"``, in (0, 1].
         init_scale: what the weights are multiplied by after that, whatever `init` is.
+        gains: ``"rows"`` trains one more factor for each output of a layer, ``"both"`` one for each
+            input as well. They multiply what the rotations make, so that the singular values of
+            the weight are not kept any more (docs/concepts.md).
         base: ``"dense"``: the frozen weight keeps its dtype.
         normalize_rows: deprecated; True is ``init="rows"``.
 
@@ -101,6 +105,7 @@ class POETXConfig:
     init: str = "keep"
     init_range: float = 0.1
     init_scale: float = 1.0
+    gains: str = "none"
     base: str = "dense"
     normalize_rows: dataclasses.InitVar[bool | None] = None
 
@@ -174,6 +179,11 @@ class POETXConfig:
             raise _bad("init", self.init, "'rows' with normalize_rows=True, or leave that out")
         if value:
             object.__setattr__(self, "init", "rows")
+
+    @property
+    def gained_sides(self) -> tuple[str, ...]:
+        """The sides with gains, by name."""
+        return {"none": (), "rows": ("out",), "both": ("in", "out")}[self.gains]
 
     @property
     def initialises(self) -> bool:

@@ -45,6 +45,7 @@ BAD = [
     ("variant", "slow", "one of 'fast', 'mem'"),
     ("formulation", "dense", "one of 'auto', "),
     *(("init", v, "one of 'keep', 'rows', 'spectrum'") for v in ("svd", None, True)),
+    ("gains", "columns", "one of 'none', 'rows', 'both'"),
     ("base", "int4", "one of 'dense'"),
 ]
 
@@ -81,6 +82,7 @@ OTHER = {
     "init": "spectrum",
     "init_range": 0.05,
     "init_scale": 2.0,
+    "gains": "both",
     "keep_in_eval": False,
 }
 

@@ -63,7 +63,8 @@ class Adopter:
         self.left: list[tuple[int, str]] = []
         self.zeros: list[tuple[int, str]] = []
         self.permutations: dict[int, Permutation] = {}
-        self.graph_pass = AdoptLinear(self._refuse, self._create)
+        gains = [f"gain_{side}" for side in config.gained_sides]
+        self.graph_pass = AdoptLinear(self._refuse, self._create, gains)
 
     def _refuse(self, layer: str, index: int) -> str | None:
         weight = self.inputs[index]
@@ -237,6 +238,7 @@ def _tensors(state: OrthogonalEquivalence) -> dict[str, Tensor]:
         "skew_out": state.skew_out,
         "perm_in": state.perm_in.pair,
         "perm_out": state.perm_out.pair,
+        **state.gains,
     }
 
 

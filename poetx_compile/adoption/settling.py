@@ -58,8 +58,8 @@ def settle(late: bool = False) -> None:
         modules = [place.module for place in places]
         if late:
             for state in filter(None, (registry.adopted.get(module.weight) for module in modules)):
-                for skew in state.skews:
-                    skew.grad = None
+                for parameter in state.parameters():
+                    parameter.grad = None
         move_adopted(places[0].root, modules, config)
         layers += modules
     trained = take_over_all(live, layers)

@@ -100,7 +100,9 @@ def effective_weight(linear: nn.Linear) -> Tensor:
     equivalence = equivalence_of(linear)
     if equivalence is None:
         return whole(linear.weight)
-    return equivalence.effective(*map(whole, (stored_weight(linear), *equivalence.skews)))
+    e = equivalence
+    tensors = (stored_weight(linear), *e.skews, e.gain_in, e.gain_out)
+    return e.effective(*(None if t is None else whole(t) for t in tensors))  # type: ignore[arg-type]
 
 
 @torch.no_grad()

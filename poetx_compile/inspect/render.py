@@ -11,7 +11,9 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from poetx_compile._torch import OpOverload, OpOverloadPacket
+from poetx_compile.ops.gains import GAINS
 from poetx_compile.passes import graphs
+from poetx_compile.passes.adopt_linear import STATE
 
 _DTYPES = {
     torch.float64: "f64",
@@ -97,14 +99,10 @@ def input_name(placeholder: str) -> str:
             if path[i : i + len(noise)] == noise:
                 path[i : i + len(noise)] = []
                 break
-    if (
-        len(path) > 1
-        and path[-2] == "0"
-        and path[-1] in ("skew_in", "skew_out", "perm_in", "perm_out")
-    ):
+    if len(path) > 1 and path[-2] == "0" and path[-1] in (*STATE, *GAINS):
         path.pop(-2)
     if path:  # inputs that adopt_linear added are named after the weight
-        path[-1] = re.sub(r"^weight_(?=skew_|perm_)", "", path[-1])
+        path[-1] = re.sub(r"^weight_(?=skew_|perm_|gain_)", "", path[-1])
     return ".".join(path) if path else re.sub(r"^l_", "", head)
 
 

@@ -8,7 +8,7 @@ a plain parameter are made to hold here:
   gets another version or other memory, `model.train()` or `eval()` is called, or any optimiser
   steps.
   Meanwhile each layer holds its weight twice (`POETXConfig.keep_in_eval` turns that off).
-- **Writing it in place stores it**, with the rotations back at the identity, as assigning
+- **Writing it in place stores it**, with rotations and gains back at the identity, as assigning
   `linear.weight = value` does: `torch.nn.init`, `linear.reset_parameters()`,
   ``linear.weight.data.copy_(…)``.
 - **Its flag is that of the layer**: ``linear.weight.requires_grad_(False)`` freezes the rotations.
@@ -50,7 +50,9 @@ def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
     e = equivalence
     if e.merged:
         e.check_layout()
-        return EffectiveWeight.of(e.effective(stored, *e.skews), Sources(e, stored))
+        return EffectiveWeight.of(
+            e.effective(stored, *e.skews, e.gain_in, e.gain_out), Sources(e, stored)
+        )
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     keep = not e.training and not records and e.config.keep_in_eval
     if keep and (cached := _cache.get(e)) is not None and cached[0].are_those_of(e, stored):
@@ -60,10 +62,10 @@ def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
         e.check_stored(stored)
     sources = Sources(e, stored)
     if records:
-        weight = e.effective(stored, *e.skews)
+        weight = e.effective(stored, *e.skews, e.gain_in, e.gain_out)
     else:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version
-            weight = e.effective(stored, *e.skews)
+            weight = e.effective(stored, *e.skews, e.gain_in, e.gain_out)
     if keep and e.holds(stored):
         # With the memory it was made of: another tensor shall not get the same address.
         _cache[e] = sources, weight, [t.detach() for t in _tensors(e, stored)]
@@ -103,7 +105,7 @@ class Sources:
 
 
 def _tensors(e: OrthogonalEquivalence, stored: Tensor) -> tuple[Tensor, ...]:
-    return stored, *e.skews, e.perm_in.pair, e.perm_out.pair, e.layout
+    return stored, *e.skews, *e.gains.values(), e.perm_in.pair, e.perm_out.pair, e.layout
 
 
 class EffectiveWeight(Tensor):
@@ -167,10 +169,10 @@ _REPLACED = (Tensor.data.__set__, Tensor.set_)  # type: ignore[attr-defined]
 
 
 def _set_flag(weight: EffectiveWeight, requires_grad: bool = True) -> EffectiveWeight:
-    """Freeze or unfreeze the layer: of a computed weight, that is to say its rotations."""
+    """Freeze or unfreeze the layer: of a computed weight, that is to say what it is trained by."""
     if (e := weight._sources.equivalence()) is not None:
-        for skew in e.skews:
-            skew.requires_grad_(requires_grad and skew.numel() > 0)
+        for parameter in (*e.skews, *e.gains.values()):
+            parameter.requires_grad_(requires_grad and parameter.numel() > 0)
     return weight
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from poetx_compile import ops
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.permutation import draw_permutation
+from poetx_compile.ops.gains import scaled
 
 FORMAT = 3
 SIZE = 11
@@ -98,10 +99,16 @@ class Layout:
             block=min(self.block_in, self.block_out),
         ).to(device)
 
-    def effective(self, stored: Tensor, *skews: Tensor) -> Tensor:
-        """The effective weight of saved tensors; in its natural order, the stored weight itself."""
+    def effective(
+        self,
+        stored: Tensor,
+        *skews: Tensor,
+        gains: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Tensor:
+        """The effective weight of saved tensors; in its natural order, the stored weight itself,
+        but for gains."""
         if self.natural:
-            return stored
+            return scaled(stored, *gains).to(stored.dtype)
         (n, m), device = stored.shape, stored.device
         skew_in, skew_out = skews
         return ops.orthogonal_equivalence(
@@ -113,6 +120,7 @@ class Layout:
             min(m, self.block_in),
             min(n, self.block_out),
             self.order,
+            *gains,
         )
 
     def differences(self, other: Layout) -> list[str]:

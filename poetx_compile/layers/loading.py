@@ -7,7 +7,7 @@ state may meet a prepared layer:
   of the other form (``merge_interval`` 1 or larger) is converted: the coordinates are the same, so
   that moments go on;
 - **a plain weight** (``x.weight``, of a model that was never prepared, or of `plain_state_dict`):
-  stored permuted, with the rotations back at the identity. Where the model is sharded, every
+  stored permuted, with rotations and gains back at the identity. Where the model is sharded, every
   process gives the whole weight and keeps its part;
 - **none** (``strict=False``): the layer stays as it is.
 
@@ -35,6 +35,7 @@ from poetx_compile.layers.parametrization import (
     stored_weight,
 )
 from poetx_compile.layers.permutation import Permutation
+from poetx_compile.ops.gains import GAINS
 from poetx_compile.ops.precision import rotation_dtype
 
 CONVERT = (
@@ -134,6 +135,18 @@ class _Layer:
             f"{prefix}{number}.layout": e.layout,
         }
 
+    @property
+    def gain_keys(self) -> dict[str, str]:
+        """The names of gains by the keys that they have, or would have; the same in both forms."""
+        *_, layout = self.own
+        return {layout.removesuffix("layout") + name: name for name in GAINS}
+
+    @property
+    def gains(self) -> dict[str, Tensor]:
+        """The layer's gains by their keys."""
+        found = self.equivalence.gains
+        return {key: found[name] for key, name in self.gain_keys.items() if name in found}
+
 
 def _before_load(
     module: nn.Module, state: State, prefix: str, metadata: Any, strict: bool, *_: Any
@@ -192,6 +205,14 @@ class _Load:
             self.plain.append(layer)
             self.equivalences.add(e)
         elif found:
+            gains = [key for key in layer.gain_keys if key in state]
+            if gains != [*layer.gains]:
+                there = ", ".join(key.rpartition(".")[2] for key in gains) or "no gains"
+                self.problems.append(
+                    f"{layer.name}: {there} in the state, and gains={e.config.gains!r} here: "
+                    f"prepare the same model with the configuration of the checkpoint. {CONVERT}"
+                )
+                return
             *_, key = own
             layout = Layout.of(state[key], key) if key in state and not state[key].is_meta else None
             if layout is not None:
@@ -210,7 +231,7 @@ class _Load:
                     f"configuration of the checkpoint and the same `shared`. {CONVERT}"
                 )
                 return
-            for key, tensor in own.items():
+            for key, tensor in (own | layer.gains).items():
                 if state[key].shape != tensor.shape:
                     self.problems.append(
                         f"{key}: size mismatch: {list(state[key].shape)} was saved, the model has "
@@ -286,6 +307,9 @@ def _convert(layer: _Layer, state: State) -> None:
     values = (e.stored_form(weight), *between, e.here.tensor().to(device))
     for (key, own), value in zip(layer.own.items(), values, strict=True):
         state[key] = shard_like(value, own)
+    for key, own in layer.gains.items():  # those of the other form stay
+        ones = torch.ones(own.shape, dtype=dtype, device=device)
+        state.setdefault(key, shard_like(ones, own))
 
 
 @torch.no_grad()

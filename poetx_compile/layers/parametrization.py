@@ -27,6 +27,7 @@ from poetx_compile.layers.layout import SIZE, Layout
 from poetx_compile.layers.permutation import Permutation
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.seal import Seal
+from poetx_compile.ops.gains import GAINS
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype
@@ -94,7 +95,8 @@ class OrthogonalEquivalence(nn.Module):
     """Parametrization of a weight [n, m] by two block-diagonal rotations under permutations.
 
     ``W[perm_out][:, perm_in] = D_outᵀ S D_inᵀ``: S is the frozen weight, stored permuted; the
-    rotations come from the packed skew parameters (POET, arXiv 2603.05500).
+    rotations come from the packed skew parameters (POET, arXiv 2603.05500). With gains the weight
+    is ``diag(gain_out) W diag(gain_in)``, in the natural order of the coordinates.
 
     In the *merged form* (``merge_interval=1``) the weight is stored in its natural order and *is*
     the effective weight. The skew parameters are zero whenever the model runs, share the memory of
@@ -104,6 +106,8 @@ class OrthogonalEquivalence(nn.Module):
         skew_in: [blocks_in, b_in(b_in−1)/2], float32 (float64 for a float64 weight); zero is the
             identity.
         skew_out: the same of the output side.
+        gain_in: [m] of the same dtype, or ``None``; one is the identity.
+        gain_out: [n], the same.
 
     Buffers:
         layout: int64 [11], saved (`Layout`): the permutations follow from it.
@@ -121,6 +125,8 @@ class OrthogonalEquivalence(nn.Module):
 
     layout: Tensor
     reference_norm: Tensor
+    gain_in: nn.Parameter | None
+    gain_out: nn.Parameter | None
 
     def __init__(
         self, weight: Tensor, config: POETXConfig, perm_in: Permutation, perm_out: Permutation
@@ -147,6 +153,10 @@ class OrthogonalEquivalence(nn.Module):
         # FSDP2 reduces no empty gradient.
         self.skew_in = nn.Parameter(zeros[0], requires_grad=self.blocks_in > 0)
         self.skew_out = nn.Parameter(zeros[1], requires_grad=self.blocks_out > 0)
+        for side, size in (("in", in_features), ("out", out_features)):
+            gain = torch.ones(size, dtype=dtype, device=weight.device)
+            gained = side in config.gained_sides
+            self.register_parameter(f"gain_{side}", nn.Parameter(gain) if gained else None)
         self.perm_in, self.perm_out = perm_in, perm_out
         self.register_buffer("layout", torch.zeros(SIZE, dtype=torch.int64, device=weight.device))
         self.configure(config)
@@ -219,6 +229,8 @@ class OrthogonalEquivalence(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for name in GAINS:
+            self._parameters.setdefault(name, None)  # pickled before there were any
         self._layout_version = None  # a copy counts its versions anew
         if self.merged:
             self.rest()
@@ -235,13 +247,20 @@ class OrthogonalEquivalence(nn.Module):
         if self.skew_in.dtype not in (torch.float32, torch.float64):
             raise ParallelismError(f"rotations arrive in {self.skew_in.dtype}: {CAST}")
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.effective(stored, self.skew_in, self.skew_out)
+            return self.effective(stored, *self.skews, self.gain_in, self.gain_out)
         check_reduced(self.skew_in, self.skew_out)  # the backend does so with what it compiles
         if self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
         return effective.read(self, stored)
 
-    def effective(self, stored: Tensor, skew_in: Tensor, skew_out: Tensor) -> Tensor:
+    def effective(
+        self,
+        stored: Tensor,
+        skew_in: Tensor,
+        skew_out: Tensor,
+        gain_in: Tensor | None,
+        gain_out: Tensor | None,
+    ) -> Tensor:
         """The effective weight of tensors that stand for this layer's parameters."""
         if self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
@@ -259,6 +278,8 @@ class OrthogonalEquivalence(nn.Module):
                 self.perm_out.pair,
                 self.block_in,
                 self.block_out,
+                gain_in,
+                gain_out,
             )
         return ops.orthogonal_equivalence(
             stored,
@@ -269,6 +290,8 @@ class OrthogonalEquivalence(nn.Module):
             self.block_in,
             self.block_out,
             self.order,
+            gain_in,
+            gain_out,
         )
 
     def holds(self, stored: Tensor) -> bool:
@@ -280,6 +303,12 @@ class OrthogonalEquivalence(nn.Module):
     def skews(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The packed skew parameters of the input and of the output side."""
         return self.skew_in, self.skew_out
+
+    @property
+    def gains(self) -> dict[str, nn.Parameter]:
+        """The gains there are, by name."""
+        found = {name: getattr(self, name) for name in GAINS}
+        return {name: gain for name, gain in found.items() if gain is not None}
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -299,7 +328,7 @@ class OrthogonalEquivalence(nn.Module):
         return super().train(mode)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The stored form of a new weight; the rotations go back to the identity.
+        """The stored form of a new weight; rotations and gains go back to the identity.
 
         Raises:
             ValueError: a weight of another shape.
@@ -316,8 +345,13 @@ class OrthogonalEquivalence(nn.Module):
             if not self.merged:
                 self.skew_in.zero_()
                 self.skew_out.zero_()
+            self._put_gains_to_one()
         self._seal = None
         return stored
+
+    def _put_gains_to_one(self) -> None:
+        for gain in self.gains.values():
+            gain.fill_(1)
 
     def assigned(self) -> None:
         """The weight has got other values: let those who look after layers look again."""
@@ -411,6 +445,7 @@ class OrthogonalEquivalence(nn.Module):
             self.rest()
         if came_from_meta:
             with torch.no_grad():
+                self._put_gains_to_one()
                 self.write_layout()
             self._seal = None
             self._has_norm = False
@@ -456,7 +491,8 @@ class OrthogonalEquivalence(nn.Module):
 
     def extra_repr(self) -> str:
         blocks = ", ".join(f"{side.name}={side.blocks}x{side.block}" for side in self.sides)
-        return f"{blocks}, order={self.order}, draw={self.draw}"
+        gains = f", gains={self.config.gains}" if self.gains else ""
+        return f"{blocks}, order={self.order}, draw={self.draw}{gains}"
 
 
 Layer = tuple[nn.Linear, OrthogonalEquivalence]

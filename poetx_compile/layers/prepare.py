@@ -54,7 +54,7 @@ SHARDED_EXPORT = (
     "poetx_compile.plain_state_dict"
 )
 
-_SHAPING = ("block_size", "neumann_order", "cayley", "init", "init_scale")
+_SHAPING = ("block_size", "neumann_order", "cayley", "init", "init_scale", "gains")
 """Fields that an adopted state is made with; the others may still be chosen when it is moved."""
 
 
@@ -319,7 +319,7 @@ def _move(
         state.perm_in, state.perm_out = permutations
         state.configure(config)
         state.write_layout()
-    elif all(skew.grad is None for skew in state.skews):
+    elif all(parameter.grad is None for parameter in state.parameters()):
         initialise(module.weight, config)
         state = OrthogonalEquivalence(module.weight, config, *permutations)
     else:

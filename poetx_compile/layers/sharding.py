@@ -127,14 +127,15 @@ def _check_form(layers: Iterable[tuple[str, nn.Linear, OrthogonalEquivalence]]) 
 
 
 def _check_placements(name: str, module: nn.Module, e: OrthogonalEquivalence) -> None:
-    for skew in e.skews:
+    trained = (*e.skews, *e.gains.values())
+    for skew in trained:
         for placement in skew.placements if is_sharded(skew) else ():  # type: ignore[attr-defined]
             if not keeps_rows(placement):
                 raise ParallelismError(
                     f"{name}: its rotations are placed {placement}, which cuts their blocks: leave "
                     "them to fully_shard as it is (Shard(0)); tensor parallelism is not supported"
                 )
-    if is_sharded(stored_weight(module)) and not all(map(is_sharded, e.skews)):
+    if is_sharded(stored_weight(module)) and not all(map(is_sharded, trained)):
         raise ParallelismError(
             f"{name}: its weight is sharded, its rotations are not (ignored_params?), and nobody "
             f"reduces their gradients: let fully_shard have them, or call {_HELPER}"

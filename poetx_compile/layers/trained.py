@@ -40,6 +40,7 @@ class Trained:
         rotations: of these rotations.
         dense: of everything else that takes gradients.
         weights: of two dimensions or more that train densely, the largest first.
+        gains: of the rotated weights.
     """
 
     layers: int
@@ -49,6 +50,7 @@ class Trained:
     rotations: int
     dense: int
     weights: tuple[DenseWeights, ...]
+    gains: int = 0
 
     @property
     def share(self) -> float:
@@ -58,14 +60,15 @@ class Trained:
     @property
     def trainable(self) -> int:
         """The number of parameters that an optimiser holds."""
-        return self.rotations + self.dense
+        return self.rotations + self.gains + self.dense
 
     def __str__(self) -> str:
+        gains = f"{self.gains:,} gains + " if self.gains else ""
         return (
             f"{self.share:.1f} % of {self.total:,} parameters ({self.layers} of {self.linears} "
             "nn.Linear) train by rotations\n"
             f"trainable: {self.trainable:,} = {self.rotations:,} of rotations + "
-            f"{self.dense:,} dense"
+            f"{gains}{self.dense:,} dense"
         )
 
 
@@ -76,7 +79,7 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
         config: of the blocks of linears that are not prepared, and are going to be adopted.
         left: the linears that are neither, by name, and why.
     """
-    layers = rotated = rotations = total = 0
+    layers = rotated = rotations = gains = total = 0
     inside: set[int] = set()  # what belongs to rotations
     dense: list[tuple[str, tuple[int, ...], str]] = []
     seen: set[int] = set()
@@ -88,7 +91,8 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
         if (e := equivalence_of(module)) is not None:
             weight = stored_weight(module)
             skews = [skew for skew in e.skews if skew.requires_grad]
-            inside |= {id(weight), *map(id, e.skews)}
+            inside |= {id(weight), *map(id, (*e.skews, *e.gains.values()))}
+            gains += sum(gain.numel() for gain in e.gains.values() if gain.requires_grad)
             rotations += sum(skew.numel() for skew in skews)
             rotated += weight.numel() if skews else 0
             layers += bool(skews)
@@ -99,6 +103,8 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
             rotated += module.weight.numel()
             total += module.weight.numel()
             rotations += sum(_packed(*pair) for pair in _sides(module, config))
+            sizes = {"in": module.in_features, "out": module.out_features}
+            gains += sum(sizes[side] for side in config.gained_sides)
         elif isinstance(module.weight, nn.Parameter) and module.weight.requires_grad:
             dense.append((name or "(root)", tuple(module.weight.shape), left[name]))
     dense += [(w.name, w.shape, w.reason) for w in other_weights(model) if w.trains]
@@ -111,6 +117,7 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
         rotations,
         sum(p.numel() for p in rest if p.requires_grad),
         tuple(sorted(_grouped(dense), key=lambda weights: -weights.count)),
+        gains,
     )
 
 

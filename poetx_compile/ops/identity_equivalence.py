@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from poetx_compile.ops.cayley import check_skew
+from poetx_compile.ops.gains import scaled
 from poetx_compile.ops.orthogonal_equivalence import orthogonal_equivalence, transformed
 from poetx_compile.ops.permute import check_pair, pair_index
 from poetx_compile.ops.precision import without_autocast
@@ -22,7 +23,8 @@ from poetx_compile.ops.registry import OPS, Op
 _library = torch.library.Library("poetx", "FRAGMENT")
 _library.define(
     "identity_equivalence(Tensor weight, Tensor skew_in, Tensor skew_out, Tensor perm_in, "
-    "Tensor perm_out, int block_in, int block_out) -> Tensor"
+    "Tensor perm_out, int block_in, int block_out, Tensor? gain_in=None, Tensor? gain_out=None) "
+    "-> Tensor"
 )
 
 
@@ -34,6 +36,8 @@ def identity_equivalence(
     perm_out: Tensor,
     block_in: int,
     block_out: int,
+    gain_in: Tensor | None = None,
+    gain_out: Tensor | None = None,
 ) -> Tensor:
     """The weight as it is, whose gradient goes to the skew parameters at zero (POET).
 
@@ -49,12 +53,16 @@ def identity_equivalence(
         perm_in, perm_out: permutation pairs int64 [2, m/c] and [2, n/c]: which columns and rows
             form the blocks.
         block_in, block_out: block size of each side.
+        gain_in, gain_out: [m] and [n], of the skew parameters' dtype, or ``None``: the result is
+            ``diag(gain_out) W diag(gain_in)``.
 
     Returns:
-        [n, m], `weight` itself in memory: nothing is copied or computed.
+        [n, m] of the weight's dtype; without gains `weight` itself in memory: nothing is copied or
+        computed.
     """
+    gains = () if gain_in is None and gain_out is None else (gain_in, gain_out)
     return torch.ops.poetx.identity_equivalence(
-        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out
+        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, *gains
     )
 
 
@@ -82,7 +90,17 @@ def check_sides(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_ou
 
 
 @without_autocast
-def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out):
+def _compose(
+    weight,
+    skew_in,
+    skew_out,
+    perm_in,
+    perm_out,
+    block_in,
+    block_out,
+    gain_in=None,
+    gain_out=None,
+):
     """The op over others, for autograd and AOTAutograd."""
     check_sides(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out)
     constant = weight.detach() if weight.requires_grad else weight
@@ -91,9 +109,11 @@ def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out):
         columns = pair_index(perm_in, 0, weight.shape[1])
         permuted = constant.index_select(0, rows).index_select(1, columns)
         return orthogonal_equivalence(
-            permuted, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 1
+            *(permuted, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 1),
+            *(gain_in, gain_out),
         )
-    return _Identity.apply(constant, skew_in, skew_out, perm_in, perm_out, block_in, block_out)
+    same = _Identity.apply(constant, skew_in, skew_out, perm_in, perm_out, block_in, block_out)
+    return scaled(same, gain_in, gain_out).to(weight.dtype)
 
 
 class _Identity(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from poetx_compile._torch import peek_interpreter_stack
 from poetx_compile.ops.cayley import rotations, rotations_reference
+from poetx_compile.ops.gains import scaled
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
 from poetx_compile.ops.registry import OPS, Op
@@ -22,7 +23,8 @@ from poetx_compile.ops.rotate import rotate_blocks_reference
 _library = torch.library.Library("poetx", "FRAGMENT")
 _library.define(
     "orthogonal_equivalence(Tensor weight, Tensor skew_in, Tensor skew_out, Tensor perm_in, "
-    "Tensor perm_out, int block_in, int block_out, int? order) -> Tensor"
+    "Tensor perm_out, int block_in, int block_out, int? order, Tensor? gain_in=None, "
+    "Tensor? gain_out=None) -> Tensor"
 )
 
 
@@ -35,6 +37,8 @@ def orthogonal_equivalence(
     block_in: int,
     block_out: int,
     order: int | None,
+    gain_in: Tensor | None = None,
+    gain_out: Tensor | None = None,
 ) -> Tensor:
     """``W_eff`` with ``W_eff[perm_out][:, perm_in] = D_outᵀ S D_inᵀ`` (POET).
 
@@ -46,17 +50,31 @@ def orthogonal_equivalence(
         perm_in, perm_out: permutation pairs int64 [2, m] and [2, n].
         block_in, block_out: block size of each side.
         order: k of the Cayley-Neumann expansion, or ``None`` for the exact transform.
+        gain_in, gain_out: [m] and [n], of the skew parameters' dtype, or ``None``: the result is
+            ``diag(gain_out) W_eff diag(gain_in)``.
 
     Returns:
         [n, m] of the weight's dtype, rotated in fp32 (fp64 for an fp64 weight).
     """
+    gains = () if gain_in is None and gain_out is None else (gain_in, gain_out)
     return torch.ops.poetx.orthogonal_equivalence(
-        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order
+        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, *gains
     )
 
 
 @without_autocast
-def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order):
+def _compose(
+    weight,
+    skew_in,
+    skew_out,
+    perm_in,
+    perm_out,
+    block_in,
+    block_out,
+    order,
+    gain_in=None,
+    gain_out=None,
+):
     """The op over the other ops, for autograd and AOTAutograd."""
     torch._check(
         weight.dim() == 2 and weight.is_floating_point(),
@@ -76,7 +94,7 @@ def _compose(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, 
     # the same bits for it.
     rows = rotate(wide.mT, build(skew_out, block_out, order), None, perm_out, False)
     columns = rotate(rows.mT, build(skew_in, block_in, order), None, perm_in, True)
-    return columns.to(weight.dtype)
+    return scaled(columns, gain_in, gain_out).to(weight.dtype)
 
 
 def transformed() -> bool:

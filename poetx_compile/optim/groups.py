@@ -25,6 +25,9 @@ from poetx_compile.layers.registry import registry
 BLOCK = "poetx_block"
 """Key of a param group that holds skew parameters: their block size."""
 
+GAINS = "poetx_gains"
+"""Key of a param group that holds gains."""
+
 RATIO = "poetx_ratio"
 """Key of a group of skew parameters: its learning rate divided by that of dense parameters."""
 
@@ -82,6 +85,7 @@ def param_groups(
     ===================  ============================================  ==========  ============
     ``dense``            two dimensions or more (embeddings, heads)    `lr`        as given
     ``dense no decay``   norms and biases                              `lr`        0
+    ``gains``            gains of weights (`POETXConfig.gains`)        `lr`        0
     ``poetx b=…``        packed skew parameters, a group a block size  `poetx_lr`  0
     ===================  ============================================  ==========  ============
 
@@ -113,19 +117,24 @@ def param_groups(
     for _, module, e in prepared_linears(model):
         block_of |= {side.skew: (side.block, stored_weight(module)) for side in e.sides}
     stored = {weight for _, weight in block_of.values()}  # frozen, whatever their flags say
+    gained = {gain for _, _, e in prepared_linears(model) for gain in e.gains.values()}
     dense: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
+    gains: list[nn.Parameter] = []
     skew: dict[int, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad or parameter in stored or not parameter.numel():
             continue
         if parameter in block_of:
             skew.setdefault(block_of[parameter][0], []).append(parameter)
+        elif parameter in gained:
+            gains.append(parameter)
         else:
             (dense if parameter.ndim >= 2 else no_decay).append(parameter)
     groups: list[dict[str, Any]] = [
         {"name": "dense", "params": dense, "lr": lr, "weight_decay": weight_decay},
         {"name": "dense no decay", "params": no_decay, "lr": lr, "weight_decay": 0.0},
+        {"name": "gains", "params": gains, "lr": lr, "weight_decay": 0.0, GAINS: True},
     ]
     groups = [group for group in groups if group["params"]]
     for b, parameters in sorted(skew.items(), reverse=True):

@@ -2,7 +2,7 @@
 
 The frozen weights leave the groups, their moments with them, whatever their flags say. The packed
 skew parameters go into groups of their own, one for each of the user's groups and block size, which
-follow the group they come from.
+follow the group they come from, and so do gains, without weight decay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torch.optim import Optimizer
 from poetx_compile.layers.live_objects import LiveObjects
 from poetx_compile.layers.parametrization import Layer, stored_weight
 from poetx_compile.optim.follow import FOLLOWS, GROUP, KEPT, follow, followed, number, ratio_to
-from poetx_compile.optim.groups import BLOCK, RATIO, Rule, rule_of
+from poetx_compile.optim.groups import BLOCK, GAINS, RATIO, Rule, rule_of
+
+_NO_BLOCK = 0
+"""In the place of a block size: of gains."""
 
 _SCHEDULER_RATES = ("base_lrs", "max_lrs", "min_lrs", "_last_lr")
 _SCHEDULER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
@@ -33,7 +36,7 @@ def regroup(
 ) -> None:
     """Frozen weights leave the groups; skew parameters move into groups that follow the others.
 
-    A skew parameter moves where the optimiser holds it, or the weight in its place.
+    A skew parameter or a gain moves where the optimiser holds it, or the weight in its place.
 
     Args:
         poetx_lr: rate of the skew parameters; default as in `param_groups`.
@@ -44,32 +47,34 @@ def regroup(
     before = len(groups)
     where = {p: i for i, group in enumerate(groups) for p in group["params"]}
     names = _names(optimizer)
-    moved: dict[tuple[int, int], list[tuple[nn.Linear, nn.Parameter, str]]] = {}
+    moved: dict[tuple[int, int], list[tuple[nn.Linear, nn.Parameter, str]]] = {}  # b = 0: gains
     for module, e in layers:
         weight = stored_weight(module)
-        for side, other in zip(e.sides, reversed(e.sides), strict=True):
-            skew = side.skew
-            here = where.get(skew)
-            if (here is not None and BLOCK in groups[here]) or not skew.numel():
-                continue  # in a group of rotations already, or of a side that has none
+        sides = [(side.skew, side.block, f"skew_{side.name}") for side in e.sides]
+        gains = [(gain, _NO_BLOCK, name) for name, gain in e.gains.items()]
+        for parameter, b, own_name in (*sides, *gains):
+            here = where.get(parameter)
+            if (here is not None and _is_apart(groups[here])) or not parameter.numel():
+                continue  # in a group of its own already, or of a side that has no rotation
             source = where.get(weight, here)
-            if source is None and whole and skew.requires_grad:
-                source = where.get(other.skew)
+            if source is None and whole and parameter.requires_grad:
+                source = next((where[skew] for skew in e.skews if skew in where), None)
             if source is None:
                 continue  # trained by nobody
             name = names.get(weight, "weight")
             prefix = name.removesuffix("weight") + "parametrizations.weight.0."
-            name = names.get(skew, f"{prefix}skew_{side.name}")
-            moved.setdefault((source, side.block), []).append((module, skew, name))
+            name = names.get(parameter, prefix + own_name)
+            moved.setdefault((source, b), []).append((module, parameter, name))
     rule, ratios = rule_of(optimizer), {}
     for (source, b), members in moved.items():  # what is refused is refused before any change
         weights = [stored_weight(module) for module, _, _ in members]
-        ratios[source, b] = (
-            rule.ratio(b, weights)
-            if poetx_lr is None
-            else ratio_to(optimizer, groups[source], poetx_lr)
-        )
-    gone: set[Tensor] = {skew for members in moved.values() for _, skew, _ in members}
+        if b == _NO_BLOCK:
+            ratios[source, b] = 1.0
+        elif poetx_lr is None:
+            ratios[source, b] = rule.ratio(b, weights)
+        else:
+            ratios[source, b] = ratio_to(optimizer, groups[source], poetx_lr)
+    gone: set[Tensor] = {parameter for members in moved.values() for _, parameter, _ in members}
     drop_weights(optimizer, layers)
     for group in groups:
         _drop(group, gone)
@@ -94,6 +99,11 @@ def drop_weights(optimizer: Optimizer, layers: Sequence[Layer]) -> None:
         optimizer.state.pop(parameter, None)
 
 
+def _is_apart(group: dict[str, Any]) -> bool:
+    """Whether a group holds rotations or gains alone."""
+    return BLOCK in group or GAINS in group
+
+
 def _drop(group: dict[str, Any], gone: set[Tensor]) -> None:
     stay = [i for i, p in enumerate(group["params"]) if p not in gone]
     for key in ("params", "param_names"):
@@ -110,19 +120,20 @@ def _add(
     rule: Rule,
 ) -> None:
     for ours in optimizer.param_groups:
-        if FOLLOWS in ours and ours[FOLLOWS] == group.get(GROUP) and ours[BLOCK] == b:
-            ours["params"] += [skew for _, skew, _ in members]
+        same = ours.get(FOLLOWS) == group.get(GROUP) and ours.get(BLOCK, _NO_BLOCK) == b
+        if FOLLOWS in ours and same:
+            ours["params"] += [parameter for _, parameter, _ in members]
             if "param_names" in ours:
                 ours["param_names"] += [name for _, _, name in members]
             return
     named = "param_names" in group
-    kept = {"weight_decay": 0.0, **rule.options}
+    kept = {"weight_decay": 0.0, **(rule.options if b else {})}
     kept = {key: value for key, value in kept.items() if key in group}
-    label = f"poetx b={b}"
+    label = f"poetx b={b}" if b else "gains"
     ours = {
-        "params": [(name, skew) if named else skew for _, skew, name in members],
+        "params": [(name, p) if named else p for _, p, name in members],
         "name": f"{group['name']} {label}" if "name" in group else label,
-        BLOCK: b,
+        **({BLOCK: b} if b else {GAINS: True}),
         FOLLOWS: number(optimizer, group),
         RATIO: ratio,
         KEPT: sorted(kept),

@@ -38,7 +38,7 @@ from poetx_compile.layers.registry import registry
 from poetx_compile.layers.sharding import check_processes
 from poetx_compile.optim.angle import ANGLE, AngleGuard
 from poetx_compile.optim.follow import follow_all
-from poetx_compile.optim.groups import BLOCK, RULE, only, prepared_config
+from poetx_compile.optim.groups import BLOCK, GAINS, RULE, only, prepared_config
 from poetx_compile.optim.merge import check_whole, merge, redraw
 from poetx_compile.optim.ownership import own
 from poetx_compile.optim.probe import Probed, probe, reset_state
@@ -167,6 +167,7 @@ class MergeSchedule:
         self._loaded: dict[str, Any] | None = None
         self._layers: list[Layer] = []
         self._skews: set[nn.Parameter] = set()
+        self._ours: set[nn.Parameter] = set()  # with gains
         self._weights: set[nn.Parameter] = set()
         self._loose: set[nn.Parameter] = set()
         self._guard: AngleGuard | None = None
@@ -226,6 +227,7 @@ class MergeSchedule:
     def _take(self, optimizer: Optimizer, layers: list[Layer]) -> None:
         """Merge `layers` from now on, all of them."""
         skews = {skew for _, e in layers for skew in e.skews}
+        gains = {gain for _, e in layers for gain in e.gains.values()}
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in skews - owned if p.requires_grad and p.numel()]
         if missing:
@@ -235,12 +237,19 @@ class MergeSchedule:
                 "after prepare, call adopt(optimizer, model), or give attach the part of the model "
                 "that this optimiser trains"
             )
+        if idle := [gain for gain in gains - owned if gain.requires_grad]:
+            raise UnownedRotationsError(
+                f"{len(idle)} of {len(gains)} gains are in no group of the optimiser and would "
+                "never train: build it from param_groups(model, lr=...) after prepare, or call "
+                "adopt(optimizer, model)"
+            )
         check_alone(e for _, e in layers)
+        self._ours = skews | gains
         self._layers, self._skews, self._revision = layers, skews, registry.revision
         self._weights = {stored_weight(module) for module, _ in layers}
         drop_weights(optimizer, layers)
         self._redraws = bool(redrawn(self.equivalences))
-        self._loose = skews & set(_loose_parameters(optimizer))  # as the user has built the groups
+        self._loose = self._ours & set(_loose_parameters(optimizer))  # as the user has built them
         if self._config.merged:
             self.turner = Turner(layers)
             for e in self.equivalences:
@@ -263,7 +272,7 @@ class MergeSchedule:
         Frozen weights leave them. Where rotations have groups of their own, others get some too.
         """
         apart = hasattr(optimizer, RULE) or any(BLOCK in group for group in optimizer.param_groups)
-        strays = self._weights | (self._skews - self._loose) if apart else self._weights
+        strays = self._weights | (self._ours - self._loose) if apart else self._weights
         if any(p in strays for p in _loose_parameters(optimizer)):
             reshard(self._model)  # as in `_check_layers`
             movable = [(m, e) for m, e in self._layers if self._loose.isdisjoint(e.skews)]
@@ -497,9 +506,9 @@ class MergeSchedule:
 
 
 def _loose_parameters(optimizer: Optimizer) -> Iterator[nn.Parameter]:
-    """What is in groups that are not of rotations alone."""
+    """What is in groups that are not of rotations or gains alone."""
     for group in optimizer.param_groups:
-        if BLOCK not in group:
+        if BLOCK not in group and GAINS not in group:
             yield from group["params"]
 
 

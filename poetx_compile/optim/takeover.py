@@ -154,7 +154,8 @@ def _check(
 
 def _tell(optimizer: Optimizer, layers: list[Layer]) -> None:
     config = layers[0][1].config
-    blocks = {g[BLOCK]: g[RATIO] for g in optimizer.param_groups if FOLLOWS in g}
+    ours = [g for g in optimizer.param_groups if FOLLOWS in g and BLOCK in g]
+    blocks = {g[BLOCK]: g[RATIO] for g in ours}
     rates = ", ".join(f"{ratio:.3g} x lr at b={b}" for b, ratio in blocks.items())
     guard = "" if config.max_angle is None else f" or when an angle reaches {config.max_angle:g}"
     log.warning(  # one line, at the level that is seen: the user's optimiser is another from here

@@ -16,10 +16,12 @@ from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.layout import Layout
+from poetx_compile.ops.gains import GAINS
 
 _LAYOUT = "0.layout"
 _OF_INTERVALS = ("original", "0.skew_in", "0.skew_out", _LAYOUT)
-_NAMES = (*_OF_INTERVALS, "0.reference_norm")
+_GAINS = tuple(f"0.{name}" for name in GAINS)
+_NAMES = (*_OF_INTERVALS, "0.reference_norm", *_GAINS)
 _KEY = re.compile(rf"(.*?)parametrizations\.weight\.({'|'.join(map(re.escape, _NAMES))})")
 
 
@@ -91,8 +93,8 @@ def _once(device: torch.device | str | None) -> Callable[[Tensor, Callable[[], T
     return once
 
 
-def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
-    """The stored weight, the skew parameters and the layout of the layer at `prefix`."""
+def _tensors(state: Mapping[str, Any], prefix: str) -> list[Any]:
+    """The stored weight, the skew parameters, the layout and the gains of the layer at `prefix`."""
     start = f"{prefix}parametrizations.weight."
     saved = state.get(start + _LAYOUT)
     natural = saved is not None and Layout.of(saved, start + _LAYOUT).natural
@@ -106,7 +108,7 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
             f"{others[0]} belongs to another parametrization of the weight: remove it first "
             "(torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    tensors = [state[start + name] for name in names]
+    tensors = [state.get(start + name) for name in (*names, *_GAINS)]
     if any(is_traceable_wrapper_subclass(t) for t in tensors):
         raise IncompatibleStateError(
             f"the tensors of {prefix.rstrip('.')} are sharded: gather them with "
@@ -116,7 +118,7 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Tensor]:
     return tensors
 
 
-def _effective(stored: Tensor, *rest: Tensor) -> Tensor:
-    *skews, saved = rest
-    effective = Layout.of(saved, "layout").effective(stored, *skews)
+def _effective(stored: Tensor, *rest: Any) -> Tensor:
+    *skews, saved, gain_in, gain_out = rest
+    effective = Layout.of(saved, "layout").effective(stored, *skews, gains=(gain_in, gain_out))
     return stored.clone() if effective is stored else effective

@@ -37,13 +37,8 @@ def build(dtype: torch.dtype = torch.float32, small: bool = False, **fields: Any
     if small:
         model.layers = nn.ModuleList([SwiGLU()])
     model.to(dtype)
-    config = {
-        "block_size": 8,
-        "merge_interval": 2,
-        "redraw_interval": 2,
-        "max_angle": None,
-        "variant": "mem",
-    }
+    config = {"block_size": 8, "merge_interval": 2, "redraw_interval": 2, "max_angle": None}
+    config |= {"variant": "mem", "gains": "both"}
     poetx.prepare(model, poetx.POETXConfig(**{**config, **fields}))
     return model
 

@@ -23,8 +23,8 @@ class Decoy(nn.Module):
         self.linear = nn.Linear(8, 8)
 
 
-def prepared(model: nn.Module, block_size: int = 8) -> nn.Module:
-    poetx.prepare(model, poetx.POETXConfig(block_size=block_size))
+def prepared(model: nn.Module, block_size: int = 8, gains: str = "none") -> nn.Module:
+    poetx.prepare(model, poetx.POETXConfig(block_size=block_size, gains=gains))
     return model
 
 
@@ -119,3 +119,12 @@ def test_refusals() -> None:
             optimizer(model, betas=(1.5, 0.9))
         with pytest.raises(ValueError, match="learning rate"):
             optimizer(model, lr=-1.0)
+
+
+def test_gains_have_a_group_of_their_own() -> None:
+    model = prepared(Decoy(), gains="both")
+    groups = {g["name"]: g for g in param_groups(model, lr=1e-3, weight_decay=0.1)}
+    assert list(groups) == ["dense", "dense no decay", "gains", "poetx b=8"]
+    layers = [e for _, _, e in prepared_linears(model)]
+    assert {*groups["gains"]["params"]} == {g for e in layers for g in e.gains.values()}
+    assert (groups["gains"]["lr"], groups["gains"]["weight_decay"]) == (1e-3, 0)

@@ -83,13 +83,15 @@ def test_the_graph_of_dynamo_is_not_touched():
 def test_every_pass_can_be_left_out_and_the_function_stays(name):
     model = SwiGLU().double()
     formulation = "folded" if name == "folded" else "input_centric"
-    config = poetx.POETXConfig(block_size=8, formulation=formulation)
+    given = {"formulation": formulation, "gains": "rows" if name == "gains" else "none"}
+    config = poetx.POETXConfig(block_size=8, **given)
     poetx.prepare(model, config, shared=[("gate_proj.out", "up_proj.out", "down_proj.in")])
-    model, x = prepared(model, formulation=formulation), torch.randn(3, 16).double()
+    model, x = prepared(model, **given), torch.randn(3, 16).double()
     options = {"stage": "aot_eager", "disable_passes": name, "verify_passes": True}
     y = torch.compile(model, backend=poetx.poetx_backend, options=options)(x)
     torch.testing.assert_close(y, model(x))
     marks = {
+        "gains": "gate_proj.gain_out)",
         "formulation": "orthogonal_equivalence",
         "folded": "rotate_blocks",
         "input_centric": "orthogonal_equivalence",

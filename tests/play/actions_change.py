@@ -27,6 +27,7 @@ from tests.play.world import OPTIMIZERS, PRODUCTS, RATE, Copy, World, draw_optio
 PARTS = {
     "rotations": "skew_",
     "rotations of q": "q.parametrizations.weight.0.skew_",
+    "gains": "gain_",
     "biases": "bias",
     "embedding": "embedding",
     "norm": "norm",

@@ -162,5 +162,5 @@ def cast(world: World, *, dtype: str) -> None:
             close(value, before[name], allowed, what)
         for name, _, e in copy.layers():
             wide = torch.float64 if to == torch.float64 else torch.float32
-            for skew in (e.skew_in, e.skew_out):
-                require(skew.dtype == wide, f"{name}: rotations in {skew.dtype}")
+            for p in (e.skew_in, e.skew_out, *e.gains.values()):
+                require(p.dtype == wide, f"{name}: rotations or gains in {p.dtype}")

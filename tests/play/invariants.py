@@ -165,6 +165,13 @@ def naive_weight(linear: nn.Linear, e: OrthogonalEquivalence) -> tuple[Tensor, T
     return references.effective_weight(stored, g_in, g_out, *pairs), skews[0], skews[1]
 
 
+def with_gains(weight: Tensor, gains: Mapping[str, Tensor]) -> Tensor:
+    """A weight with the gains of its layer, by dense matrices in fp64."""
+    if "gain_out" in gains:
+        weight = gains["gain_out"].double().diag() @ weight
+    return weight @ gains["gain_in"].double().diag() if "gain_in" in gains else weight
+
+
 # --- after each action ----------------------------------------------------------------------------
 
 
@@ -185,6 +192,7 @@ def check(world: World) -> None:
     for name, linear, e in eager.layers():
         weight, _, _ = naive_weight(linear, e)
         own = plain.get_submodule(name).weight
+        weight = with_gains(weight, e.gains)
         close(own, weight, tolerance(world.dtype), f"effective weight of {name}")
     with torch.no_grad():
         expected = plain(tokens)
@@ -238,11 +246,14 @@ def _expected_gradients(eager: Copy, gradients: dict[str, Tensor]) -> dict[str, 
             continue
         linear, e = layers[owner]
         weight, skew_in, skew_out = naive_weight(linear, e)
-        skews = [skew for skew in (skew_in, skew_out) if skew.numel()]
-        taken = list(torch.autograd.grad(weight, skews, gradient.double()))
-        taken = [taken.pop(0) if skew.numel() else skew for skew in (skew_in, skew_out)]
-        for side, value in zip(("in", "out"), taken, strict=True):
-            expected[f"{owner}.parametrizations.weight.0.skew_{side}"] = value
+        gains = {n: gain.detach().double().requires_grad_() for n, gain in e.gains.items()}
+        made = {"skew_in": skew_in, "skew_out": skew_out, **gains}
+        leaves = [leaf for leaf in made.values() if leaf.numel()]
+        weight = with_gains(weight, gains)
+        taken = list(torch.autograd.grad(weight, leaves, gradient.double()))
+        for own_name, leaf in made.items():
+            value = taken.pop(0) if leaf.numel() else leaf
+            expected[f"{owner}.parametrizations.weight.0.{own_name}"] = value
     return expected
 
 

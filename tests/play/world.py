@@ -103,6 +103,7 @@ class Setup:
             "neumann_order": rng.choice([3, 3, 2, 1, 4]),
             "keep_in_eval": rng.random() < 0.8,
             "seed": rng.randrange(5),
+            "gains": rng.choice(["none", "none", "rows", "both"]),
         }
         adopted = rng.random() < 0.15
         names = [name for name in OPTIMIZERS if name != "adopt Adagrad"]
