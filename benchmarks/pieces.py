@@ -133,6 +133,9 @@ class _Layer:
 
     def _tilings(self, op: str) -> Iterator[tuple[str, Any]]:
         yield "default", None
+        if self.sweep and op == "turn" and self.b <= 256:
+            for tile_k, stages in ((32, 3), (32, 5), (32, 6), (64, 3), (64, 4)):
+                yield f"one launch {tile_k}x{stages}", ("one launch", tile_k, stages)
         for tiling in TILES if self.sweep else ():
             if op == "orthogonalize" and max(tiling[:2]) > self.b:
                 continue
@@ -173,6 +176,12 @@ def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
         return
     from poetx_compile.ops.kernels import turn_weight as kernels
 
+    if tiling[0] == "one launch":
+        *steps, perm_in, perm_out, b, _, _, seed, step, layer = given
+        deltas = kernels.deltas(*steps, b, b, weight.dtype)
+        rest = perm_in, perm_out, seed, step, layer, None
+        kernels.turn_in_one_launch(weight, *deltas, *rest, tile_k=tiling[1], stages=tiling[2])
+        return
     rows, columns = kernels.NARROW
     if tiling[0] is None:
         columns = kernels.Tiling(*tiling[1])
