@@ -177,17 +177,18 @@ def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
     from poetx_compile.ops.kernels import turn_weight as kernels
 
     if tiling[0] == "one launch":
-        *steps, perm_in, perm_out, b, _, _, seed, step, layer = given
-        deltas = kernels.deltas(*steps, b, b, weight.dtype)
-        rest = perm_in, perm_out, seed, step, layer, None
-        kernels.turn_in_one_launch(weight, *deltas, *rest, tile_k=tiling[1], stages=tiling[2])
+        step_in, step_out, perm_in, perm_out, b, _, _, *counters = given
+        deltas = kernels.deltas(step_in, step_out, b, b, weight.dtype)
+        turn: Callable[..., None] = kernels.turn_in_one_launch
+        sizes = {"tile_k": tiling[1], "stages": tiling[2]}
+        turn(weight, *deltas, perm_in, perm_out, *counters, None, **sizes)
         return
     rows, columns = kernels.NARROW
     if tiling[0] is None:
         columns = kernels.Tiling(*tiling[1])
     else:
         rows = kernels.Tiling(*tiling)
-    turn: Callable[..., None] = kernels.turn_weight_
+    turn = kernels.turn_weight_
     turn(weight, *given, None, tilings=(rows, columns))
 
 
