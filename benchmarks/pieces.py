@@ -188,8 +188,8 @@ def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
         columns = kernels.Tiling(*tiling[1])
     else:
         rows = kernels.Tiling(*tiling)
-    turn = kernels.turn_weight_
-    turn(weight, *given, None, tilings=(rows, columns))
+    two: Callable[..., None] = kernels.turn_weight_
+    two(weight, *given, None, tilings=(rows, columns))
 
 
 if __name__ == "__main__":
