@@ -133,6 +133,9 @@ class _Layer:
 
     def _tilings(self, op: str) -> Iterator[tuple[str, Any]]:
         yield "default", None
+        if self.sweep and op == "turn" and self.b <= 256:
+            for tile_k, stages in ((32, 3), (32, 5), (32, 6), (64, 3), (64, 4)):
+                yield f"one launch {tile_k}x{stages}", ("one launch", tile_k, stages)
         for tiling in TILES if self.sweep else ():
             if op == "orthogonalize" and max(tiling[:2]) > self.b:
                 continue
@@ -173,13 +176,20 @@ def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
         return
     from poetx_compile.ops.kernels import turn_weight as kernels
 
+    if tiling[0] == "one launch":
+        step_in, step_out, perm_in, perm_out, b, _, _, *counters = given
+        deltas = kernels.deltas(step_in, step_out, b, b, weight.dtype)
+        turn: Callable[..., None] = kernels.turn_in_one_launch
+        sizes = {"tile_k": tiling[1], "stages": tiling[2]}
+        turn(weight, *deltas, perm_in, perm_out, *counters, None, **sizes)
+        return
     rows, columns = kernels.NARROW
     if tiling[0] is None:
         columns = kernels.Tiling(*tiling[1])
     else:
         rows = kernels.Tiling(*tiling)
-    turn: Callable[..., None] = kernels.turn_weight_
-    turn(weight, *given, None, tilings=(rows, columns))
+    two: Callable[..., None] = kernels.turn_weight_
+    two(weight, *given, None, tilings=(rows, columns))
 
 
 if __name__ == "__main__":

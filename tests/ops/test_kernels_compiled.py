@@ -156,6 +156,20 @@ def test_a_weight_is_turned_in_two_launches(dtype, n, m, b, chunk, compiled_laun
             assert re.search(r"st\.global\S*\.v4", kernel.asm["ptx"])
 
 
+@pytest.mark.parametrize(("b_in", "b_out"), [(256, 256), (128, 192), (192, 128)])
+def test_blocks_of_middle_size_are_turned_in_one_launch(b_in, b_out, compiled_launches):
+    from poetx_compile.ops.kernels import turn_weight
+
+    weight, perms = meta(1024, 2048, dtype=BF16), (pair(32), pair(16))
+    steps = [meta(size // b, b * (b - 1) // 2) for size, b in ((2048, b_in), (1024, b_out))]
+    turn_weight.turn_weight_(weight, *steps, *perms, b_in, b_out, 3, 5, 3, 1, None)
+    turn = compiled_launches[-1]
+    assert turn.metadata.name == "turn_both_kernel"
+    assert turn.metadata.shared <= SHARED_MEMORY
+    assert turn.asm["ttgir"].count("ttng.warp_group_dot ") == 2
+    assert re.search(r"st\.global\S*\.v4", turn.asm["ptx"])
+
+
 @pytest.mark.parametrize("b", [320, 1024])
 def test_large_deltas_are_products_of_two_byte_operands(b, compiled_launches, tmp_path):
     from poetx_compile.ops.kernels.cayley import delta

@@ -156,7 +156,7 @@ for width, b in ((160, 72), (96, 33), (200, 66)):
     check("fold_weight", "fold", torch.randn(70, width), *sides, pair(width), None, torch.float16)
 """,
     "fold_both": """
-from poetx_compile.ops.kernels.fold_both import FoldTiling, _splits, fits, fold_both
+from poetx_compile.ops.kernels.fold_both import FoldTiling, column_splits, fits, fold_both
 
 def small(blocks, b):
     return (0.1 * torch.randn(blocks, b, b)).half()
@@ -184,7 +184,8 @@ once = (weight.double() @ (torch.eye(80) + delta[0].double()).T).half()
 actual = fold_both(weight, delta, zero, None, None)
 assert (actual != once).float().mean() < 0.01  # sums in fp32 next to a tie
 assert torch.equal(fold_both(weight, zero[:1], zero, None, None), weight)
-assert [_splits(*sizes) for sizes in ((8, 16, 132), (16, 32, 132), (132, 1, 132))] == [16, 8, 1]
+sizes = (8, 16, 132), (16, 32, 132), (132, 1, 132)
+assert [column_splits(*given) for given in sizes] == [16, 8, 1]
 """,
     "block_product": """
 for dtype in (torch.float32, torch.float16):
@@ -258,6 +259,7 @@ for b, options in ((2, {}), (5, {}), (33, {"tiling": small}), (70, {})):
 import triton
 import triton.language as tl
 from poetx_compile.ops.kernels import turn_weight
+from poetx_compile.ops.turn_weight import rotate_weight
 from poetx_compile.ops.kernels.turn_weight import Tiling
 from poetx_compile.ops import random
 
@@ -275,6 +277,18 @@ for n, m, b_in, b_out in ((7, 10, 3, 2), (75, 66, 33, 70), (130, 20, 4, 65)):
     turned(torch.randn(n, m), b_in, b_out, pair(m), pair(n))
 turned(torch.randn(96, 128), 48, 40, pair(16), pair(6), tilings=small)  # chunks: in the kernels
 turned(torch.randn(96, 128), 64, 96, pair(8), pair(96), torch.tensor(1.0))
+# In one launch: blocks of one panel and of two, tails, columns in chunks. fp16 in place of bf16.
+for n, m, b_out, b_in in ((300, 160, 136, 72), (80, 288, 72, 136)):
+    weight, perms = torch.randn(n, m).half(), (pair(m // 8), pair(n // 4))
+    deltas = [0.05 * torch.randn(s // b, b, b).half() for s, b in ((m, b_in), (n, b_out))]
+    actual = weight.clone()
+    turn_weight.turn_in_one_launch(actual, *deltas, *perms, 5, 2, 1, None)
+    wide = [d.double() for d in deltas]
+    columns, rows = ((p[0][:, None] * c + torch.arange(c)).flatten() for p, c in zip(perms, (8, 4)))
+    before, after = (w.double()[rows][:, columns] for w in (weight, actual))
+    expected = rotate_weight(before, wide[0], wide[1].mT)
+    assert_close(after - before, expected - before, torch.float16, "in one launch")
+
 weight = torch.randn(4, 6)
 given = skew(2, 3), skew(2, 2), pair(6), pair(4), 3, 2, 3, 5, 2, 1
 still = weight.clone()

@@ -163,7 +163,7 @@ def fold_both(
     column_programs = -(-width // b_right)
     # Panels of whole blocks: of the last one, which may be cut short, as many as of the others.
     panels = -(-rows // b_left) * -(-b_left // tiling.panel)
-    splits = _splits(column_programs, panels, MULTIPROCESSORS * (256 // padded))
+    splits = column_splits(column_programs, panels, MULTIPROCESSORS * (256 // padded))
     out = torch.empty_like(weight)
     launch(
         fold_both_kernel,
@@ -199,7 +199,7 @@ def _padded(block_size: int) -> int:
     return power_of_two(block_size, 128, 256)
 
 
-def _splits(column_programs: int, panels: int, resident: int) -> int:
+def column_splits(column_programs: int, panels: int, resident: int) -> int:
     """Into how many programs the panels of a block of columns are divided.
 
     The fewest that take the least time where `resident` programs run at once: a wave takes its
