@@ -48,6 +48,7 @@ class StepCase:
         accumulation: batches whose gradients are added before a step of the optimiser.
         keep_folded: the backend's option, of POET-X.
         memory_budget: the field of `POETXConfig`.
+        gains: the field of `POETXConfig`.
         cuda_graphs: replay forward and backward as CUDA graphs.
         steps, rounds, warmup: `rounds` times `steps` steps are timed, after `warmup` steps.
         peer: folder of the peer.
@@ -66,6 +67,7 @@ class StepCase:
     accumulation: int = 1
     keep_folded: str = "call"
     memory_budget: float | None = None
+    gains: str = "none"
     lr: float = 1e-4
     device: str = "cuda"
     dtype: str = "bfloat16"
@@ -183,6 +185,7 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         formulation=case.formulation,
         permutation=case.permutation,
         memory_budget=case.memory_budget,
+        gains=case.gains,
         # Merges are timed by themselves, but where each step is one.
         merge_interval=1 if case.merge_interval == 1 else 10**9,
     )

@@ -259,9 +259,11 @@ def test_step(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_step_of_the_merged_form(tmp_path: Path) -> None:
-    arguments = ["--merge-interval", "1", "--optimizers", "muon", "--output", str(tmp_path)]
+    arguments = ["--merge-interval", "1", "--optimizers", "muon", "--gains", "rows"]
+    arguments += ["--output", str(tmp_path)]
     dense, ours = step.main([*STEP, *arguments])
     assert (dense["merge_interval"], ours["merge_interval"], ours["merge_ms"]) == (None, 1, 0)
+    assert (dense["gains"], ours["gains"]) == (None, "rows")
     assert ours["ms"] == ours["step_ms"]
     assert ours["gradients_mib"] < 0.6 * dense["gradients_mib"]
 
