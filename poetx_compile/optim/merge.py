@@ -84,11 +84,16 @@ def merge(
     """
     with _transaction(model) as layers:
         moves = redraw_all(redrawn(e for _, e in layers)) if redraw else {}
-        for batch in layer_batches(layers):
+        # In the merged form there is nothing to merge.
+        turned = [(m, e) for m, e in layers if not e.merged]
+        for batch in layer_batches(turned):
             deltas_of = _merged_deltas([e for _, e in batch])
             for (module, equivalence), deltas in zip(batch, deltas_of, strict=True):
                 _merge_layer(stored_weight(module), equivalence, deltas, moves)
-        torch._foreach_zero_([local(skew) for _, e in layers for skew in e.skews])
+        for _, equivalence in layers:
+            equivalence.write_layout()
+        if turned:
+            torch._foreach_zero_([local(skew) for _, e in turned for skew in e.skews])
         if then is not None:
             then(moves)
 
@@ -122,7 +127,7 @@ def _transaction(model: nn.Module) -> Iterator[list[Layer]]:
     check_alone(e for _, e in layers)
     check_layouts([e for _, e in layers])
     check_stored_weights([(e, stored_weight(m)) for m, e in layers])
-    _check_finite([skew for _, e in layers for skew in e.skews])
+    _check_finite([skew for _, e in layers for skew in e.skews if not e.merged])
     for _, equivalence in layers:
         equivalence.interrupted = True
     try:
@@ -189,13 +194,12 @@ def _merge_layer(
     with ieee_fp32():
         rotated = rotate_weight(whole(stored), *deltas)
     _write(stored, equivalence, rotated.to(stored.dtype), moves)
-    equivalence.write_layout()
 
 
 def _write(stored: Tensor, e: OrthogonalEquivalence, weight: Tensor, moves: Moves) -> None:
     """Store a whole weight in the old order in the new one: one gather a side, in its dtype."""
     for dim, permutation in enumerate((e.perm_out, e.perm_in)):
-        if permutation in moves and not e.merged:
+        if permutation in moves:
             weight = weight.index_select(dim, moves[permutation])
     write(stored, weight)
     e.seal(stored)

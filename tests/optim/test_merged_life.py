@@ -97,8 +97,8 @@ def test_a_scaler_skips_steps(fused: bool) -> None:
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_a_run_goes_on_bit_for_bit(name: str, tmp_path: Any) -> None:
-    """Stochastic rounding included: its bits follow from the saved count of steps."""
-    model = net(torch.bfloat16)
+    """Stochastic rounding and redraws included: they follow from the saved count of steps."""
+    model = net(torch.bfloat16, redraw_interval=4)
     optimizer = OPTIMISERS[name](model)
     for _ in range(3):
         step(model, optimizer)
@@ -108,7 +108,8 @@ def test_a_run_goes_on_bit_for_bit(name: str, tmp_path: Any) -> None:
     assert state["q.parametrizations.weight.original"].equal(model.q.weight)
     for _ in range(2):
         step(model, optimizer)
-    other = net(torch.bfloat16, seed=0)
+    assert {e.draw for _, _, e in prepared_linears(model)} == {2}
+    other = net(torch.bfloat16, redraw_interval=4)
     again = OPTIMISERS[name](other)
     poetx.load_checkpoint(tmp_path / "state", other, again)
     for _ in range(2):
@@ -129,7 +130,7 @@ def test_a_checkpoint_of_the_other_form_is_converted(merged_first: bool) -> None
     for _ in range(2):
         step(model, optimizer)
     if not merged_first:
-        merge(model)  # to another draw, with rotations on top
+        merge(model, redraw=True)  # to another draw, with rotations on top
         step(model, optimizer)
     other = net(merge_interval=intervals[1], max_angle=None, seed=5)
     again = OPTIMISERS["POETXMuon"](other)
@@ -325,3 +326,23 @@ def test_a_compiled_step(name: str) -> None:
         step(other, second)
     for a, b in zip(weights(one), weights(other), strict=True):
         assert (a - b).abs().max() < 1e-12
+
+
+def test_a_redraw_writes_no_weight() -> None:
+    models = []
+    for interval in (2, None):
+        model = net(redraw_interval=interval)
+        optimizer = OPTIMISERS["POETXMuon"](model)
+        models.append((model, optimizer))
+        for _ in range(2):
+            step(model, optimizer)
+    (one, first), (other, second) = models
+    assert same(weights(one), weights(other))
+    assert first.schedule.redraws == 1
+    one.load_state_dict(one.state_dict())
+    merge(one, redraw=True)
+    assert same(weights(one), weights(other))
+    assert {e.draw for _, _, e in prepared_linears(one)} == {3}
+    step(one, first)
+    step(other, second)
+    assert not same(weights(one), weights(other))
