@@ -111,6 +111,7 @@ def measure_dense(session: Session, tokens: int, m: int, n: int, stage: str) -> 
 
 def measure(session: Session, case: Case, stage: str, dense: Dense) -> Row:
     """The row of a layer: gate, times, saved bytes, floors."""
+    contenders.drop_compiled()  # the dense layer is compiled again, from Inductor's cache
     layer = contenders.linear(session, case.in_features, case.out_features)
     poetx.prepare(layer, case.config())
     optimizer = poetx.POETXMuon(layer, lr=RATE)

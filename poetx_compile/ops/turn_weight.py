@@ -118,8 +118,9 @@ def _check(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, or
     )
 
 
-def _kernel_takes(weight, skew_in, skew_out, perm_in, perm_out, *rest) -> bool:
-    _, _, order, *_ = rest
+def _kernel_takes(
+    weight, skew_in, skew_out, perm_in, perm_out, b_in, b_out, order, seed, step, layer, apply
+) -> bool:
     floats = weight.dtype in (torch.bfloat16, torch.float32) and skew_in.dtype == torch.float32
     return floats and order == 3 and weight.is_contiguous() and permutable(weight, perm_in)
 
