@@ -23,7 +23,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 _ESTIMATE = """examples:
   poetx estimate config.json --batch-size 8 --dtype bfloat16
-  poetx estimate path/to/checkpoint --optimizer muon --block-size 512 --json -
+  poetx estimate path/to/checkpoint --dtype bfloat16 --gpu-memory 80GB --checkpointing
+  poetx estimate path/to/checkpoint --block-size 512 --json -
   poetx estimate --factory mypackage.model:build --input 8x3x224x224:bfloat16
 """
 
@@ -61,14 +62,20 @@ def command_parser(prog: str = "poetx") -> argparse.ArgumentParser:
     add(
         "--optimizer",
         choices=OPTIMIZERS,
-        default="adamw",
-        help="of the POET-X columns (default: adamw); the dense one is AdamW",
+        default="muon",
+        help="of the POET-X columns (default: muon); the dense one is AdamW",
     )
     add("--variants", default="fast,mem", help="a column each (default: fast,mem)")
     add(
         "--memory-budget", type=float, metavar="F",
         help="of the fast column: the fraction of its activations that may be kept",
     )  # fmt: skip
+    add("--gpu-memory", metavar="SIZE", help="such as 80GB: what fits, and what is needed if not")
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="activation checkpointing of every layer, for a model of transformers",
+    )
     add("--autocast", choices=DTYPES, help="dtype of an autocast region around the forward")
     add("--whole", action="store_true", help="trace every layer of a long run of equal ones")
     add("--json", metavar="FILE", help="write the result in bytes as JSON; - for the output")
@@ -138,7 +145,12 @@ def _estimate(args: argparse.Namespace) -> None:
         config=_config(args, memory_budget=args.memory_budget),
         variants=[name.strip() for name in args.variants.split(",") if name.strip()],
         whole=args.whole,
+        gpu_memory=args.gpu_memory,
+        checkpointing=args.checkpointing,
+        progress=_progress if sys.stderr.isatty() else None,
     )
+    if sys.stderr.isatty():
+        _progress("")
     if args.json != "-":
         print(found)
     if args.json:
@@ -147,6 +159,11 @@ def _estimate(args: argparse.Namespace) -> None:
             print(text)
         else:
             Path(args.json).write_text(text + "\n", encoding="utf-8")
+
+
+def _progress(line: str) -> None:
+    """One line that the next one overwrites."""
+    print(f"\r\x1b[K{line[:79]}", end="", file=sys.stderr, flush=True)
 
 
 def _explain(args: argparse.Namespace) -> None:

@@ -3,98 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from poetx_compile.compile import collector
 from poetx_compile.compile.options import BackendOptions, without_adoption
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, EstimateError
 from poetx_compile.inspect.memory import inputs as example
 from poetx_compile.inspect.memory import meta, parts
+from poetx_compile.inspect.memory.fit import Peak, parse_memory, with_budget
 from poetx_compile.inspect.memory.liveness import Longer, StepMemory, step_memory, with_more_layers
-from poetx_compile.inspect.memory.source import model_on_meta
+from poetx_compile.inspect.memory.rows import Estimate, MemoryRow, judged
+from poetx_compile.inspect.memory.source import checkpoint_layers, model_on_meta
 from poetx_compile.inspect.memory.trace import trace
 from poetx_compile.layers.parametrization import trained_parameters
 from poetx_compile.layers.prepare import config_of
-from poetx_compile.layers.tables import format_table
 
 MIB = 2**20
 
-_FEW = 2
-"""Of a run of equal layers so many are traced, then one more: the difference is one layer's."""
 
+def _few(inputs: Sequence[Tensor]) -> int:
+    """Of a run of equal layers so many are traced, then one more: the difference is one layer's.
 
-@dataclasses.dataclass(frozen=True)
-class MemoryRow:
-    """One way to train the model; all sizes in bytes.
-
-    Attributes:
-        method: ``"nn.Linear"``, or ``"POET-X fast"`` and the like.
-        optimizer: name of its class.
-        trained: number of trained parameters.
-        weights: parameters, trained or frozen, and buffers.
-        gradients: of the trained parameters.
-        optimizer_state: moments and step counters.
-        activations: what the forward keeps for the backward.
-        peak: the most that is allocated at any time of a step.
-        peak_in: ``"forward"``, ``"backward"`` or ``"optimizer step"``.
+    One, where ids are embedded; else the first layer needs no gradient of its input and is another
+    than those behind it.
     """
-
-    method: str
-    optimizer: str
-    trained: int
-    weights: int
-    gradients: int
-    optimizer_state: int
-    activations: int
-    peak: int
-    peak_in: str
+    return 2 if any(tensor.is_floating_point() for tensor in inputs) else 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """What `estimate` found; prints as a table in MiB.
-
-    Attributes:
-        model: name of the model's class.
-        inputs: shapes and dtypes of the example inputs.
-        rows: plain AdamW first, then a row for each variant.
-        traced: how the activations were found: the whole model, or fewer layers of it.
-        config: the configuration of POET-X.
-    """
-
-    model: str
-    inputs: tuple[str, ...]
-    rows: tuple[MemoryRow, ...]
-    traced: str
-    config: POETXConfig
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able values, sizes in bytes."""
-        return dataclasses.asdict(self) | {"config": self.config.to_dict()}
-
-    def __str__(self) -> str:
-        header = ("MiB", *(row.method for row in self.rows))
-        sizes = ("weights", "gradients", "optimizer_state", "activations", "peak")
-        cells = [("optimizer", *(row.optimizer for row in self.rows))]
-        for name in sizes:
-            values = (f"{getattr(row, name) / MIB:,.0f}" for row in self.rows)
-            cells.append((name.replace("_", " "), *values))
-        cells.append(("peak in", *(row.peak_in for row in self.rows)))
-        dense = self.rows[0].peak
-        cells.append(("peak / dense", *(f"{row.peak / dense:.2f}" for row in self.rows)))
-        cells.append(("trained", *(f"{row.trained:,}" for row in self.rows)))
-        block = self.config.block_size
-        return "\n".join(
-            [
-                f"{self.model}, {', '.join(self.inputs)}, block size {block}",
-                format_table(header, cells, right=range(1, len(header))),
-                f"activations: {self.traced}",
-            ]
-        )
+Progress = Callable[[str], None]
 
 
 def estimate(
@@ -104,13 +45,16 @@ def estimate(
     sequence_length: int | None = None,
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
-    optimizer: str = "adamw",
+    optimizer: str = "muon",
     config: POETXConfig | None = None,
     shared: Sequence[Sequence[str]] = (),
     variants: Sequence[str] = ("fast", "mem"),
     loss: example.Loss | None = None,
     options: dict[str, Any] | None = None,
     whole: bool = False,
+    gpu_memory: int | str | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
     **kwargs: Any,
 ) -> Estimate:
     """The bytes of weights, gradients, optimiser state and activations, and the peak of a step.
@@ -118,7 +62,8 @@ def estimate(
     For dense training with AdamW and for POET-X beside it, on one CUDA GPU, compiled. No GPU is
     needed and nothing is allocated: the model is copied to the meta device, and what a step keeps
     is counted on the graphs that `torch.compile` would run (see `poetx_compile.inspect.memory`).
-    Long runs of equal layers are traced with two and with three layers, and the rest follows.
+    Long runs of equal layers are traced with few layers, and the rest follows. There
+    a `memory_budget` is not traced: it lies between ``fast`` and ``mem`` by what is kept.
 
     Where no inputs are given they are token ids [batch_size, sequence_length] (and labels, where
     the forward takes them), or the images of a Hugging Face model. The loss is what the model
@@ -137,13 +82,17 @@ def estimate(
         dtype: the model is converted to it; default: as it is (a configuration: as it says, or
             fp32).
         autocast: dtype of the autocast region around the forward, if there is one.
-        optimizer: ``"adamw"`` (`POETXAdamW`) or ``"muon"`` (`POETXMuon`), for the rows of POET-X.
+        optimizer: ``"muon"`` (`POETXMuon`) or ``"adamw"`` (`POETXAdamW`), for the rows of POET-X.
         config: of POET-X; of a prepared model its own. `variant` is taken from `variants`.
         shared: as for `prepare`.
         variants: one row each.
         loss: what the model returns → a scalar.
         options: of `poetx_backend`.
         whole: trace every layer, which takes longer.
+        gpu_memory: of the GPU, such as ``"80GB"`` or a number of bytes: the result says whether it
+            fits, the largest batch that does, and what is needed for the one that was asked for.
+        checkpointing: activation checkpointing of every layer, for a model of transformers.
+        progress: called with a line before each trace.
 
     Returns:
         An `Estimate`; print it, or read ``rows`` and ``to_dict()``.
@@ -157,26 +106,61 @@ def estimate(
         raise ConfigError(
             f"optimizer = {optimizer!r} is not allowed: use one of {parts.OPTIMIZERS}"
         )
+    memory = None if gpu_memory is None else parse_memory(gpu_memory)
     given = bool(inputs or kwargs)
     example.check_sizes(batch_size, sequence_length, given)
     plain = model_on_meta(model)
     if dtype is not None:
         plain.to(dtype)
+    if checkpointing:
+        checkpoint_layers(plain)
     config = config_of(plain) or config or POETXConfig()
+    batch, length = batch_size or 1, sequence_length or 1024
     if given:
         inputs, kwargs = example.on_meta((inputs, kwargs))
     else:
-        inputs, kwargs = example.make_inputs(plain, batch_size or 1, sequence_length or 1024)
+        inputs, kwargs = example.make_inputs(plain, batch, length)
     trained = plain if config_of(plain) else meta.prepared(plain, config, shared)
-    step = _Step(inputs, kwargs, loss, autocast, whole)
-    rows = _rows(["nn.Linear"], "AdamW", "adamw", meta.unprepared(plain), step, [None])
+    step = _Step(inputs, kwargs, loss, autocast, whole, progress or _silent)
     chosen = [_with_variant(config, variant) for variant in variants]
     parsed = [_options(one, options or {}) for one in chosen]
-    methods = [f"POET-X {_described_choice(one)}" for one in chosen]
+    dense = meta.unprepared(plain)
+    peaks = [
+        *step.peaks("nn.Linear", dense, "adamw", [None]),
+        *step.peaks("POET-X", trained, optimizer, parsed),
+    ]
     name = {"adamw": "POETXAdamW", "muon": "POETXMuon"}[optimizer]
-    rows += _rows(methods, name, optimizer, trained, step, parsed)
+    methods = ["nn.Linear", *(f"POET-X {_described_choice(one)}" for one in chosen)]
+    counts = [sum(p.numel() for p in trained_parameters(m)) for m in (dense, trained)]
+    rows = [
+        MemoryRow(
+            method=method,
+            optimizer=name if number else "AdamW",
+            trained=counts[bool(number)],
+            weights=parts.weights(trained if number else dense),
+            gradients=peak.step.gradients,
+            optimizer_state=peak.constant - parts.weights(trained if number else dense),
+            activations=peak.step.kept,
+            peak=peak.total,
+            peak_in=peak.where,
+        )
+        for number, (method, peak) in enumerate(zip(methods, peaks, strict=True))
+    ]
     described = tuple(map(_described, example.tensors(inputs, kwargs)))
-    return Estimate(type(plain).__name__, described, tuple(rows), step.traced, config)
+    found = Estimate(type(plain).__name__, described, tuple(rows), step.traced, config, memory)
+    if memory is None:
+        return found
+
+    def at(size: int) -> list[Peak]:
+        made = example.make_inputs(plain, size, length)
+        other = _Step(*made, loss, autocast, whole, progress or _silent)
+        return other.peaks(f"POET-X, batch {size}", trained, optimizer, parsed)
+
+    return judged(found, peaks, None if given else batch, at, checkpointing)
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 @dataclasses.dataclass
@@ -188,90 +172,103 @@ class _Step:
     loss: example.Loss | None
     autocast: torch.dtype | None
     whole: bool
+    progress: Progress = _silent
     traced: str = ""
 
+    @property
+    def few(self) -> int:
+        return _few(example.tensors(self.inputs, self.kwargs))
+
+    def peaks(
+        self,
+        name: str,
+        model: nn.Module,
+        optimizer: str,
+        choices: Sequence[BackendOptions | None],
+    ) -> list[Peak]:
+        """What training the whole model takes, for each choice."""
+        constant = parts.weights(model) + parts.optimizer_state(model, optimizer)
+        batch = sum(t.nbytes for t in example.tensors(self.inputs, self.kwargs))
+        update = parts.step(model, optimizer)
+
+        def of(choices: Sequence[BackendOptions | None]) -> list[Peak]:
+            found = self.memory(model, choices, name)
+            return [Peak(constant, batch, update, memory) for memory in found]
+
+        budgets = [_budget(one) for one in choices]
+        if self.whole or not any(budgets) or not meta.runs_of_layers(model):
+            return of(choices)
+        # A budget is met over all layers, which few of them do not tell: between fast and mem.
+        ends = [_of_variant(choices[budgets.index(max(budgets))], v) for v in ("fast", "mem")]
+        rest = [one for one, budget in zip(choices, budgets, strict=True) if not budget]
+        fast, mem, *found = of([*ends, *rest])
+        return [with_budget(fast, mem, f) if f else found.pop(0) for f in budgets]
+
     def memory(
-        self, model: nn.Module, choices: Sequence[BackendOptions | None]
+        self, model: nn.Module, choices: Sequence[BackendOptions | None], name: str = ""
     ) -> list[StepMemory]:
         """That of the whole model, from a few layers where it has long runs of equal ones."""
-        # A budget is met layer by layer: few of them say nothing of many.
-        budget = any(one is not None and one.config.get("memory_budget") for one in choices)
-        runs = [] if self.whole or budget else meta.runs_of_layers(model)
+        runs = [] if self.whole else meta.runs_of_layers(model)
         if runs:
             try:
-                found = self._from_few(model, runs, choices)
+                found = self._from_few(model, runs, choices, name)
             except EstimateError:  # a forward that counts its layers: trace all of them
                 runs = []
         if not runs:
+            self.progress(f"tracing {name}: every layer")
             found = self._of(model, choices)
-        few = [f"{run.name}: {_FEW} and {_FEW + 1} of {run.count} equal layers" for run in runs]
+        n = self.few
+        few = [f"{run.name}: {n} and {n + 1} of {run.count} equal layers" for run in runs]
         self.traced = f"traced with {', '.join(few)}" if few else "traced with every layer"
         return found
 
     def _from_few(
-        self, model: nn.Module, runs: list[meta.Run], choices: Sequence[BackendOptions | None]
+        self,
+        model: nn.Module,
+        runs: list[meta.Run],
+        choices: Sequence[BackendOptions | None],
+        name: str,
     ) -> list[StepMemory]:
-        counts = dict.fromkeys(runs, _FEW)
+        n = self.few
+        counts = dict.fromkeys(runs, n)
+        self.progress(f"tracing {name}: {n} of {runs[0].count} layers")
         few = self._of(meta.shortened(model, counts), choices)
-        longer = [
-            self._of(meta.shortened(model, counts | {run: _FEW + 1}), choices) for run in runs
-        ]
+        longer = []
+        for run in runs:
+            self.progress(f"tracing {name}: {n + 1} of {run.count} layers")
+            more = meta.shortened(model, counts | {run: n + 1})
+            longer.append(self._of(more, choices))
         grown = []
         for options, step, *steps in zip(choices, few, *longer, strict=True):
             parts_of = zip(runs, steps, strict=True)
-            of_runs = [Longer(s, r.count - _FEW, _filling(model, r, options)) for r, s in parts_of]
+            of_runs = [Longer(s, r.count - n, _filling(model, r, options, n)) for r, s in parts_of]
             grown.append(with_more_layers(step, of_runs))
         return grown
 
     def _of(self, model: nn.Module, choices: Sequence[BackendOptions | None]) -> list[StepMemory]:
         step = example.TrainingStep(model, self.loss, self.autocast)
-        return [step_memory(graphs) for graphs in trace(step, self.inputs, self.kwargs, choices)]
+        with collector.paused():
+            traced = trace(step, self.inputs, self.kwargs, choices)
+            return [step_memory(graphs) for graphs in traced]
 
 
-def _filling(model: nn.Module, run: meta.Run, options: BackendOptions | None) -> float:
+def _budget(options: BackendOptions | None) -> float:
+    return 0.0 if options is None else options.config.get("memory_budget") or 0.0
+
+
+def _of_variant(options: BackendOptions | None, variant: str) -> BackendOptions:
+    assert options is not None
+    config = options.config | {"variant": variant, "memory_budget": None}
+    return dataclasses.replace(options, config=config)
+
+
+def _filling(model: nn.Module, run: meta.Run, options: BackendOptions | None, few: int) -> float:
     """How many layers beyond the few fill the batch of rotations that these have begun."""
     layer = model.get_submodule(f"{run.name}.{run.start}")
     rotations = parts.rotations(layer)
     if options is None or not rotations:
         return 0
-    return max(0.0, options.cayley_batch_bytes / rotations - _FEW)
-
-
-def _rows(
-    methods: Sequence[str],
-    name: str,
-    optimizer: str,
-    model: nn.Module,
-    step: _Step,
-    choices: Sequence[BackendOptions | None],
-) -> list[MemoryRow]:
-    weights = parts.weights(model)
-    state = parts.optimizer_state(model, optimizer)
-    trained = sum(p.numel() for p in trained_parameters(model))
-    batch = sum(t.nbytes for t in example.tensors(step.inputs, step.kwargs))
-    rows = []
-    for method, found in zip(methods, step.memory(model, choices), strict=True):
-        peaks = {
-            "forward": found.forward,
-            "backward": max(found.backward),
-            "optimizer step": found.gradients + parts.step(model, optimizer),
-        }
-        peak_in = max(peaks, key=peaks.__getitem__)
-        peak = weights + state + batch + peaks[peak_in]
-        rows.append(
-            MemoryRow(
-                method=method,
-                optimizer=name,
-                trained=trained,
-                weights=weights,
-                gradients=found.gradients,
-                optimizer_state=state,
-                activations=found.kept,
-                peak=peak,
-                peak_in=peak_in,
-            )
-        )
-    return rows
+    return max(0.0, options.cayley_batch_bytes / rotations - few)
 
 
 def _with_variant(config: POETXConfig, variant: str) -> POETXConfig:

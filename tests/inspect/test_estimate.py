@@ -101,7 +101,7 @@ def test_activations_are_what_autograd_holds() -> None:
     assert mem < actual <= 0.8 * fast
     assert mem < fast
     text = str(found)
-    for name in ("Stack", "float32 [30 x 48]", "nn.Linear", "POET-X mem", "POETXAdamW", "peak in"):
+    for name in ("Stack", "float32 [30 x 48]", "nn.Linear", "POET-X mem", "POETXMuon", "peak in"):
         assert name in text
     values = json.loads(json.dumps(found.to_dict()))
     assert [row["peak"] for row in values["rows"]] == [row.peak for row in found.rows]

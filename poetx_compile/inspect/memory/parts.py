@@ -38,7 +38,8 @@ def step(model: nn.Module, optimizer: str) -> int:
     dtype; orthogonalised momentum holds the direction of each skew parameter, and some batches of
     blocks. In the merged form the steps of a batch of layers are alive, and a layer in fp32.
     """
-    blocks = 4 * CHUNK_BYTES if optimizer == "muon" and _skews(model) else 0
+    unpacked = 4 * sum(s.elements for _, _, e in prepared_linears(model) for s in e.sides)
+    blocks = 4 * min(CHUNK_BYTES, unpacked) if optimizer == "muon" else 0
     if (merged := _turn(model)) is not None:
         return merged + blocks
     layers = [stored_weight(module) for _, module, _ in prepared_linears(model)]

@@ -39,6 +39,22 @@ def model_on_meta(source: Any) -> nn.Module:
     return model.train()
 
 
+def checkpoint_layers(model: nn.Module) -> None:
+    """Have a model of transformers checkpoint its layers, as the Trainer does where it is asked to.
+
+    Raises:
+        ConfigError: the model has no switch for it.
+    """
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # new and old
+    enable = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
+        raise ConfigError(
+            f"checkpointing=True: {type(model).__name__} has no switch for it. Use "
+            "torch.utils.checkpoint in the model itself"
+        )
+    enable({"use_reentrant": False})
+
+
 def read_config(path: Path) -> Any:
     """The Hugging Face configuration in a file, or in ``config.json`` of a folder."""
     file = path / "config.json" if path.is_dir() else path

@@ -9,14 +9,16 @@ what training keeps.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from poetx_compile._torch import CustomPartitionerFn, TracingContext, pytree
+from poetx_compile._torch import CustomPartitionerFn, OpOverload, TracingContext, pytree
 from poetx_compile.compile.options import BackendOptions
 from poetx_compile.compile.partition import Partitioner, partitioner_for
 from poetx_compile.compile.rewrite import DryRun, rewrite
@@ -68,16 +70,14 @@ def trace(
 
     torch.compiler.reset()
     try:
-        with torch._dynamo.config.patch(suppress_errors=False), torch.enable_grad():
+        with (
+            torch._dynamo.config.patch(suppress_errors=False),
+            torch.enable_grad(),
+            _quiet("torch._subclasses.fake_tensor"),  # a traceback for what is raised below
+        ):
             torch.compile(step, backend=backend, dynamic=False)(*inputs, **kwargs)
     except Exception as error:
-        cause = getattr(error, "inner_exception", error)
-        message = " ".join(str(cause).split())
-        raise EstimateError(
-            "the model cannot be traced on the meta device: give example inputs that its forward "
-            "takes, estimate(model, *inputs, **kwargs), or a loss=... for its output. "
-            f"{type(cause).__name__}: {message[:400]}"
-        ) from error
+        raise _explained(getattr(error, "inner_exception", error)) from error
     finally:
         torch.compiler.reset()
     if not all(traced):
@@ -86,6 +86,43 @@ def trace(
             "requires_grad of the parameters"
         )
     return traced
+
+
+def _explained(cause: BaseException) -> EstimateError:
+    """What a user can do about it, and where it stopped."""
+    message = f"{type(cause).__name__}: {' '.join(str(cause).split())[:400]}"
+    op, layer = _op_at_fault(cause)
+    where = f" at the op {op}" + (f" of {layer}" if layer else "") if op else ""
+    return EstimateError(
+        f"the model cannot be traced on the meta device: it stops{where}. Give example inputs that "
+        "its forward takes, estimate(model, *inputs, **kwargs), or a loss=... for its output; of a "
+        f"model that needs the values of tensors, measure a step on a GPU. {message}"
+    )
+
+
+def _op_at_fault(error: BaseException) -> tuple[str | None, str]:
+    """The op that a traceback ends in, and the layer of the model, where its frames know them."""
+    op, layer = None, ""
+    trace = error.__traceback__
+    while trace is not None:
+        for value in trace.tb_frame.f_locals.values():
+            if isinstance(value, fx.Node) and value.op in ("call_function", "call_method"):
+                op = getattr(value.target, "__name__", str(value.target))
+                layer = graphs.layer_of(value).name
+            elif isinstance(value, OpOverload):
+                op = str(value)
+        trace = trace.tb_next
+    return op, layer
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 class _Partitioner(CustomPartitionerFn):
@@ -142,6 +179,7 @@ def _on_cpu(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Graph
     context = TracingContext.get()
     assert context.fake_mode is not None
     graph = graphs.clone(gm)
+    _count_in_floats(graph)
     nodes = [node for module in graphs.nested(graph) for node in module.graph.nodes]
     again = [node for node in nodes if _is_evaluated(node)]
     values: dict[int, tuple[Any, Any]] = {}  # one value stays one, in nested bodies as well
@@ -158,6 +196,25 @@ def _on_cpu(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.Graph
         with torch.no_grad():  # what stands in for inputs are leaves, and some are written to
             metadata.refresh(graph)
         return graph, [_empty(x) for x in example_inputs]
+
+
+def _count_in_floats(root: fx.GraphModule) -> None:
+    """`torch.histc` of integers, by which mixtures count tokens, is CUDA's alone."""
+    for module in graphs.nested(root):
+        for node in module.graph.find_nodes(op="call_function", target=torch.histc):
+            dtype = node.meta[graphs.VALUE].dtype
+            if dtype.is_floating_point:
+                continue
+            with module.graph.inserting_before(node):
+                floats = module.graph.call_method("to", (node.args[0], torch.float32))
+            graphs.inherit(floats, node).meta[graphs.VALUE] = node.meta[graphs.VALUE]
+            node.replace_input_with(node.all_input_nodes[0], floats)
+            with module.graph.inserting_after(node):
+                counts = module.graph.call_method("to", (node, dtype))
+            graphs.inherit(counts, node).meta[graphs.VALUE] = node.meta[graphs.VALUE]
+            node.replace_all_uses_with(
+                counts, delete_user_cb=lambda user, own=counts: user is not own
+            )
 
 
 def _is_evaluated(node: fx.Node) -> bool:
