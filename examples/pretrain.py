@@ -2,6 +2,7 @@
 
     python examples/pretrain.py                        # a small run on the CPU, a few minutes
     python examples/pretrain.py --method adamw         # the same, every weight trained
+    python examples/pretrain.py --method both          # one after the other, in one loss.png
     python examples/pretrain.py --preset 20m --data corpus.jsonl.gz --steps 2000 --out runs/a
     python examples/pretrain.py --out runs/a --resume  # goes on from the last checkpoint
     torchrun --nproc-per-node 2 examples/pretrain.py   # the same batch over two processes, with DDP
@@ -9,7 +10,8 @@
 
 The run folder holds config.json, metrics.jsonl, checkpoint.pt, loss.png, spectrum.png and,
 in export/, the trained model with plain weights (`llama.load` reads it). A run that cannot start or
-go on says why in one line and exits with code 2.
+go on says why in one line and exits with code 2; one that is interrupted before its first step
+leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from pretraining.metrics import MetricsFile
 from pretraining.options import Options, parse, resumed
 from pretraining.plots import draw, read_run
 from pretraining.processes import Processes, gathered, processes
+from pretraining.progress import telling
 from pretraining.training import Training
 
 WATCHED = "layers.0.self_attn.q_proj"
@@ -55,12 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     try:
         with processes() as group:
-            return pretrain(given, group)
+            train = pretrain_both if given.get("method") == "both" else pretrain
+            return train(given, group)
     except (RunError, POETXError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def pretrain_both(given: dict[str, Any], group: Processes) -> int:
+    """Train densely, then with POET-X, in two folders of one; the plots of the second show both."""
+    if given.get("resume") or "compare" in given:
+        raise RunError("--method both: --resume and --compare go with one of its two runs")
+    if group.several and "out" not in given:
+        raise RunError("--method both needs --out where several processes train")
+    out = Path(given["out"]) if "out" in given else _unused(f"{given.get('preset', 'tiny')}-both")
+    dense, poetx_run = out / "adamw", out / "poetx"
+    code = pretrain(given | {"method": "adamw", "out": str(dense)}, group)
+    if code == 0:
+        torch.compiler.reset()
+        more = {"method": "poetx", "out": str(poetx_run), "compare": str(dense)}
+        code = pretrain(given | more, group)
+    return code
 
 
 def pretrain(given: dict[str, Any], group: Processes) -> int:
@@ -87,13 +107,29 @@ def pretrain(given: dict[str, Any], group: Processes) -> int:
     method = build(model, options, poetx_settings, group)
     training = Training(options, method, corpus, device, autocast=autocast, group=group)
 
-    if checkpoint is None:
-        spectra: dict[str, Any] = {"layer": WATCHED, "before": _spectrum(model), "after": []}
-        folder = _new_folder(options) if group.is_first else Path()
-    else:
+    new = checkpoint is None
+    folder = Path(str(options.out))
+    if checkpoint is not None:
         training.load(checkpoint)
+    elif group.is_first:
+        folder = _new_folder(options)
+    if group.is_first:
+        _announce(options, corpus, method, device, dtype, autocast, folder, group)
+    if not options.no_compile:
+        try:
+            with telling("compiling", shown=group.is_first):
+                seconds = training.compile()
+        except BaseException:
+            if new and group.is_first:
+                folder.rmdir()  # nothing is in it yet
+                print(f"nothing was trained: {folder} is gone again", file=sys.stderr)
+            raise
+        if group.is_first:
+            print(f"compiled in {seconds:.0f} s", flush=True)
+
+    spectra: dict[str, Any] = {"layer": WATCHED, "before": _spectrum(model), "after": []}
+    if checkpoint is not None:
         set_random_state(checkpoint["random"])
-        folder = Path(str(options.out))
         spectra = read_json(folder / "spectrum.json")
     metrics = None
     if group.is_first:
@@ -120,12 +156,8 @@ def pretrain(given: dict[str, Any], group: Processes) -> int:
                 "processes": group.count,
             },
         )
-        _announce(options, corpus, method, device, dtype, autocast, folder, group)
-        metrics = MetricsFile(folder / "metrics.jsonl", training.step)
-    if not options.no_compile:
-        seconds = training.compile()
-        if group.is_first:
-            print(f"compiled in {seconds:.0f} s", flush=True)
+        board = folder / "tensorboard" if options.tensorboard else None
+        metrics = MetricsFile(folder / "metrics.jsonl", training.step, board)
     done = training.run(metrics, lambda: _save(folder, training))
     if not done:
         if group.is_first:
@@ -189,14 +221,20 @@ def _new_folder(options: Options) -> Path:
     if options.out is not None:
         folder = Path(options.out)
     else:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{options.preset}-{options.method}"
-        folder, count = Path("runs") / name, 1
-        while folder.exists():
-            folder, count = Path("runs") / f"{name}-{count}", count + 1
+        folder = _unused(f"{options.preset}-{options.method}")
     try:
         folder.mkdir(parents=True, exist_ok=options.out is not None)
     except OSError as error:
         raise RunError(f"cannot create {folder}: {error.strerror}") from error
+    return folder
+
+
+def _unused(name: str) -> Path:
+    """A folder below runs/ that does not exist, named by the time and `name`."""
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    folder, count = Path("runs") / stem, 1
+    while folder.exists():
+        folder, count = Path("runs") / f"{stem}-{count}", count + 1
     return folder
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, with the same fields in every line."""
+"""metrics.jsonl: one JSON object a line, with the same fields in every line; and TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,15 @@ class MetricsFile:
     Args:
         path: the file.
         last_step: rows after this step are dropped: a resumed run writes them again.
+        board: folder for TensorBoard, if it is to have the same rows.
+
+    Raises:
+        RunError: TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, path: Path, last_step: int):
+    def __init__(self, path: Path, last_step: int, board: Path | None = None):
         self.path = path
+        self._board = None if board is None else _writer(board, last_step)
         self.rows = [r for r in read_rows(path) if r["step"] <= last_step] if path.exists() else []
         write_text(path, "".join(map(_line, self.rows)))
 
@@ -61,6 +67,27 @@ class MetricsFile:
         self.rows.append(values)
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(_line(values))
+        if self._board is not None:
+            for name, value in _scalars(values):
+                self._board.add_scalar(name, value, row.step)
+            self._board.flush()
+
+
+def _writer(folder: Path, last_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RunError("--tensorboard needs tensorboard: pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=last_step + 1)
+
+
+def _scalars(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a row by name; those of a group as ``field/group``."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{group}", number) for group, number in value.items())
+        elif value is not None and name != "step":
+            yield name, value
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

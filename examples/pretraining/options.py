@@ -33,7 +33,11 @@ class Options:
         "auto: autocast on CUDA, float32 elsewhere",
         choices=("auto", "float32", "autocast", "bfloat16"),
     )
-    method: str = _option("poetx", "POET-X, or dense training", choices=("poetx", "adamw"))
+    method: str = _option(
+        "poetx",
+        "POET-X, dense training, or one after the other with plots of both",
+        choices=("poetx", "adamw", "both"),
+    )
     optimizer: str = _option("muon", "optimiser of the rotations", choices=("muon", "adamw"))
     lr: float = _option(3e-3, "peak learning rate of everything that is not a rotation", above=0)
     poetx_lr: float | None = _option(
@@ -87,6 +91,7 @@ class Options:
     compare: str | None = _option(
         None, "draw another finished run into the plots", metavar="RUN", free=True
     )
+    tensorboard: bool = _option(False, "write the metrics for TensorBoard as well", free=True)
     log_every: int = _option(10, "steps between rows of metrics.jsonl", least=1, free=True)
     eval_every: int = _option(50, "steps between validations", least=1, free=True)
     eval_batches: int = _option(16, "batches of a validation", least=1)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import poetx_compile
 import pretrain
 from pretrain import INTERRUPTED, main
 from pretraining.metrics import read_rows
+from pretraining.plots import read_run
+from pretraining.progress import telling
 from pretraining.training import Training
 
 FINAL = re.compile(
@@ -182,6 +185,54 @@ def test_interrupt_saves_and_resume_goes_on(monkeypatch: pytest.MonkeyPatch, cap
     assert "stopped at step 3; go on with --out cut --resume" in capsys.readouterr().out
     assert main(["--out", "cut", "--resume"]) == 0
     assert losses("cut") == losses("whole")
+
+
+@quick
+def test_interrupted_while_it_compiles_it_leaves_nothing_half_made(
+    monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
+):
+    run("whole", "--stage", "eager", steps=4)
+    before = snapshot(".")
+    resume = ["--out", "whole", "--resume", "--steps", "8"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_loss", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        run("cut", "--stage", "eager", code=INTERRUPTED)
+        assert main(resume) == INTERRUPTED
+    assert "nothing was trained: cut is gone again" in capsys.readouterr().err
+    assert not Path("cut").exists()
+    assert snapshot(".") == before
+
+
+def test_both_methods_by_one_command_in_one_picture(monkeypatch: pytest.MonkeyPatch, capsys):
+    drawn: list[tuple[str, str | None]] = []
+    monkeypatch.setattr(
+        pretrain, "draw", lambda at, other=None: drawn.append((str(at), other and str(other)))
+    )
+    run("out", "--method", "both", steps=4)
+    assert drawn == [("out/adamw", None), ("out/poetx", "out/adamw")]
+    assert read_run(Path("out/poetx")).label != read_run(Path("out/adamw")).label
+    run("out", "--method", "both", "--resume", code=2)
+    assert "--resume and --compare go with one of its two runs" in capsys.readouterr().err
+
+
+@quick
+def test_tensorboard_has_the_rows_of_the_metrics():
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("out", "--tensorboard", steps=6)
+    assert main(["--out", "out", "--resume", "--steps", "8"]) == 0
+    board = EventAccumulator("out/tensorboard").Reload()
+    rows = read_rows(Path("out/metrics.jsonl"))
+    seen = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert seen == [(row["step"], pytest.approx(row["loss"])) for row in rows]
+    assert [e.step for e in board.Scalars("val_loss")] == [4, 6, 8]
+    assert {"lr/dense", "lr/poetx b=8", "tokens_per_s"} <= set(board.Tags()["scalars"])
+
+
+def test_a_line_tells_how_long_it_has_been_going_on(capsys):
+    with telling("compiling", every=0.01):
+        time.sleep(0.1)
+    assert capsys.readouterr().err.startswith("compiling: 0 s\ncompiling: 0 s\n")
 
 
 @quick

@@ -42,6 +42,31 @@ def qwen3() -> nn.Module:
     return causal(transformers.Qwen3Config(**DECODER, head_dim=6))
 
 
+def qwen2() -> nn.Module:
+    return causal(transformers.Qwen2Config(**DECODER))  # biases in q, k, v
+
+
+def phi3() -> nn.Module:
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return causal(transformers.Phi3Config(**DECODER, **special))  # q, k, v in one layer
+
+
+def gemma2() -> nn.Module:
+    return causal(transformers.Gemma2Config(**DECODER, head_dim=6, sliding_window=4))
+
+
+def mamba() -> nn.Module:
+    return causal(
+        transformers.MambaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            num_hidden_layers=1,
+            state_size=4,
+            use_cache=False,
+        )
+    )
+
+
 def gemma() -> nn.Module:
     return causal(transformers.GemmaConfig(**DECODER, head_dim=6))  # ties its embeddings
 

@@ -31,13 +31,18 @@ LEFT_ALONE = {
     huggingface.vit: {},
     huggingface.whisper: {"proj_out": "output embedding (model.get_output_embeddings())"},
     huggingface.mixtral: {"lm_head": "excluded by name: lm_head"},
+    huggingface.qwen2: {"lm_head": "excluded by name: lm_head"},
+    huggingface.phi3: {"lm_head": "excluded by name: lm_head"},
+    huggingface.gemma2: {"lm_head": "excluded by name: lm_head"},
+    huggingface.mamba: {"lm_head": "excluded by name: lm_head"},
 }
 """Every `nn.Linear` that is not trained through rotations, with the reason."""
 
 FOLDED = (huggingface.llama, huggingface.gpt_neox)
 
 _ZERO = re.compile(r"\.(key|k_proj)\.bias$")
-"""A bias of keys shifts all scores of a query alike: its gradient is zero but for rounding."""
+"""A bias of keys shifts all scores of a query alike, unless it is turned by its position: its
+gradient is zero but for rounding."""
 
 
 @pytest.fixture
@@ -76,7 +81,7 @@ def assert_compiled_equals_eager(
         assert (parameter.grad is None) is (not parameter.requires_grad), name
         if parameter.grad is None:
             continue
-        if _ZERO.search(name):
+        if _ZERO.search(name) and wanted[name].grad.norm() < tolerance(torch.float32):
             assert parameter.grad.norm() < tolerance(torch.float32), name
         else:
             assert_close(parameter.grad, wanted[name].grad, what=f"gradient of {name}")
