@@ -56,7 +56,7 @@ def test_a_plan_expands_into_all_combinations_each_once() -> None:
         "base": {"block_size": 16, "config": {"max_angle": 0.2}},
         "runs": [
             {"grid": {"lr": [1e-3, 2e-3], "block_size": [8, [8, 16]]}},
-            {"lr": 1e-3, "block_size": 8},  # there already
+            {"grid": {"lr,block_size": [[1e-3, 8], [2e-3, 8]]}},  # there already
             {"config.moments": "reset", "grid": {"config.max_angle": [0.1, None]}},
         ],
     }
