@@ -107,6 +107,8 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
             rotations += sum(_packed(*pair) for pair in _sides(module, config))
             sizes = {"in": module.in_features, "out": module.out_features}
             gains += sum(sizes[side] for side in config.gained_sides)
+        elif nn.parameter.is_lazy(module.weight):
+            continue  # it has no shape yet
         elif isinstance(module.weight, nn.Parameter) and module.weight.requires_grad:
             dense.append((name or "(root)", tuple(module.weight.shape), left[name]))
     dense += [(w.name, w.shape, w.reason) for w in other_weights(model) if w.trains]
