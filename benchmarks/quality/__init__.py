@@ -5,6 +5,8 @@
 ``python -m benchmarks.quality run``      do them, several on each GPU; what is done is skipped
 ``python -m benchmarks.quality table``    the rows as a Markdown table
 ``python -m benchmarks.quality plot``     loss against block size, against learning rate, curves
+``python -m benchmarks.quality page``     the tables and figures of docs/quality.md, written anew
+``… reference --reference PATH``          our losses beside the reference implementation's
 ======================================  ============================================================
 
 A plan (`plans/`) expands into `Settings`; each is run in a process of its own (`worker`) and leaves

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.options import positive
-from benchmarks.quality import corpora, methods, results
+from benchmarks.quality import corpora, methods, page, results, tables
+from benchmarks.quality.lines import best, lines
 from benchmarks.quality.queue import Machine, Queue, label, summary
 from benchmarks.quality.settings import PlanError, Settings, load
-from benchmarks.rows import RESULTS
+from benchmarks.rows import RESULTS, Row
 from pretraining.failure import RunError
 
 
@@ -56,18 +57,40 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     table = commands.add_parser("table", help="rows as Markdown", formatter_class=formatter)
-    table.add_argument("plans", nargs="+", metavar="PLAN", help="a plan, or a .json file of rows")
-    table.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
-    table.add_argument("--columns", default=",".join(results.COLUMNS))
+    _add_rows(table)
+    table.add_argument("--columns", default=",".join(tables.COLUMNS))
+    table.add_argument("--in-order", action="store_true", help="of the plan; else the best first")
     table.set_defaults(command=_table)
 
     plot = commands.add_parser("plot", help="figures of rows", formatter_class=formatter)
-    plot.add_argument("plans", nargs="+", metavar="PLAN", help="a plan, or a .json file of rows")
-    plot.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    _add_rows(plot)
     plot.add_argument("--kind", choices=("blocks", "rates", "curves", "spectra"), required=True)
     plot.add_argument("--output", type=Path, required=True, help="the .png")
     plot.set_defaults(command=_plot)
+
+    pages = commands.add_parser("page", help="write tables and figures into docs/quality.md")
+    pages.set_defaults(command=lambda args: page.write(main))
+
+    reference = commands.add_parser(
+        "reference", help="our losses beside the reference implementation's, step by step",
+        formatter_class=formatter,
+    )  # fmt: skip
+    add = reference.add_argument
+    add("--reference", type=Path, required=True, metavar="PATH", help="a checkout of it, or its "
+        "git directory")  # fmt: skip
+    add("--steps", type=positive, default=60)
+    add("--merge-interval", type=positive, default=20)
+    add("--block-size", type=positive, default=32)
+    add("--seed", type=int, default=0)
+    reference.set_defaults(command=_reference)
     return parser
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("plans", nargs="+", metavar="PLAN", help="a plan, or a .json file of rows")
+    add("--results", type=Path, default=RESULTS, help="folder of the rows")
+    add("--best", action="store_true", help="of each method and block size the best run")
 
 
 def _plans(names: Sequence[str]) -> dict[str, list[Settings]]:
@@ -127,17 +150,33 @@ def _gpus(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _table(args: argparse.Namespace) -> int:
-    for name in args.plans:
-        print(results.markdown(results.load(name, args.results), args.columns.split(",")))
+    rows, known = _rows(args)
+    print(tables.markdown(rows, args.columns.split(","), known, args.best, args.in_order))
     return 0
 
 
 def _plot(args: argparse.Namespace) -> int:
     from benchmarks.quality import figures
 
-    rows = [row for name in args.plans for row in results.load(name, args.results)]
-    print(figures.draw(rows, args.kind, args.output))
+    rows, known = _rows(args)
+    if args.best:
+        rows = [line.row for line in best(lines(rows))]
+    print(figures.draw(rows, args.kind, args.output, known))
     return 0
+
+
+def _rows(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+    """The rows of the plans, and those among which AdamW is looked for."""
+    rows = results.load_all(args.plans, args.results)
+    return rows, [*results.all_rows([args.results]), *rows]
+
+
+def _reference(args: argparse.Namespace) -> int:
+    from benchmarks.quality import reference
+
+    return reference.compare(
+        args.reference, args.steps, args.merge_interval, args.block_size, args.seed
+    )
 
 
 if __name__ == "__main__":

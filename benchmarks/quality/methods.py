@@ -55,12 +55,14 @@ class Trained:
     rate: Callable[[int], float] = lambda step: 1.0
     merges: Callable[[], int | None] = lambda: None
 
-    def state_bytes(self) -> int:
-        """Bytes of the optimiser's state."""
+    def state_bytes(self, parameter: nn.Parameter | None = None) -> int:
+        """Bytes of the optimiser's state, of one parameter or of all."""
         if isinstance(self.optimizer, muon.Pair):
             tensors = self.optimizer.tensors()
         else:
-            states = self.optimizer.state.values()
+            states = list(self.optimizer.state.values())
+            if parameter is not None:
+                states = [self.optimizer.state.get(parameter, {})]
             tensors = [v for s in states for v in s.values() if isinstance(v, Tensor)]
         return sum(t.numel() * t.element_size() for t in tensors)
 

@@ -189,11 +189,18 @@ def expand(plan: dict[str, Any]) -> list[Settings]:
 
 
 def combinations(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """An entry once for each combination of the values of its ``"grid"``."""
+    """An entry once for each combination of the values of its ``"grid"``.
+
+    ``"lr,poetx_lr": [[1e-3, 2e-3], …]`` are settings that change together.
+    """
     grid = entry.get("grid", {})
     fixed = {key: value for key, value in entry.items() if key != "grid"}
     for values in itertools.product(*grid.values()):
-        yield fixed | dict(zip(grid, values, strict=True))
+        chosen: dict[str, Any] = {}
+        for key, value in zip(grid, values, strict=True):
+            names = key.split(",")
+            chosen |= dict(zip(names, value if len(names) > 1 else [value], strict=True))
+        yield fixed | chosen
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:

@@ -71,12 +71,15 @@ class Run:
         for parameter in model.parameters():  # the rotary table stays fp32
             parameter.data = parameter.data.to(getattr(torch, settings.weights))
         self.trained: Trained = build(settings, model, place.stage)
-        self.learned = [p for p in self.trained.model.parameters() if p.requires_grad]
+        named = self.trained.model.named_parameters()
+        learned = {name: p for name, p in named if p.requires_grad}
+        self.learned = list(learned.values())
+        self.rotations = [p for name, p in learned.items() if ".skew_" in name]
         self.spectra = Spectra(self.trained.model)
         self.losses = torch.full((settings.steps,), math.nan, device=place.device)
         self.validated: list[list[float]] = []
         self.first_step_s = self.validation_s = 0.0
-        self.gradient_bytes = 0
+        self.gradient_bytes = self.rotation_gradient_bytes = 0
         groups = self.trained.optimizer.param_groups
         self.peak_lr = {g.get("name", f"group{i}"): float(g["lr"]) for i, g in enumerate(groups)}
 
@@ -99,6 +102,7 @@ class Run:
             optimizer.step()
             if step == 0:
                 self.gradient_bytes = sum(_bytes(p.grad) for p in self.learned)
+                self.rotation_gradient_bytes = sum(_bytes(p.grad) for p in self.rotations)
             optimizer.zero_grad(set_to_none=True)
             self.losses[step] = loss.detach()
             self.trained.after(step + 1, s.steps)
@@ -140,6 +144,14 @@ class Run:
         with torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.autocast):
             return (forward or self.trained.forward)(tokens, targets)
 
+    def _plane_bytes(self) -> float | None:
+        """Bytes a plane: of rotations, their gradients and their state."""
+        if not self.rotations:
+            return None
+        state = sum(self.trained.state_bytes(p) for p in self.rotations)
+        total = _distinct_bytes(self.rotations) + self.rotation_gradient_bytes + state
+        return total / sum(p.numel() for p in self.rotations)
+
     def _wait(self) -> None:
         if self.place.device.type == "cuda":
             torch.cuda.synchronize(self.place.device)
@@ -162,9 +174,11 @@ class Run:
                 "peak_lr": self.peak_lr,
                 "params": self.params,
                 "trained": sum(p.numel() for p in self.learned),
-                "trained_bytes": sum(map(_bytes, self.learned)),
+                "trained_bytes": _distinct_bytes(self.learned),
                 "gradient_bytes": self.gradient_bytes,
                 "state_bytes": self.trained.state_bytes(),
+                "planes": sum(p.numel() for p in self.rotations),
+                "plane_bytes": self._plane_bytes(),
                 "tokens": s.tokens,
                 "val_loss": val_loss,
                 "diverged": not finite,
@@ -246,6 +260,14 @@ def sources() -> str:
         for file in sorted((root / package).rglob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def _distinct_bytes(tensors: list[Any]) -> int:
+    """Bytes of tensors, some of which may share their memory: rotations of the merged form do."""
+    held: dict[int, int] = {}
+    for tensor in tensors:
+        held[tensor.data_ptr()] = max(_bytes(tensor), held.get(tensor.data_ptr(), 0))
+    return sum(held.values())
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 
 from poetx_compile.config import POETXConfig
 from poetx_compile.layers.eligibility import linears, other_weights
+from poetx_compile.layers.law import notice
 from poetx_compile.layers.parametrization import equivalence_of, side_blocks, stored_weight
 from poetx_compile.layers.tables import compact
 
@@ -64,12 +65,13 @@ class Trained:
 
     def __str__(self) -> str:
         gains = f"{self.gains:,} gains + " if self.gains else ""
+        known = notice(self.rotations, self.rotated)
         return (
             f"{self.share:.1f} % of {self.total:,} parameters ({self.layers} of {self.linears} "
             "nn.Linear) train by rotations\n"
             f"trainable: {self.trainable:,} = {self.rotations:,} of rotations + "
             f"{gains}{self.dense:,} dense"
-        )
+        ) + (f"\n{known}" if known else "")
 
 
 def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> Trained:
@@ -106,7 +108,7 @@ def trained(model: nn.Module, config: POETXConfig, left: Mapping[str, str]) -> T
             sizes = {"in": module.in_features, "out": module.out_features}
             gains += sum(sizes[side] for side in config.gained_sides)
         elif nn.parameter.is_lazy(module.weight):
-            continue
+            continue  # it has no shape yet
         elif isinstance(module.weight, nn.Parameter) and module.weight.requires_grad:
             dense.append((name or "(root)", tuple(module.weight.shape), left[name]))
     dense += [(w.name, w.shape, w.reason) for w in other_weights(model) if w.trains]

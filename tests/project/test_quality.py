@@ -14,7 +14,20 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.quality import corpora, figures, methods, queue, results, training
+from benchmarks.quality import (
+    __main__ as command,
+)
+from benchmarks.quality import (
+    corpora,
+    figures,
+    lines,
+    methods,
+    page,
+    queue,
+    results,
+    tables,
+    training,
+)
 from benchmarks.quality.baselines import lora, scale
 from benchmarks.quality.settings import PLANS, PlanError, Settings, expand, from_dict, load
 from benchmarks.quality.training import Place, Run
@@ -56,7 +69,7 @@ def test_a_plan_expands_into_all_combinations_each_once() -> None:
         "base": {"block_size": 16, "config": {"max_angle": 0.2}},
         "runs": [
             {"grid": {"lr": [1e-3, 2e-3], "block_size": [8, [8, 16]]}},
-            {"lr": 1e-3, "block_size": 8},  # there already
+            {"grid": {"lr,block_size": [[1e-3, 8], [2e-3, 8]]}},  # there already
             {"config.moments": "reset", "grid": {"config.max_angle": [0.1, None]}},
         ],
     }
@@ -376,7 +389,7 @@ def rows_of(tmp_path: Path) -> list[training.Row]:
         "config": {}, "rank": None, "restart": None, "layers": None, "width": 64, "lr": 1e-3,
         "seed": 0, "diverged": False, "params": 100, "trained": 100, "state_bytes": 2**20,
         "tokens": 5e6, "spike": 0.1, "method": "dense", "optimizer": "adamw", "block_size": None,
-        "peak_lr": {"group0": 1e-3}, "run": "a", "val_loss": 0.8,
+        "peak_lr": {"group0": 1e-3}, "run": "a", "val_loss": 0.8, "corpus": "c",
     }  # fmt: skip
     rotated = common | {"method": "poetx", "optimizer": "muon", "peak_lr": {"poetx b=8": 2e-3}}
     return [
@@ -391,28 +404,62 @@ def test_a_table_of_rows(tmp_path: Path) -> None:
     found = rows_of(tmp_path)
     write(results.path(tmp_path, "some"), found)
     assert results.all_rows([tmp_path]) == results.load("some", tmp_path) == found
-    assert results.markdown(
-        found, ("method", "block_size", "changes", "trained_share", "val_loss")
-    ) == (
-        "| method | block size | changes | trained share | val loss |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        "| poetx | 32 | gains rows | 100 % | 0.7600 (-5.0 %) |\n"
-        "| dense |  |  | 100 % | 0.8000 (+0.0 %) |\n"
-        "| poetx | 8 |  | 20 % | 1.0000 (+25.0 %) |\n"
-        "| dense |  |  | 100 % | diverged |"
+    columns = ("name", "block_size", "changes", "trained_share", "seeds", "val_loss", "over")
+    assert tables.markdown(found, columns) == (
+        "| method | b | other than the rest | trained | seeds | loss | over AdamW |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| POETXMuon | 32 | gains rows | 100 % | 0 | 0.7600 | -5.0 % |\n"
+        "| AdamW |  |  | 100 % | 0 | 0.8000 | +0.0 % |\n"
+        "| POETXMuon | 8 |  | 20 % | 0 | 1.0000 | +25.0 % |\n"
+        "| AdamW |  |  | 100 % | 0 | diverged |  |"
     )
+    assert tables.markdown([], columns) == tables.NONE
+
+
+def test_seeds_are_one_line_and_compared_with_the_same_seeds(tmp_path: Path) -> None:
+    adamw, small, *_ = rows_of(tmp_path)
+    adamw = [adamw, adamw | {"seed": 1, "val_loss": 1.2}, adamw | {"lr": 2e-3, "val_loss": 0.7}]
+    small = [small, small | {"seed": 1, "val_loss": 1.4}, small | {"lr": 1.0, "val_loss": 0.5}]
+    known = lines.lines(adamw)
+    two, one = lines.lines(small)
+    assert (two.seeds, two.loss) == ([0, 1], pytest.approx(1.2))
+    assert two.over(known) == pytest.approx(20.0)  # over the mean of seeds 0 and 1: 1.0
+    assert one.over(known) == pytest.approx(100 * (0.5 / 0.7 - 1))
+    assert one.over(lines.lines(row | {"corpus": "other"} for row in adamw)) is None
+    assert [line.loss for line in lines.best([one, two])] == [two.loss]  # two seeds go before one
+
+
+def test_what_most_runs_have_is_said_once(tmp_path: Path) -> None:
+    _, row, *_ = rows_of(tmp_path)
+    usual = {"gains": "rows", "redraw_interval": 200}
+    rows = [row | {"config": usual, "lr": lr} for lr in (1.0, 2.0)]
+    rows.append(row | {"config": {"gains": "none"}, "resolved": {"redraw_interval": 50}})
+    table = tables.markdown(rows, ("changes",))
+    assert "The rest, of all that rotate: `gains=rows`, `redraw_interval=200`." in table
+    assert "| redraw_interval 50, gains none |" in table
+    assert table.count("200") == 1
+
+
+def test_the_page_of_quality_has_the_tables_of_the_rows() -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, command.main) == text, "run python -m benchmarks.quality page"
+    plans = {word for found in page._PART.finditer(text) for word in found["command"].split()}
+    assert plans >= {path.stem for path in PLANS.glob("*.json")} - {"smoke"}
 
 
 def test_figures_of_rows(tmp_path: Path) -> None:
     from matplotlib.figure import Figure
 
-    axes = Figure().subplots()
-    figures.KINDS["blocks"](axes, rows_of(tmp_path)[:3])
-    line = axes.get_lines()[0]
-    assert list(line.get_xdata()) == [8 / 64, 32 / 64]
-    assert list(line.get_ydata()) == pytest.approx([25.0, -5.0])
-    axes = Figure().subplots()
-    figures.KINDS["rates"](axes, rows_of(tmp_path))
-    assert {line.get_label() for line in axes.get_lines()} >= {"dense adamw", "poetx muon b=8"}
+    found = rows_of(tmp_path)
+    axes = Figure().subplots(1, 3)
+    figures.KINDS["blocks"][1](axes, found[1:3], found)
+    ends = [line.get_xdata().tolist() for line in (panel.get_lines()[0] for panel in axes)]
+    assert ends == [[8 / 64, 32 / 64], [8, 32], [20, 100]]
+    assert list(axes[0].get_lines()[0].get_ydata()) == pytest.approx([25.0, -5.0])
+    axes = Figure().subplots(1, 2)
+    figures.KINDS["rates"][1](axes, [*found, found[0] | {"lr": 4e-3, "val_loss": 9.0}], found)
+    drawn = {line.get_label(): line for line in axes[0].get_lines()}
+    assert set(drawn) >= {"AdamW", "POETXMuon b=8", "POETXMuon b=32"}
+    assert list(drawn["AdamW"].get_xdata()) == [1e-3]  # what is far above is a triangle
     with pytest.raises(ValueError, match="no row"):
-        figures.draw(rows_of(tmp_path)[:0], "curves", tmp_path / "none.png")
+        figures.draw(found[:0], "curves", tmp_path / "none.png")

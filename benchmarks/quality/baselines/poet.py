@@ -8,12 +8,7 @@ graph may be either.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
-
-import poetx_compile as poetx
-
-_FIELDS = {field.name for field in dataclasses.fields(poetx.POETXConfig)}
 
 
 def fields(given: dict[str, Any]) -> dict[str, Any]:
@@ -23,7 +18,6 @@ def fields(given: dict[str, Any]) -> dict[str, Any]:
         "merge_rotation": "plain",
         "moments": "reset",
         "permutation": "random",
+        "redraw_interval": given.get("merge_interval", 200),
     }
-    if "redraw_interval" in _FIELDS:  # else every merge redraws
-        original["redraw_interval"] = given.get("merge_interval", 200)
     return original | given

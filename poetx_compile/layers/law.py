@@ -1,0 +1,52 @@
+"""What a share of trained parameters is known to cost, in a sentence of a report."""
+
+from __future__ import annotations
+
+import math
+
+LAW = ((0.05, 10.0), (0.10, 6.0), (0.19, 1.0), (0.385, -2.5), (0.77, -5.0))
+"""Parameters of rotations over those of the weights they turn → final loss over tuned AdamW's, in %.
+
+`POETXMuon` from scratch, equal tokens, 20M parameters (docs/quality.md).
+"""
+
+TOLD_FROM = 4.0
+"""Per cent of loss from which a report says so."""
+
+
+def expected(share: float) -> float:
+    """The loss over AdamW's in per cent at a share: between two of `LAW` on a logarithmic scale.
+
+    Beyond the ends it is that of the end.
+    """
+    (low, loss), *_ = LAW
+    if share <= low:
+        return loss
+    for (a, at_a), (b, at_b) in zip(LAW, LAW[1:], strict=False):
+        if share <= b:
+            return at_a + (at_b - at_a) * math.log(share / a) / math.log(b / a)
+    return LAW[-1][1]
+
+
+def notice(rotations: int, rotated: int) -> str | None:
+    """What is known of so many parameters for weights of so many; ``None`` where it costs nothing.
+
+    Args:
+        rotations: parameters of rotations.
+        rotated: parameters of the weights they turn.
+    """
+    share = rotations / max(rotated, 1)
+    if share > 1:
+        return (
+            f"rotations have {share:.0%} of the parameters of their weights: a smaller block_size "
+            "trains fewer (docs/how-to/choose-settings.md)"
+        )
+    loss = expected(share)
+    if rotations == 0 or loss < TOLD_FROM:
+        return None
+    least = "at least " if share < LAW[0][0] else ""
+    return (
+        f"rotations have {share:.1%} of the parameters of their weights: trained from scratch, "
+        f"expect a loss {least}{loss:.0f} % above tuned AdamW's; a larger block_size costs less "
+        "(docs/how-to/choose-settings.md)"
+    )
