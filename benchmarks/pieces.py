@@ -33,12 +33,12 @@ PRODUCTS = ((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4))
 """Of a sweep over orthogonalisations: the side, a step of the sum, warps, steps in flight."""
 
 PANELS = {
-    256: ((128, 64, 8, 3, 1), (128, 32, 8, 4, 1), (64, 64, 4, 3, 1), (64, 32, 4, 4, 2)),
-    512: ((64, 32, 8, 4, 1), (64, 64, 8, 3, 1)),
+    256: ((128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (64, 64, 4, 3, 1), (64, 32, 4, 4, 2)),
+    512: ((64, 32, 8, 4, 1), (64, 32, 8, 5, 1), (64, 64, 8, 3, 1)),
 }
 """Of a sweep over turns in one launch, by b: sizes of `kernels.turn_panels.Panels`."""
 
-PAIRS = ((128, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 256, 64, 8, 3))
+PAIRS = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 4))
 """Of a sweep over turns in two: two sides, a step of the sum, warps, steps in flight."""
 
 Piece = tuple[str, Callable[[], Any], float, float]
