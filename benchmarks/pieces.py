@@ -38,7 +38,8 @@ PANELS = {
 }
 """Of a sweep over turns in one launch, by b: sizes of `kernels.turn_panels.Panels`."""
 
-PAIRS = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 4))
+ROWS = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 5), (128, 256, 64, 8, 5))
+COLUMNS_OF = ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3))
 """Of a sweep over turns in two: two sides, a step of the sum, warps, steps in flight."""
 
 Piece = tuple[str, Callable[[], Any], float, float]
@@ -141,11 +142,9 @@ class _Layer:
         variants: list[tuple[str, Any]] = [("default", None)]
         if self.sweep:
             variants = [(f"panels {_name(t)}", ("panels", t)) for t in PANELS.get(self.b, ())]
-            for t in PAIRS:
-                variants += [
-                    (f"rows {_name(t)}", ("pair", t, PAIRS[0])),
-                    (f"columns {_name(t)}", ("pair", PAIRS[0], t)),
-                ]
+            first, second = ROWS[0], (128, 128, 64, 8, 3)
+            variants += [(f"rows {_name(t)}", ("pair", t, second)) for t in ROWS]
+            variants += [(f"columns {_name(t)}", ("pair", first, t)) for t in COLUMNS_OF]
         for name, tiling in variants:
             turned = weight.clone()
             _turn(turned, given, tiling)

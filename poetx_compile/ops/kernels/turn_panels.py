@@ -70,6 +70,7 @@ def turn_panels_kernel(
     PANEL: tl.constexpr,
     PANELS: tl.constexpr,  # of a block of rows
     TILE_K: tl.constexpr,
+    ROW_STAGES: tl.constexpr,  # of the first product: half of them wait for the rows' numbers
     HAS_APPLY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
@@ -100,7 +101,8 @@ def turn_panels_kernel(
             at = (natural_rows(row_index, row, row_there, ROW_CHUNK) * width)[:, None]
             inside = row_there[:, None] & there[None, :]
             total = tl.load(out + at + source[None, :], mask=inside, other=0.0).to(tl.float32)
-            for start in range(0, tl.where(row_block < blocks_left, B_LEFT, 0), TILE_K):
+            end = tl.where(row_block < blocks_left, B_LEFT, 0)
+            for start in tl.range(0, end, TILE_K, num_stages=ROW_STAGES):
                 ks = start + tl.arange(0, TILE_K)
                 turned = (ms < B_LEFT)[:, None] & (ks < B_LEFT)[None, :]
                 left = left_block + ms[:, None] * B_LEFT + ks[None, :]
@@ -221,6 +223,7 @@ def turn_panels(
         PANEL=panel,
         PANELS=panels,
         TILE_K=tile_k,
+        ROW_STAGES=2 * stages - 1,
         HAS_APPLY=apply is not None,
         STOCHASTIC=weight.dtype == torch.bfloat16,
         num_warps=warps,
