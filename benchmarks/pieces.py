@@ -174,7 +174,7 @@ def _products(first: Any, second: Any, tiling: Sequence[int], splits: int) -> li
 
     x, y, blocks, b, gather = first
     v, dv, blocks2, gather2 = second
-    plan = kernels.Plan(*tiling, splits)
+    plan = kernels.Plan._make((*tiling, splits))
     made = []
     for operands in ((x, y, blocks, b, gather, gather), (v, dv, blocks2, b, gather2, gather2)):
         product = kernels._operands(*operands)
