@@ -1,6 +1,6 @@
 """The kernels of the merged form, one op each: block products, orthogonalisation, the turn.
 
-``--sweep`` times other tiles beside those that are chosen.
+``--sweep`` times other tiles beside those that are chosen, and ``--ops`` some of the ops alone.
 """
 
 from __future__ import annotations
@@ -24,12 +24,26 @@ COLUMNS = (
     "floor_ms", "ratio", "error",
 )  # fmt: skip
 
-TILES = ((128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3), (64, 256, 64, 8, 3),
-         (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4))  # fmt: skip
-"""Of a sweep: two sides, a step of the sum, warps, steps in flight."""
+OPS = ("skew_block_products", "orthogonalize_skew", "turn_weight_")
 
-Piece = tuple[str, str, Callable[[], Any], float, float]
-"""Op, tiling, what is timed, floor in ms, error."""
+TILES = ((128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
+"""Of a sweep over block products: two sides, a step of the sum, warps, steps in flight."""
+
+PRODUCTS = ((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4))
+"""Of a sweep over orthogonalisations: the side, a step of the sum, warps, steps in flight."""
+
+PANELS = {
+    256: ((128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (64, 64, 4, 3, 1), (64, 32, 4, 4, 2)),
+    512: ((64, 32, 8, 4, 1), (64, 32, 8, 5, 1), (64, 64, 8, 3, 1)),
+}
+"""Of a sweep over turns in one launch, by b: sizes of `kernels.turn_panels.Panels`."""
+
+ROWS = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 5), (128, 256, 64, 8, 5))
+COLUMNS_OF = ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3))
+"""Of a sweep over turns in two: two sides, a step of the sum, warps, steps in flight."""
+
+Piece = tuple[str, Callable[[], Any], float, float]
+"""Tiling, what is timed, floor in ms, error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
@@ -39,18 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     options.add_shapes(parser)
     options.add_poetx(parser, (256, 512, 1024))
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.set_defaults(permutations=("chunked",))
     args = parser.parse_args(arguments)
     session = Session.start(args, COLUMNS)
-    for (m, n), block_size, permutation in itertools.product(
-        args.shapes, args.block_sizes, args.permutations
+    for (m, n), block_size, permutation, op in itertools.product(
+        args.shapes, args.block_sizes, args.permutations, args.ops
     ):
-        layer = functools.partial(floors.Layer.of, in_features=m, out_features=n)
         made = _Layer(session, m, n, block_size, permutation, args.sweep)
-        for tokens in (*args.tokens, None):
-            sizes = layer(tokens or 1, block_size=block_size, element_size=session.dtype.itemsize)
-            pieces = made.of_a_step(sizes) if tokens is None else made.products(sizes)
-            for op, tiling, run, floor_ms, error in pieces:
+        for tokens in args.tokens if op == OPS[0] else (None,):
+            sizes = floors.Layer.of(tokens or 1, m, n, block_size, session.dtype.itemsize)
+            for tiling, run, floor_ms, error in made.pieces(op, sizes):
                 time = session.timer.time(run)
                 session.add(
                     op=op, tokens=tokens, in_features=m, out_features=n, block_size=block_size,
@@ -71,15 +84,19 @@ class _Layer:
             for i, size in enumerate((m, n))
         )
 
-    def products(self, sizes: floors.Layer) -> Iterator[Piece]:
+    def pieces(self, op: str, sizes: floors.Layer) -> Iterator[Piece]:
+        """What of an op is timed."""
+        made = dict(zip(OPS, (self._products, self._orthogonalize, self._turn), strict=True))
+        return made[op](sizes)
+
+    def _products(self, sizes: floors.Layer) -> Iterator[Piece]:
         """The gradients of both sides, as a backward asks for them."""
         x, dx = (self.session.normal(sizes.tokens, self.m) for _ in range(2))
         v, dv = (self.session.normal(sizes.tokens, self.n) for _ in range(2))
         blocks_in, blocks_out = sizes.side_in.blocks, sizes.side_out.blocks
         first = x, dx, blocks_in, self.b, self.perm_in
         second = v, dv, blocks_out, self.perm_out
-        costs = [c for c in floors.merged(sizes) if c.name == "block product"]
-        floor = floors.total_ms(costs, self.session.ceilings)
+        floor = self._floor(sizes, "block product")
         expected = ops.skew_block_products(x.double(), dx.double(), *first[2:])
         made = ops.skew_block_products(*first)
         error = gate.check(made, expected, self.session.dtype, "skew_block_products")
@@ -91,105 +108,103 @@ class _Layer:
             alone = v, dv, blocks_out, self.b, self.perm_out
             return [ops.skew_block_products(*first), ops.skew_block_products(*alone)]
 
-        yield "skew_block_products", "both", both, floor, error
-        yield "skew_block_products", "apart", apart, floor, error
-        for tiling, splits in itertools.product(TILES[:5] if self.sweep else (), (1, 2, 4)):
+        yield "both", both, floor, error
+        yield "apart", apart, floor, error
+        for tiling, splits in itertools.product(TILES if self.sweep else (), (1, 2, 4)):
             if max(tiling[:2]) <= self.b:
                 run = functools.partial(_products, first, second, tiling, splits)
-                name = f"{_name(tiling)} splits {splits}"
-                yield "skew_block_products", name, run, floor, error
+                yield f"{_name(tiling)} splits {splits}", run, floor, error
 
-    def of_a_step(self, sizes: floors.Layer) -> Iterator[Piece]:
-        """What a step does, whatever the tokens."""
-        floor: dict[str, float] = {}
-        for cost in floors.merged(sizes):
-            floor[cost.name] = floor.get(cost.name, 0.0) + cost.ms(self.session.ceilings)
-        packed = [self._packed(side.blocks) for side in sizes.sides]
-        both = torch.cat(packed)
-        made, expected = (ops.orthogonalize_skew(t, self.b) for t in (both, both.double()))
-        error = gate.relative_error(made, expected)
-        for name, tiling in self._tilings("orthogonalize"):
-            run: Callable[[], Any] = functools.partial(_orthogonalize, both, self.b, tiling)
-            yield "orthogonalize_skew", name, run, floor["orthogonalise"], error
+    def _orthogonalize(self, sizes: floors.Layer) -> Iterator[Piece]:
+        packed = torch.cat([self._packed(side.blocks) for side in sizes.sides])
+        expected = ops.orthogonalize_skew(packed.double(), self.b)
+        variants: list[tuple[str, dict[str, Any]]] = [("default", {})]
+        if self.sweep:
+            from poetx_compile.ops.kernels import orthogonalize as kernels
+
+            variants = [("library", {"by_library": True})]
+            for tiling in PRODUCTS:
+                if tiling[0] <= self.b:
+                    sizes_of = {"tiling": kernels.Tiling(*tiling), "by_library": False}
+                    variants.append((_name(tiling), sizes_of))
+        for name, options_of in variants:
+            run = functools.partial(_orthogonalize, packed, self.b, options_of)
+            error = gate.relative_error(run(), expected)
+            yield name, run, self._floor(sizes, "orthogonalise"), error
+
+    def _turn(self, sizes: floors.Layer) -> Iterator[Piece]:
         weight = self.session.normal(self.n, self.m)
-        steps = [0.01 / self.b**0.5 * t for t in packed]
+        steps = [0.01 / self.b**0.5 * self._packed(side.blocks) for side in sizes.sides]
         given = *steps, self.perm_in, self.perm_out, self.b, self.b, 3, 0, 1, 0
-        wide, turned = weight.double(), weight.clone()
+        wide = weight.double()
         ops.turn_weight_(wide, *(t.double() for t in steps), *given[2:])
-        ops.turn_weight_(turned, *given)
-        moved, wanted = turned.double() - weight.double(), wide - weight.double()
-        error = abs(float((moved * wanted).sum() / wanted.square().sum()) - 1)
-        if not error < 0.02:
-            raise gate.GateError(f"turn_weight_ moves a weight by 1 + {error:.3g} of a step")
-        turning = floor["fold"] + floor["cayley forward"]
-        for name, tiling in self._tilings("turn"):
-            run = functools.partial(_turn, weight, given, tiling)
-            yield "turn_weight_", name, run, turning, error
+        wanted = wide - weight.double()
+        variants: list[tuple[str, Any]] = [("default", None)]
+        if self.sweep:
+            variants = [(f"panels {_name(t)}", ("panels", t)) for t in PANELS.get(self.b, ())]
+            first, second = ROWS[0], (128, 128, 64, 8, 3)
+            variants += [(f"rows {_name(t)}", ("pair", t, second)) for t in ROWS]
+            variants += [(f"columns {_name(t)}", ("pair", first, t)) for t in COLUMNS_OF]
+        for name, tiling in variants:
+            turned = weight.clone()
+            _turn(turned, given, tiling)
+            moved = turned.double() - weight.double()
+            error = abs(float((moved * wanted).sum() / wanted.square().sum()) - 1)
+            if not error < 0.02:
+                raise gate.GateError(f"turn_weight_ moves a weight by 1 + {error:.3g} of a step")
+            run = functools.partial(_turn, turned, given, tiling)
+            yield name, run, self._floor(sizes, "fold", "cayley forward"), error
+
+    def _floor(self, sizes: floors.Layer, *names: str) -> float:
+        costs = [cost for cost in floors.merged(sizes) if cost.name in names]
+        return floors.total_ms(costs, self.session.ceilings)
 
     def _packed(self, blocks: int) -> Tensor:
         size = self.b * (self.b - 1) // 2
         generator, device = self.session.generator, self.session.device
         return torch.randn(blocks, size, generator=generator, device=device)
 
-    def _tilings(self, op: str) -> Iterator[tuple[str, Any]]:
-        yield "default", None
-        if self.sweep and op == "turn" and self.b <= 256:
-            for tile_k, stages in ((32, 3), (32, 5), (32, 6), (64, 3), (64, 4)):
-                yield f"one launch {tile_k}x{stages}", ("one launch", tile_k, stages)
-        for tiling in TILES if self.sweep else ():
-            if op == "orthogonalize" and max(tiling[:2]) > self.b:
-                continue
-            yield _name(tiling), tiling
-            if op == "turn":
-                yield f"{_name(tiling)} columns", (None, tiling)
-
 
 def _name(tiling: Sequence[int]) -> str:
     return "x".join(map(str, tiling))
 
 
-def _products(first: Any, second: Any, tiling: Sequence[int], splits: int) -> Tensor:
+def _products(first: Any, second: Any, tiling: Sequence[int], splits: int) -> list[Tensor]:
     from poetx_compile.ops.kernels import block_product as kernels
 
     x, y, blocks, b, gather = first
     v, dv, blocks2, gather2 = second
-    tile_m, tile_n, tile_t, warps, stages = tiling
-    products = [
-        kernels._operands(x, y, blocks, b, gather, gather),
-        kernels._operands(v, dv, blocks2, b, gather2, gather2),
-    ]
-    plan = kernels.Plan(tile_m, tile_n, tile_t, warps, stages, splits)
-    return kernels._skew_parts(kernels.planned_block_products(products, b, plan))
+    plan = kernels.Plan._make((*tiling, splits))
+    made = []
+    for operands in ((x, y, blocks, b, gather, gather), (v, dv, blocks2, b, gather2, gather2)):
+        product = kernels._operands(*operands)
+        made.append(kernels._skew_parts(kernels.planned_block_products([product], b, plan)))
+    return made
 
 
-def _orthogonalize(packed: Tensor, b: int, tiling: Any) -> Tensor:
-    if tiling is None:
+def _orthogonalize(packed: Tensor, b: int, options_of: dict[str, Any]) -> Tensor:
+    if not options_of:
         return ops.orthogonalize_skew(packed, b)
     from poetx_compile.ops.kernels import orthogonalize as kernels
 
-    return kernels.orthogonalize_skew(packed, b, tiling=kernels.Tiling(*tiling))
+    return kernels.orthogonalize_skew(packed, b, **options_of)
 
 
 def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
     if tiling is None:
         ops.turn_weight_(weight, *given)
         return
-    from poetx_compile.ops.kernels import turn_weight as kernels
+    from poetx_compile.ops.kernels import turn_panels, turn_weight
 
-    if tiling[0] == "one launch":
-        step_in, step_out, perm_in, perm_out, b, _, _, *counters = given
-        deltas = kernels.deltas(step_in, step_out, b, b, weight.dtype)
-        turn: Callable[..., None] = kernels.turn_in_one_launch
-        sizes = {"tile_k": tiling[1], "stages": tiling[2]}
-        turn(weight, *deltas, perm_in, perm_out, *counters, None, **sizes)
-        return
-    rows, columns = kernels.NARROW
-    if tiling[0] is None:
-        columns = kernels.Tiling(*tiling[1])
+    step_in, step_out, perm_in, perm_out, b, _, _, *counters = given
+    deltas = turn_weight.deltas(step_in, step_out, b, b, weight.dtype)
+    kind, *sizes = tiling
+    by_deltas = weight, *deltas, perm_in, perm_out, *counters, None
+    if kind == "panels":
+        turn_panels.turn_panels(*by_deltas, tiling=turn_panels.Panels(*sizes[0]))
     else:
-        rows = kernels.Tiling(*tiling)
-    two: Callable[..., None] = kernels.turn_weight_
-    two(weight, *given, None, tilings=(rows, columns))
+        rows, columns = (turn_weight.Tiling(*t) for t in sizes)
+        turn_weight.turn_by_deltas(*by_deltas, tilings=(rows, columns))
 
 
 if __name__ == "__main__":

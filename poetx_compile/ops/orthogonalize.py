@@ -8,7 +8,7 @@ from torch import Tensor
 from poetx_compile.ops.cayley import check_skew
 from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.kernels.common import static
-from poetx_compile.ops.newton_schulz import COEFFICIENTS, STEPS
+from poetx_compile.ops.newton_schulz import newton_schulz
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.ops.precision import without_autocast
 from poetx_compile.ops.registry import define
@@ -25,15 +25,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
         The same shape: singular values in 0.7 … 1.2, but for those that were below about 0.01 of
         the Frobenius norm; a zero block stays zero.
     """
-    a, b, c = COEFFICIENTS
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
     x = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
     if x.is_cuda and x.dtype == torch.float32:
         x = x.bfloat16()
-    for _ in range(STEPS):
-        square = torch.bmm(x, x.mT)
-        x = torch.baddbmm(a * x, torch.baddbmm(b * square, square, square, alpha=c), x)
-    return x
+    return newton_schulz(x)
 
 
 def orthogonalize_skew_reference(skew: Tensor, block_size: int) -> Tensor:

@@ -61,6 +61,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         permute,
         rotate,
         tangent,
+        turn_panels,
         turn_weight,
     )
 
@@ -91,6 +92,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         permute,
         rotate,
         tangent,
+        turn_panels,
         turn_weight,
     )
     for module in modules:
@@ -156,7 +158,7 @@ def test_a_weight_is_turned_in_two_launches(dtype, n, m, b, chunk, compiled_laun
             assert re.search(r"st\.global\S*\.v4", kernel.asm["ptx"])
 
 
-@pytest.mark.parametrize(("b_in", "b_out"), [(256, 256), (128, 192), (192, 128)])
+@pytest.mark.parametrize(("b_in", "b_out"), [(256, 256), (128, 192), (512, 256)])
 def test_blocks_of_middle_size_are_turned_in_one_launch(b_in, b_out, compiled_launches):
     from poetx_compile.ops.kernels import turn_weight
 
@@ -164,7 +166,7 @@ def test_blocks_of_middle_size_are_turned_in_one_launch(b_in, b_out, compiled_la
     steps = [meta(size // b, b * (b - 1) // 2) for size, b in ((2048, b_in), (1024, b_out))]
     turn_weight.turn_weight_(weight, *steps, *perms, b_in, b_out, 3, 5, 3, 1, None)
     turn = compiled_launches[-1]
-    assert turn.metadata.name == "turn_both_kernel"
+    assert turn.metadata.name == "turn_panels_kernel"
     assert turn.metadata.shared <= SHARED_MEMORY
     assert turn.asm["ttgir"].count("ttng.warp_group_dot ") == 2
     assert re.search(r"st\.global\S*\.v4", turn.asm["ptx"])

@@ -247,8 +247,8 @@ check("skew_block_products", "skew_block_products", x, y, 2, 8, pair(2), None, N
     "orthogonalize": """
 from poetx_compile.ops.kernels.orthogonalize import Tiling, orthogonalize_skew
 
-small = Tiling(16, 32, 16, 4, 3)
-for b, options in ((2, {}), (5, {}), (33, {"tiling": small}), (70, {})):
+small = Tiling(16, 16, 4, 3)
+for b, options in ((2, {}), (5, {"by_library": True}), (33, {"tiling": small}), (70, {})):
     packed = 3 * skew(2, b)
     packed[1] *= b > 2  # a block of zeros stays
     expected = reference("orthogonalize_skew", "orthogonalize")(packed.double(), b)
@@ -258,7 +258,7 @@ for b, options in ((2, {}), (5, {}), (33, {"tiling": small}), (70, {})):
     "turn_weight": """
 import triton
 import triton.language as tl
-from poetx_compile.ops.kernels import turn_weight
+from poetx_compile.ops.kernels import rounding, turn_panels, turn_weight
 from poetx_compile.ops.turn_weight import rotate_weight
 from poetx_compile.ops.kernels.turn_weight import Tiling
 from poetx_compile.ops import random
@@ -277,16 +277,18 @@ for n, m, b_in, b_out in ((7, 10, 3, 2), (75, 66, 33, 70), (130, 20, 4, 65)):
     turned(torch.randn(n, m), b_in, b_out, pair(m), pair(n))
 turned(torch.randn(96, 128), 48, 40, pair(16), pair(6), tilings=small)  # chunks: in the kernels
 turned(torch.randn(96, 128), 64, 96, pair(8), pair(96), torch.tensor(1.0))
-# In one launch: blocks of one panel and of two, tails, columns in chunks. fp16 in place of bf16.
+# In one launch: one panel of rows and two, tails, columns in chunks. fp16 in place of bf16.
 for n, m, b_out, b_in in ((300, 160, 136, 72), (80, 288, 72, 136)):
     weight, perms = torch.randn(n, m).half(), (pair(m // 8), pair(n // 4))
     deltas = [0.05 * torch.randn(s // b, b, b).half() for s, b in ((m, b_in), (n, b_out))]
-    actual = weight.clone()
-    turn_weight.turn_in_one_launch(actual, *deltas, *perms, 5, 2, 1, None)
     wide = [d.double() for d in deltas]
     columns, rows = ((p[0][:, None] * c + torch.arange(c)).flatten() for p, c in zip(perms, (8, 4)))
-    before, after = (w.double()[rows][:, columns] for w in (weight, actual))
+    before = weight.double()[rows][:, columns]
     expected = rotate_weight(before, wide[0], wide[1].mT)
+    actual = weight.clone()
+    tiling = turn_panels.Panels(64 if n == 300 else 128, 64, 8, 3, 1)
+    turn_panels.turn_panels(actual, *deltas, *perms, 5, 2, 1, None, tiling=tiling)
+    after = actual.double()[rows][:, columns]
     assert_close(after - before, expected - before, torch.float16, "in one launch")
 
 weight = torch.randn(4, 6)
@@ -298,9 +300,9 @@ assert torch.equal(still, weight)
 @triton.jit
 def rounding_kernel(x, out, low, high, B: tl.constexpr, GROUPED: tl.constexpr):
     rows, columns = 3 + tl.arange(0, 16), 16 + tl.arange(0, 32)
-    bits = turn_weight.matrix_bits(rows, columns, low, high, 9, 4, GROUPED)
+    bits = rounding.matrix_bits(rows, columns, low, high, 9, 4, GROUPED)
     at = rows[:, None] * B + columns[None, :]
-    tl.store(out + at, turn_weight.stochastic_bf16(tl.load(x + at), bits))
+    tl.store(out + at, rounding.stochastic_bf16(tl.load(x + at), bits))
 
 x = torch.randn(19, 48)
 x[5, 17:20] = torch.tensor([float("inf"), -float("inf"), float("nan")])
@@ -309,7 +311,7 @@ bits = random.matrix_bits(19, 48, seed, 9, 4, x.device)
 expected = random.round_stochastically(x, torch.bfloat16, bits)[3:, 16:]
 for grouped in (True, False):
     out = torch.zeros(19, 48, dtype=torch.bfloat16)
-    words = turn_weight._signed(seed), turn_weight._signed(seed >> 32)
+    words = rounding.signed(seed), rounding.signed(seed >> 32)
     rounding_kernel[(1,)](x, out, *words, B=48, GROUPED=grouped)
     assert torch.equal(out[3:, 16:].nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 """,

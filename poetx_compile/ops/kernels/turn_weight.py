@@ -9,10 +9,7 @@ A weight stays in its natural order: rows are gathered and scattered for nothing
 they come in runs (`common.is_fused`). A delta is rounded once, which a small rotation can afford
 (`rotation_delta`), U is rounded as an operand alone, and bf16 results stochastically.
 
-*One launch*, where blocks are of middle size (`fits`): as in `fold_both` a program keeps one block
-of R in shared memory, and U never leaves its registers. It reads and writes whole blocks, which
-nobody else does. All rows of one are read before any is written: the result of the first panel of a
-block waits in a scratch, of one panel for each program, until the second one has read it.
+*One launch* where blocks are of middle size: `turn_panels`.
 
 *Two launches* elsewhere, through a scratch of the weight's size: U, in bf16 as two numbers. All
 rows are read before the second launch writes any.
@@ -27,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from poetx_compile.ops.kernels import turn_panels
 from poetx_compile.ops.kernels.cayley import delta
 from poetx_compile.ops.kernels.common import (
-    MULTIPROCESSORS,
     chunk_length,
     input_precision,
     is_fused,
@@ -37,58 +34,10 @@ from poetx_compile.ops.kernels.common import (
     power_of_two,
     row_or,
     run_length,
-    shared_memory,
 )
-from poetx_compile.ops.kernels.fold_both import column_splits
 from poetx_compile.ops.kernels.permute import chunk_columns, permute_columns, source_columns
-
-
-@triton.jit
-def natural_rows(index, rows, inside, CHUNK: tl.constexpr):
-    """Where `rows` lie under one row of a permutation pair, as 64-bit numbers."""
-    chunk = tl.load(index + rows // CHUNK, mask=inside, other=0)
-    return chunk * CHUNK + rows % CHUNK
-
-
-@triton.jit
-def matrix_bits(rows, columns, seed_low, seed_high, step, layer, GROUPED: tl.constexpr):
-    """`ops.random.matrix_bits` of a tile: 16 bits for each element, in int32.
-
-    GROUPED: the columns begin at a multiple of 8; otherwise each element computes its own words.
-    """
-    low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64)
-    seed = (high << 32) | low
-    if GROUPED:
-        # One call for eight neighbours, whose number is that of the first.
-        groups: tl.constexpr = columns.shape[0] // 8
-        first = tl.min(columns, axis=0) // 8 + tl.arange(0, groups)
-        c = first[None, :] + tl.zeros_like(rows)[:, None]
-        r = rows[:, None] + tl.zeros_like(first)[None, :]
-        w0, w1, w2, w3 = tl.philox(seed, c, r, step, layer)
-        # 16-bit numbers from here on: they change threads through shared memory.
-        low02 = tl.interleave(w0.to(tl.uint16), w2.to(tl.uint16))
-        low13 = tl.interleave(w1.to(tl.uint16), w3.to(tl.uint16))
-        high02 = tl.interleave((w0 >> 16).to(tl.uint16), (w2 >> 16).to(tl.uint16))
-        high13 = tl.interleave((w1 >> 16).to(tl.uint16), (w3 >> 16).to(tl.uint16))
-        bits = tl.interleave(tl.interleave(low02, low13), tl.interleave(high02, high13))
-    else:
-        c = (columns // 8)[None, :] + tl.zeros_like(rows)[:, None]
-        r = rows[:, None] + tl.zeros_like(columns)[None, :]
-        w0, w1, w2, w3 = tl.philox(seed, c, r, step, layer)
-        word = (columns % 8 // 2)[None, :]
-        chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-        bits = tl.where((columns % 2)[None, :] == 0, chosen & 0xFFFF, chosen >> 16).to(tl.uint16)
-    return bits.to(tl.int32)
-
-
-@triton.jit
-def stochastic_bf16(x, bits):
-    """fp32 rounded to bf16 by 16 random bits; infinities and NaN stay."""
-    pattern = x.to(tl.int32, bitcast=True)
-    finite = (pattern & 0x7F800000) != 0x7F800000
-    pattern = tl.where(finite, (pattern + bits) & -65536, pattern)
-    return pattern.to(tl.float32, bitcast=True).to(tl.bfloat16)
+from poetx_compile.ops.kernels.rounding import matrix_bits, signed, stochastic_bf16
+from poetx_compile.ops.kernels.turn_panels import natural_rows
 
 
 @triton.jit
@@ -210,97 +159,6 @@ def turn_columns_kernel(
         tl.store(out, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "layer"])
-def turn_both_kernel(
-    out,  # [rows, width], 2-byte elements: the weight, read and written
-    left_delta,  # [blocks_left, B_LEFT, B_LEFT], like the weight
-    right_delta,  # [blocks_right, B_RIGHT, B_RIGHT]
-    row_index,  # int64 [rows / ROW_CHUNK]
-    gather,  # int64 [width / CHUNK]; CHUNK = 0: not read
-    apply,  # int32: nothing is written where it is zero; HAS_APPLY = False: not read
-    saved_out,  # [programs, PANEL, PADDED], like the weight: scratch; PANELS = 1: not used
-    rows,
-    width,
-    blocks_left,
-    blocks_right,
-    column_programs,  # the blocks of columns, with those behind the last one that is rotated
-    row_blocks,  # the blocks of rows, the same way
-    row_blocks_a_split,
-    seed_low,  # all of these are 32 bits
-    seed_high,
-    step,
-    layer,
-    B_LEFT: tl.constexpr,
-    B_RIGHT: tl.constexpr,
-    ROW_CHUNK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    RUN: tl.constexpr,
-    PADDED: tl.constexpr,  # a power of two >= B_RIGHT
-    PANEL: tl.constexpr,
-    PANELS: tl.constexpr,  # of a block of rows: 1 or 2
-    TILE_K: tl.constexpr,
-    HAS_APPLY: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-):
-    """W = (I + left_delta) W (I + right_delta)^T by blocks, in permuted coordinates, in place."""
-    if HAS_APPLY and tl.load(apply) == 0:
-        return
-    program = tl.program_id(0)
-    block = program % column_programs
-    first = (program // column_programs) * row_blocks_a_split
-    last = tl.minimum(first + row_blocks_a_split, row_blocks)
-    ns = tl.arange(0, PADDED)
-    columns = block * B_RIGHT + ns
-    there = (ns < B_RIGHT) & (columns < width)
-    source = columns
-    if CHUNK > 0:
-        chunk = tl.load(gather + columns // CHUNK, mask=there, other=0)
-        source = chunk_columns(chunk, columns, CHUNK, RUN)
-    block_delta = right_delta + block.to(tl.int64) * (B_RIGHT * B_RIGHT)
-    stored = (ns < B_RIGHT)[:, None] & (ns < B_RIGHT)[None, :] & (block < blocks_right)
-    right = tl.load(block_delta + ns[:, None] * B_RIGHT + ns[None, :], mask=stored, other=0.0)
-    right = tl.trans(right)
-    saved = saved_out + program.to(tl.int64) * (PANEL * PADDED)
-    saved += tl.arange(0, PANEL)[:, None] * PADDED + ns[None, :]
-    for panel in range(first * PANELS, last * PANELS):
-        row_block = panel // PANELS
-        ms = panel % PANELS * PANEL + tl.arange(0, PANEL)
-        row = row_block * B_LEFT + ms
-        row_there = (ms < B_LEFT) & (row < rows)
-        inside = row_there[:, None] & there[None, :]
-        at = (natural_rows(row_index, row, row_there, ROW_CHUNK) * width)[:, None]
-        total = tl.load(out + at + source[None, :], inside, other=0.0).to(tl.float32)
-        left_rows = left_delta + row_block.to(tl.int64) * (B_LEFT * B_LEFT)
-        left_rows += (ms * B_LEFT)[:, None]
-        for start in range(0, tl.where(row_block < blocks_left, B_LEFT, 0), TILE_K):
-            js = start + tl.arange(0, TILE_K)
-            turned = (ms < B_LEFT)[:, None] & (js < B_LEFT)[None, :]
-            left = tl.load(left_rows + js[None, :], mask=turned, other=0.0)
-            stream_rows = natural_rows(row_index, row_block * B_LEFT + js, js < B_LEFT, ROW_CHUNK)
-            read = (js < B_LEFT)[:, None] & there[None, :]
-            stream_rows = (stream_rows * width)[:, None]
-            stream = tl.load(out + stream_rows + source[None, :], mask=read, other=0.0)
-            total = tl.dot(left, stream, total)
-        total = tl.dot(total.to(out.dtype.element_ty), right, total)
-        if STOCHASTIC:
-            bits = matrix_bits(row, columns, seed_low, seed_high, step, layer, B_RIGHT % 8 == 0)
-            result = stochastic_bf16(total, bits)
-        else:
-            result = total.to(out.dtype.element_ty)
-        if PANELS == 1 or panel % PANELS == 1:
-            tl.store(out + at + source[None, :], result, mask=inside)
-        else:
-            tl.store(saved, result)
-        if PANELS == 2 and panel % PANELS == 1:
-            # What other threads of this program have saved; and all have read the block by now.
-            tl.debug_barrier()
-            row = row_block * B_LEFT + tl.arange(0, PANEL)
-            row_there = row < rows
-            at = (natural_rows(row_index, row, row_there, ROW_CHUNK) * width)[:, None]
-            inside = row_there[:, None] & there[None, :]
-            tl.store(out + at + source[None, :], tl.load(saved), mask=inside)
-
-
 class Tiling(NamedTuple):
     """Sizes of a launch: a tile of the result, a step of the sum, warps, steps in flight."""
 
@@ -343,8 +201,8 @@ def turn_weight_(
     assert order == 3, order
     delta_in, delta_out = deltas(skew_in, skew_out, block_in, block_out, weight.dtype)
     given = delta_in, delta_out, perm_in, perm_out, seed, step, layer, apply
-    if tilings is None and fits(weight, delta_in, delta_out, perm_in):
-        turn_in_one_launch(weight, *given)
+    if tilings is None and turn_panels.fits(weight, delta_in, delta_out, perm_in):
+        turn_panels.turn_panels(weight, *given)
     else:
         turn_by_deltas(weight, *given, tilings=tilings)
 
@@ -364,86 +222,6 @@ def deltas(
         return delta(skew.contiguous(), b, dtype, flipped)
 
     return alone(skew_in, block_in, 0), alone(skew_out, block_out, others)
-
-
-PANEL, TILE_K, STAGES = 128, 32, 4
-"""Of one launch: rows of a panel, rows of a step of its first product, steps in flight."""
-
-
-def fits(weight: Tensor, delta_in: Tensor, delta_out: Tensor, perm_in: Tensor) -> bool:
-    """Whether one launch turns both sides: aligned blocks of middle size, columns in runs."""
-    width, sizes = weight.shape[1], (delta_in.shape[1], delta_out.shape[1])
-    if weight.dtype != torch.bfloat16 or not (delta_in.shape[0] and delta_out.shape[0]):
-        return False
-    aligned = width % 16 == 0 and all(b % 8 == 0 for b in sizes)
-    middle = all(64 < b <= 256 for b in sizes)
-    fused = is_fused(perm_in, width, sizes[0])
-    padded = power_of_two(sizes[0], 128, 256)
-    streaming = STAGES * (PANEL + padded) * TILE_K
-    shared = 2 * (padded * padded + max(streaming, PANEL * padded))
-    return aligned and middle and fused and shared <= shared_memory()
-
-
-def turn_in_one_launch(
-    weight: Tensor,
-    delta_in: Tensor,
-    delta_out: Tensor,
-    perm_in: Tensor,
-    perm_out: Tensor,
-    seed: int,
-    step: int,
-    layer: int,
-    apply: Tensor | None,
-    *,
-    tile_k: int = TILE_K,
-    stages: int = STAGES,
-) -> None:
-    """`turn_by_deltas` where `fits`; `tile_k` and `stages` are sizes to try."""
-    rows, width = weight.shape
-    blocks_left, b_left, _ = delta_out.shape
-    blocks_right, b_right, _ = delta_in.shape
-    padded = power_of_two(b_right, 128, 256)
-    column_programs, row_blocks = -(-width // b_right), -(-rows // b_left)
-    resident = MULTIPROCESSORS * (256 // padded)
-    programs = column_programs * (splits := column_splits(column_programs, row_blocks, resident))
-    panels = -(-b_left // PANEL)
-    saved = weight.new_empty(programs, PANEL, padded) if panels > 1 else weight
-    index = perm_out.select(0, 0)
-    launch(
-        turn_both_kernel,
-        programs,
-        weight,
-        delta_out,
-        delta_in,
-        index,
-        perm_in.select(0, 0),
-        index if apply is None else apply.to(torch.int32),
-        saved,
-        rows,
-        width,
-        blocks_left,
-        blocks_right,
-        column_programs,
-        row_blocks,
-        -(-row_blocks // splits),
-        _signed(seed),
-        _signed(seed >> 32),
-        _signed(step),
-        _signed(layer),
-        B_LEFT=b_left,
-        B_RIGHT=b_right,
-        ROW_CHUNK=chunk_length(perm_out, rows),
-        CHUNK=chunk_length(perm_in, width),
-        RUN=run_length(width, b_right, perm_in),
-        PADDED=padded,
-        PANEL=PANEL,
-        PANELS=panels,
-        TILE_K=tile_k,
-        HAS_APPLY=apply is not None,
-        STOCHASTIC=weight.dtype == torch.bfloat16,
-        num_warps=8,
-        num_stages=stages,
-    )
 
 
 def turn_by_deltas(
@@ -516,10 +294,10 @@ def turn_by_deltas(
         rows,
         width,
         delta_in.shape[0],
-        _signed(seed),
-        _signed(seed >> 32),
-        _signed(step),
-        _signed(layer),
+        signed(seed),
+        signed(seed >> 32),
+        signed(step),
+        signed(layer),
         B=b_in,
         TILE_M=of_columns.tile_m,
         TILE_N=tile_n,
@@ -532,9 +310,3 @@ def turn_by_deltas(
     )
     if matrix is not weight:
         weight.copy_(permute_columns(matrix, perm_in, True))
-
-
-def _signed(word: int) -> int:
-    """The lower 32 bits as a signed number, so that all of them reach a kernel as int32."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >> 31 else word

@@ -27,7 +27,7 @@ def _packed_tile(packed, rows, columns, sign, B: tl.constexpr):
 
 
 @triton.jit
-def _store_skew(out, rows, columns, on_diagonal, value, N: tl.constexpr):
+def store_skew(out, rows, columns, on_diagonal, value, N: tl.constexpr):
     """Write a tile on or above the diagonal of a skew matrix, and its mirror image."""
     mirrored = -tl.trans(value)
     if on_diagonal:
@@ -58,10 +58,10 @@ def unpack_kernel(
     base = block * (N * N)
     on_diagonal = row_tile == column_tile
     value = _packed_tile(packed, rows, columns, sign_of(block, first_negated), B)
-    _store_skew(out + base, rows, columns, on_diagonal, value, N)
+    store_skew(out + base, rows, columns, on_diagonal, value, N)
     if HAS_REST:
         rest = value - value.to(out.dtype.element_ty).to(tl.float32)
-        _store_skew(rest_out + base, rows, columns, on_diagonal, rest, N)
+        store_skew(rest_out + base, rows, columns, on_diagonal, rest, N)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def unpack_and_split_kernel(
     s_out += block * (N * N)
     a_out += block * (N * N)
     value = _packed_tile(packed, rows, columns, sign_of(block, first_negated), B)
-    _store_skew(q_out, rows, columns, row_tile == column_tile, value, N)
+    store_skew(q_out, rows, columns, row_tile == column_tile, value, N)
     direct = masked_tile(grad, rows, columns, B)
     transposed = tl.trans(masked_tile(grad, columns, rows, B))
     s = direct + transposed

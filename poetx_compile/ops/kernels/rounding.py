@@ -1,0 +1,53 @@
+"""Stochastic rounding in Triton kernels, by the bits of `ops.random`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def matrix_bits(rows, columns, seed_low, seed_high, step, layer, GROUPED: tl.constexpr):
+    """`ops.random.matrix_bits` of a tile: 16 bits for each element, in int32.
+
+    GROUPED: the columns begin at a multiple of 8; otherwise each element computes its own words.
+    """
+    low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64)
+    seed = (high << 32) | low
+    if GROUPED:
+        # One call for eight neighbours, whose number is that of the first.
+        groups: tl.constexpr = columns.shape[0] // 8
+        first = tl.min(columns, axis=0) // 8 + tl.arange(0, groups)
+        c = first[None, :] + tl.zeros_like(rows)[:, None]
+        r = rows[:, None] + tl.zeros_like(first)[None, :]
+        w0, w1, w2, w3 = tl.philox(seed, c, r, step, layer)
+        # 16-bit numbers from here on: they change threads through shared memory.
+        low02 = tl.interleave(w0.to(tl.uint16), w2.to(tl.uint16))
+        low13 = tl.interleave(w1.to(tl.uint16), w3.to(tl.uint16))
+        high02 = tl.interleave((w0 >> 16).to(tl.uint16), (w2 >> 16).to(tl.uint16))
+        high13 = tl.interleave((w1 >> 16).to(tl.uint16), (w3 >> 16).to(tl.uint16))
+        bits = tl.interleave(tl.interleave(low02, low13), tl.interleave(high02, high13))
+    else:
+        c = (columns // 8)[None, :] + tl.zeros_like(rows)[:, None]
+        r = rows[:, None] + tl.zeros_like(columns)[None, :]
+        w0, w1, w2, w3 = tl.philox(seed, c, r, step, layer)
+        word = (columns % 8 // 2)[None, :]
+        chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
+        bits = tl.where((columns % 2)[None, :] == 0, chosen & 0xFFFF, chosen >> 16).to(tl.uint16)
+    return bits.to(tl.int32)
+
+
+@triton.jit
+def stochastic_bf16(x, bits):
+    """fp32 rounded to bf16 by 16 random bits; infinities and NaN stay."""
+    pattern = x.to(tl.int32, bitcast=True)
+    finite = (pattern & 0x7F800000) != 0x7F800000
+    pattern = tl.where(finite, (pattern + bits) & -65536, pattern)
+    return pattern.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+def signed(word: int) -> int:
+    """The lower 32 bits as a signed number, so that all of them reach a kernel as int32."""
+    word &= 0xFFFFFFFF
+    return word - (1 << 32) if word >> 31 else word
