@@ -17,6 +17,7 @@ size; so they are alike in every process, however blocks are spread, and in a ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 from poetx_compile.distributed.shards import local, whole, write
 from poetx_compile.errors import ConfigError
 from poetx_compile.ops.random import hashed
+from poetx_compile.optim.blocks import gather, scatter
 
 BUFFER = "momentum_buffer"
 SCALE = "momentum_scale"
@@ -34,6 +36,8 @@ GROUP = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 State = dict[str, Any]
+Batch = Sequence[tuple[int, slice]]
+"""As `optim.blocks.chunks` makes them."""
 
 
 def parse_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -74,30 +78,28 @@ def create(state: State, skew: Tensor, dtype: torch.dtype) -> None:
         state[SCALE] = torch.zeros_like(skew[:, : groups(skew.shape[1])], dtype=torch.float32)
 
 
-def read(state: State, rows: slice, dtype: torch.dtype) -> Tensor:
-    """The momentum of some blocks of this process, in `dtype`."""
-    codes = local(state[BUFFER])[rows]
-    if SCALE not in state:
+def read(states: Sequence[State], batch: Batch, dtype: torch.dtype) -> Tensor:
+    """The momentum of a batch of blocks of this process, in `dtype`: [blocks, b(b−1)/2]."""
+    codes = gather([local(state[BUFFER]) for state in states], batch)
+    if SCALE not in states[0]:
         return codes.to(dtype)
-    return _decoded(codes, local(state[SCALE])[rows]).to(dtype)
+    return _decoded(codes, gather([local(state[SCALE]) for state in states], batch)).to(dtype)
 
 
-def store(state: State, rows: slice, value: Tensor, noise: Tensor) -> None:
-    """Write the momentum of some blocks of this process, rounded stochastically.
+def store(states: Sequence[State], batch: Batch, value: Tensor, noise: Tensor) -> None:
+    """Write the momentum of a batch of blocks of this process, rounded stochastically.
 
     Args:
-        value: [blocks, b(b−1)/2], fp32.
+        value: [blocks, b(b−1)/2], of the batch.
         noise: `rounding_noise` of the step.
     """
-    buffer = local(state[BUFFER])
-    if SCALE in state:
-        codes, scale = _encoded(value, noise)
-        local(state[SCALE])[rows] = scale
-        buffer[rows] = codes
-    elif buffer.dtype == torch.bfloat16:
-        buffer[rows] = _to_bf16(value, noise)
-    else:
-        buffer[rows] = value
+    dtype = states[0][BUFFER].dtype
+    if SCALE in states[0]:
+        value, scale = _encoded(value, noise)
+        scatter([local(state[SCALE]) for state in states], batch, scale)
+    elif dtype == torch.bfloat16:
+        value = _to_bf16(value, noise)
+    scatter([local(state[BUFFER]) for state in states], batch, value)
 
 
 def rounding_noise(packed: int, seed: int, step: int, device: torch.device) -> Tensor:
@@ -115,9 +117,8 @@ def values(state: State, key: str) -> Tensor:
 def put(state: State, key: str, value: Tensor) -> None:
     """Write a whole tensor of a state, rounded to nearest."""
     if key == BUFFER and SCALE in state:
-        codes, scale = _encoded(value, torch.full_like(value[:1], 2**15, dtype=torch.int32))
+        value, scale = _encoded(value, _half(value))
         write(state[SCALE], scale)
-        value = codes
     write(state[key], value)
 
 
@@ -132,10 +133,14 @@ def fit(state: State, skew: Tensor, dtype: torch.dtype) -> None:
         loaded = _decoded(loaded, local(scale))
     create(state, skew, dtype)
     if dtype == torch.int8:
-        half = torch.full_like(loaded[:1], 2**15, dtype=torch.int32)
-        store(state, slice(None), loaded.float(), half)
-    else:
-        local(state[BUFFER]).copy_(loaded)
+        loaded, scale = _encoded(loaded, _half(loaded))
+        local(state[SCALE]).copy_(scale)
+    local(state[BUFFER]).copy_(loaded)
+
+
+def _half(value: Tensor) -> Tensor:
+    """Noise that rounds to nearest."""
+    return torch.full_like(value[:1], 2**15, dtype=torch.int32)
 
 
 def _grouped(value: Tensor) -> Tensor:

@@ -126,20 +126,24 @@ class POETXMuon(torch.optim.Optimizer):
             if not state:
                 stored.create(state, skew, self.momentum_dtype)
         mu, b = group["momentum"], group[BLOCK]
-        for alike in by_kind([(skew, b) for skew in skews]).values():
+        for kind, alike in by_kind([(skew, b) for skew in skews]).items():
             states = [self.state[p] for p in alike]
             gradients = [local(p.grad) for p in alike if p.grad is not None]
             turned = [local(p) for p in alike]
             if group["weight_decay"]:
                 torch._foreach_mul_(turned, 1 - group["lr"] * group["weight_decay"])
-            narrow = self.momentum_dtype != torch.float32
+            # Gradients are bf16 where the user has set `Tensor.grad_dtype`.
+            narrow = self.momentum_dtype != torch.float32 or any(
+                g.dtype != kind.dtype for g in gradients
+            )
             if not narrow:
                 momenta = [local(state[stored.BUFFER]) for state in states]
                 torch._foreach_lerp_(momenta, gradients, 1 - mu)
                 directions = torch._foreach_lerp(gradients, momenta, mu)
             for batch in chunks(turned, b):
                 if narrow:
-                    direction = self._narrow_direction(states, gradients, batch, mu)
+                    gradient = gather(gradients, batch).to(kind.dtype)
+                    direction = self._narrow_direction(states, gradient, batch, mu)
                 else:
                     direction = gather(directions, batch)
                 update = ops.orthogonalize_skew(direction, b).mul_(group["lr"])
@@ -149,20 +153,16 @@ class POETXMuon(torch.optim.Optimizer):
     def _narrow_direction(
         self,
         states: Sequence[stored.State],
-        gradients: Sequence[Tensor],
+        gradient: Tensor,
         batch: Sequence[tuple[int, slice]],
         mu: float,
     ) -> Tensor:
-        """The directions of a batch of blocks, whose narrow momentum is brought up to date."""
-        gradient = gather(gradients, batch)
-        parts = [stored.read(states[i], rows, gradient.dtype) for i, rows in batch]
-        momentum = torch.cat(parts).lerp_(gradient, 1 - mu)
+        """The directions of a batch of blocks, whose momentum is brought up to date."""
+        momentum = stored.read(states, batch, gradient.dtype).lerp_(gradient, 1 - mu)
         schedule = getattr(self, "schedule", None)  # a copy for a trial has none
         seed, step = (0, 0) if schedule is None else (schedule.config.seed, schedule.step)
         noise = stored.rounding_noise(momentum.shape[1], seed, step, momentum.device)
-        counts = [rows.stop - rows.start for _, rows in batch]
-        for (i, rows), part in zip(batch, momentum.split(counts), strict=True):
-            stored.store(states[i], rows, part, noise)
+        stored.store(states, batch, momentum, noise)
         return gradient.lerp(momentum, mu)
 
 

@@ -75,7 +75,7 @@ def test_what_is_less_than_a_rounding_adds_up(dtype: str) -> None:
     for number in range(50):
         exact += small
         noise = rounding_noise(300, 7, number, small.device)
-        store(state, slice(None), values(state, BUFFER).float() + small, noise)
+        store([state], [(0, slice(0, 3))], values(state, BUFFER).float() + small, noise)
     moved = (values(state, BUFFER).float() - 1)[:, 1:256].mean()
     assert moved.item() == pytest.approx(50 * 2e-4, rel=0.3)
 
@@ -162,3 +162,22 @@ def test_another_dtype_is_refused() -> None:
     for dtype in (torch.float16, "fp8", None):
         with pytest.raises(ConfigError, match=r"momentum_dtype = .*use torch\.float32, torch\.bf"):
             build(dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *NARROW])
+def test_gradients_may_be_narrow(dtype: str) -> None:
+    """`Tensor.grad_dtype`, through the backend: accumulated in bf16, stepped in fp32."""
+    (model, optimizer), (exact_model, exact) = build(dtype), build(dtype)
+    for skew in skews(model):
+        skew.grad_dtype = torch.bfloat16
+    x = torch.randn(8, 50)
+    for made in (model, exact_model):
+        compiled = torch.compile(made, backend="poetx", options={"stage": "eager"})
+        for part in x.split(4):
+            compiled(part).square().mean().backward()
+    assert {s.grad.dtype for s in skews(model)} == {torch.bfloat16}
+    optimizer.step()
+    exact.step()
+    for one, two in zip(skews(model), skews(exact_model), strict=True):
+        error = relative_error(momentum(optimizer, one), momentum(exact, two))
+        assert error < 2**-8 + NARROW.get(dtype, 0)
