@@ -1,4 +1,4 @@
-"""Merge-then-reinitialise of one layer, drawing the next permutations included."""
+"""A merge of one layer that redraws its permutations, and moving a momentum to its planes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 import poetx_compile as poetx
 from benchmarks import contenders, floors, gate, options
 from benchmarks.options import Session
 from benchmarks.rows import Row
+from poetx_compile.layers.parametrization import equivalence_of, redrawn
+from poetx_compile.layers.permutation import redraw_all
 from poetx_compile.optim.merge import merge
+from poetx_compile.optim.transport import transport
 
 COLUMNS = (
     "in_features", "out_features", "block_size", "merge_rotation", "permutation", "ms", "floor_ms",
-    "ratio", "error",
+    "ratio", "transport_ms", "error",
 )  # fmt: skip
 
 
@@ -59,8 +63,19 @@ def measure(session: Session, m: int, n: int, config: poetx.POETXConfig) -> Row:
         ms_p80=timing.high,
         floor_ms=floor_ms,
         ratio=timing.ms / floor_ms,
+        transport_ms=_transport_ms(session, layer),
         error=error,
     )
+
+
+def _transport_ms(session: Session, layer: nn.Linear) -> float:
+    """Of one fp32 momentum of both sides."""
+    e = equivalence_of(layer)
+    assert e is not None
+    moves = redraw_all(redrawn([e]))
+    state = {skew: {"momentum_buffer": torch.randn_like(skew)} for skew in e.skews}
+    signed = {"momentum_buffer": True}
+    return session.timer.time(lambda: transport(e.sides, moves, state, signed)).ms
 
 
 def check(session: Session, m: int, n: int, config: poetx.POETXConfig) -> float:

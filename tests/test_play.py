@@ -19,7 +19,7 @@ from tests.play.actions import ACTIONS
 from tests.play.invariants import Broken
 from tests.play.runner import Call, Sequence, play, shrunk
 
-SEEDS = (333, 756, 1315, 2215)
+SEEDS = (42, 333, 840, 872)
 """Together they play every action, all kinds of optimisers, and both stages."""
 
 FOUND = {
@@ -147,7 +147,7 @@ def cut_a_gradient(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         OrthogonalEquivalence,
         "effective",
-        lambda self, stored, skew_in, skew_out: real(self, stored, skew_in.detach(), skew_out),
+        lambda self, stored, skew_in, *rest: real(self, stored, skew_in.detach(), *rest),
     )
 
 

@@ -22,6 +22,7 @@ from poetx_compile.inspect.memory.source import checkpoint_layers, model_on_meta
 from poetx_compile.inspect.memory.trace import trace
 from poetx_compile.layers.parametrization import trained_parameters
 from poetx_compile.layers.prepare import config_of
+from poetx_compile.optim.momentum import parse_dtype
 
 MIB = 2**20
 
@@ -46,6 +47,7 @@ def estimate(
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
     optimizer: str = "muon",
+    momentum_dtype: torch.dtype | str = torch.float32,
     config: POETXConfig | None = None,
     shared: Sequence[Sequence[str]] = (),
     variants: Sequence[str] = ("fast", "mem"),
@@ -83,6 +85,7 @@ def estimate(
             fp32).
         autocast: dtype of the autocast region around the forward, if there is one.
         optimizer: ``"muon"`` (`POETXMuon`) or ``"adamw"`` (`POETXAdamW`), for the rows of POET-X.
+        momentum_dtype: of `POETXMuon`.
         config: of POET-X; of a prepared model its own. `variant` is taken from `variants`.
         shared: as for `prepare`.
         variants: one row each.
@@ -106,6 +109,7 @@ def estimate(
         raise ConfigError(
             f"optimizer = {optimizer!r} is not allowed: use one of {parts.OPTIMIZERS}"
         )
+    momentum = parse_dtype(momentum_dtype)
     memory = None if gpu_memory is None else parse_memory(gpu_memory)
     given = bool(inputs or kwargs)
     example.check_sizes(batch_size, sequence_length, given)
@@ -127,7 +131,7 @@ def estimate(
     dense = meta.unprepared(plain)
     peaks = [
         *step.peaks("nn.Linear", dense, "adamw", [None]),
-        *step.peaks("POET-X", trained, optimizer, parsed),
+        *step.peaks("POET-X", trained, optimizer, parsed, momentum),
     ]
     name = {"adamw": "POETXAdamW", "muon": "POETXMuon"}[optimizer]
     methods = ["nn.Linear", *(f"POET-X {_described_choice(one)}" for one in chosen)]
@@ -154,7 +158,7 @@ def estimate(
     def at(size: int) -> list[Peak]:
         made = example.make_inputs(plain, size, length)
         other = _Step(*made, loss, autocast, whole, progress or _silent)
-        return other.peaks(f"POET-X, batch {size}", trained, optimizer, parsed)
+        return other.peaks(f"POET-X, batch {size}", trained, optimizer, parsed, momentum)
 
     return judged(found, peaks, None if given else batch, at, checkpointing)
 
@@ -185,9 +189,10 @@ class _Step:
         model: nn.Module,
         optimizer: str,
         choices: Sequence[BackendOptions | None],
+        momentum: torch.dtype = torch.float32,
     ) -> list[Peak]:
         """What training the whole model takes, for each choice."""
-        constant = parts.weights(model) + parts.optimizer_state(model, optimizer)
+        constant = parts.weights(model) + parts.optimizer_state(model, optimizer, momentum)
         batch = sum(t.nbytes for t in example.tensors(self.inputs, self.kwargs))
         update = parts.step(model, optimizer)
 

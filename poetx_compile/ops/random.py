@@ -14,6 +14,8 @@ _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_GAMMA = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 ELEMENTS = 8
 """Elements that share one call of Philox: 16 bits each."""
@@ -92,3 +94,29 @@ def _carried(pattern: Tensor, bits: Tensor, dropped: int) -> Tensor:
     kept = (pattern + bits) & (_MASK >> dropped << dropped)
     signed = torch.where(kept >= 2**31, kept - 2**32, kept)
     return signed.to(torch.int32).view(torch.float32)
+
+
+def hashed(count: int, seed: int, step: int, device: torch.device) -> Tensor:
+    """31 random bits for each of `count` numbers: int32 [count], alike on every device.
+
+    SplitMix64 (Steele et al., OOPSLA 2014) of the number under a key of seed and step: a tenth of
+    Philox's launches, for vectors that are too short to be worth a kernel.
+    """
+    key = _mixed_number(_mixed_number(seed) + step)
+    z = torch.arange(1, count + 1, device=device) * _signed(_GAMMA) + _signed(key)
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(_MIX[0])
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(_MIX[1])
+    return (z >> 33 & 0x7FFFFFFF).to(torch.int32)
+
+
+def _mixed_number(value: int) -> int:
+    """SplitMix64 of one number, on the host."""
+    z = (value + _GAMMA) % 2**64
+    z = (z ^ z >> 30) * _MIX[0] % 2**64
+    z = (z ^ z >> 27) * _MIX[1] % 2**64
+    return z ^ z >> 31
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same 64 bits."""
+    return value - 2**64 if value >= 2**63 else value

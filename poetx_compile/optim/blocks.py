@@ -78,3 +78,9 @@ def gather(tensors: Sequence[Tensor], batch: Sequence[tuple[int, slice]]) -> Ten
     """The blocks of one batch of `chunks`: packed [blocks, b(b−1)/2]."""
     parts = [tensors[index][rows] for index, rows in batch]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def scatter(tensors: Sequence[Tensor], batch: Sequence[tuple[int, slice]], value: Tensor) -> None:
+    """Write the blocks of one batch of `chunks`: the inverse of `gather`."""
+    counts = [rows.stop - rows.start for _, rows in batch]
+    torch._foreach_copy_([tensors[i][rows] for i, rows in batch], list(value.split(counts)))

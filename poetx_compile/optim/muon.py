@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from poetx_compile import ops
 from poetx_compile.config import POETXConfig
 from poetx_compile.distributed.shards import local
 from poetx_compile.errors import ConfigError
+from poetx_compile.optim import momentum as stored
 from poetx_compile.optim.adamw import adamw_step, fusible
 from poetx_compile.optim.blocks import by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
@@ -33,6 +34,9 @@ class POETXMuon(torch.optim.Optimizer):
         poetx_lr: of the skew parameters: the growth of θ in a step; default ``2 · lr``.
         config: ``None``, or the configuration of the model.
         momentum: μ in [0, 1). It is what torch's OneCycleLR and CyclicLR cycle; `betas` stay.
+        momentum_dtype: in which the momentum of the rotations is kept: ``torch.float32`` (fp64
+            where they are), ``torch.bfloat16``, or ``torch.int8`` with a scale for each 256 values;
+            or their names. The narrow ones are rounded stochastically. A saved state is converted.
         betas, eps, weight_decay: of AdamW; `weight_decay` for dense parameters with two dimensions
             or more.
         fused: default: AdamW's fused kernel where every dense parameter is on a CUDA device.
@@ -41,7 +45,8 @@ class POETXMuon(torch.optim.Optimizer):
         schedule: the `MergeSchedule`.
 
     Raises:
-        ConfigError: `config` is not the one the model was prepared with; `momentum` out of range.
+        ConfigError: `config` is not the one the model was prepared with; `momentum` or
+            `momentum_dtype` out of range.
     """
 
     schedule: MergeSchedule
@@ -55,6 +60,7 @@ class POETXMuon(torch.optim.Optimizer):
         config: POETXConfig | None = None,
         *,
         momentum: float = 0.95,
+        momentum_dtype: torch.dtype | str = torch.float32,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -62,6 +68,7 @@ class POETXMuon(torch.optim.Optimizer):
     ):
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum = {momentum!r} is not allowed: use a number in [0, 1)")
+        self.momentum_dtype = stored.parse_dtype(momentum_dtype)
         model = ensure_prepared(model, config)
         groups = param_groups(
             model, lr=lr, poetx_lr=poetx_lr, weight_decay=weight_decay, rule=self.poetx_rule
@@ -80,6 +87,7 @@ class POETXMuon(torch.optim.Optimizer):
         defaults = {key: value for key, value in self._adamw.defaults.items() if key != "betas"}
         super().__init__(groups, {**defaults, "momentum": momentum})
         self.schedule = attach(self, model, config)
+        self.register_load_state_dict_post_hook(_fit_momentum)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; a group of dense parameters without `betas` gets those of the others."""
@@ -116,17 +124,53 @@ class POETXMuon(torch.optim.Optimizer):
         for skew in skews:
             state = self.state[skew]
             if not state:
-                state["momentum_buffer"] = torch.zeros_like(skew)
+                stored.create(state, skew, self.momentum_dtype)
         mu, b = group["momentum"], group[BLOCK]
-        for alike in by_kind([(skew, b) for skew in skews]).values():
-            momenta = [local(self.state[p]["momentum_buffer"]) for p in alike]
+        for kind, alike in by_kind([(skew, b) for skew in skews]).items():
+            states = [self.state[p] for p in alike]
             gradients = [local(p.grad) for p in alike if p.grad is not None]
             turned = [local(p) for p in alike]
-            torch._foreach_lerp_(momenta, gradients, 1 - mu)
-            directions = torch._foreach_lerp(gradients, momenta, mu)
             if group["weight_decay"]:
                 torch._foreach_mul_(turned, 1 - group["lr"] * group["weight_decay"])
+            # Gradients are bf16 where the user has set `Tensor.grad_dtype`.
+            narrow = self.momentum_dtype != torch.float32 or any(
+                g.dtype != kind.dtype for g in gradients
+            )
+            if not narrow:
+                momenta = [local(state[stored.BUFFER]) for state in states]
+                torch._foreach_lerp_(momenta, gradients, 1 - mu)
+                directions = torch._foreach_lerp(gradients, momenta, mu)
             for batch in chunks(turned, b):
-                update = ops.orthogonalize_skew(gather(directions, batch), b).mul_(group["lr"])
+                if narrow:
+                    gradient = gather(gradients, batch).to(kind.dtype)
+                    direction = self._narrow_direction(states, gradient, batch, mu)
+                else:
+                    direction = gather(directions, batch)
+                update = ops.orthogonalize_skew(direction, b).mul_(group["lr"])
                 counts = [rows.stop - rows.start for _, rows in batch]
                 torch._foreach_sub_([turned[i][rows] for i, rows in batch], update.split(counts))
+
+    def _narrow_direction(
+        self,
+        states: Sequence[stored.State],
+        gradient: Tensor,
+        batch: Sequence[tuple[int, slice]],
+        mu: float,
+    ) -> Tensor:
+        """The directions of a batch of blocks, whose momentum is brought up to date."""
+        momentum = stored.read(states, batch, gradient.dtype).lerp_(gradient, 1 - mu)
+        schedule = getattr(self, "schedule", None)  # a copy for a trial has none
+        seed, step = (0, 0) if schedule is None else (schedule.config.seed, schedule.step)
+        noise = stored.rounding_noise(momentum.shape[1], seed, step, momentum.device)
+        stored.store(states, batch, momentum, noise)
+        return gradient.lerp(momentum, mu)
+
+
+def _fit_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """After a load, which has cast the momenta to the dtype of the rotations."""
+    assert isinstance(optimizer, POETXMuon)
+    for group in optimizer.param_groups:
+        for skew in group["params"] if BLOCK in group else ():
+            state = optimizer.state.get(skew)
+            if state:
+                stored.fit(state, skew, optimizer.momentum_dtype)

@@ -36,6 +36,7 @@ from poetx_compile.distributed.shards import local
 from poetx_compile.errors import AdoptionError, ConfigError
 from poetx_compile.optim.groups import BLOCK
 from poetx_compile.optim.hooks import step_hooks
+from poetx_compile.optim.momentum import values
 
 log = logging.getLogger("poetx_compile")
 
@@ -216,14 +217,15 @@ def _signs(make: Callable[[int], _Copy]) -> dict[str, bool] | str:
         mirror.step(number, -1)
     shapes = {p.shape for p in one.parameters}
     signed: dict[str, bool] = {}
-    known = set()
+    known: set[int] = set()
     for own, other in zip(one.parameters, mirror.parameters, strict=True):
         state, mirrored = one.state(own), mirror.state(other)
         for key, tensor in state.items():
             if isinstance(tensor, Tensor) and tensor.shape == own.shape:
                 known.add(tensor.data_ptr())
-                turns = torch.equal(mirrored[key], -tensor)
-                moves = tensor.is_floating_point() and (turns or torch.equal(mirrored[key], tensor))
+                value, other_value = values(state, key), values(mirrored, key)
+                turns = torch.equal(other_value, -value)
+                moves = value.is_floating_point() and (turns or torch.equal(other_value, value))
                 if not moves or signed.setdefault(key, turns) != turns:
                     return f"its state {key!r}"
     for path, tensor in one.tensors():

@@ -17,16 +17,16 @@ Every process does the same with whole tensors and keeps its part of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from poetx_compile.distributed.shards import is_sharded, whole, write
 from poetx_compile.layers.parametrization import Side
 from poetx_compile.layers.permutation import Moves
 from poetx_compile.ops.packing import packed_size
+from poetx_compile.optim.momentum import State, put, values
 
 BATCH = 2**22
 """Planes whose sources are found at once: 16 MB an index, of which about eight are alive."""
@@ -78,38 +78,32 @@ def transport(
         size = max(1, BATCH // max(1, kind.blocks * packed_size(kind.block)))
         for start in range(0, len(members), size):
             batch = members[start : start + size]
-            moments = {key: [state[side.skew][key] for side, _ in batch] for key in kind.keys}
-            _move(kind, torch.stack([index for _, index in batch]), moments, signed)
+            index = torch.stack([index for _, index in batch])
+            _move(kind, index, [state[side.skew] for side, _ in batch], signed)
 
 
-def _move(
-    kind: _Kind, index: Tensor, moments: Mapping[str, list[Tensor]], signed: Mapping[str, bool]
-) -> None:
+def _move(kind: _Kind, index: Tensor, states: Sequence[State], signed: Mapping[str, bool]) -> None:
     """Move the moments of sides of one kind, from where `index` [sides, blocks · b] says."""
     sides, packed = len(index), packed_size(kind.block)
-    old = {key: torch.cat([whole(t) for t in tensors]) for key, tensors in moments.items()}
-    new = {key: torch.empty_like(values) for key, values in old.items()}
+    old = {key: torch.cat([values(state, key) for state in states]) for key in kind.keys}
+    new = {key: torch.empty_like(before) for key, before in old.items()}
     means = {
-        key: values.view(sides, -1).mean(1, dtype=torch.float32).to(values.dtype)
-        for key, values in old.items()
+        key: before.view(sides, -1).mean(1, dtype=torch.float32).to(before.dtype)
+        for key, before in old.items()
         if not signed[key]
     }
     for rows, found in _planes(index, kind.blocks, kind.block):
         same = found.sign != 0
         side = torch.arange(rows.start, rows.stop, device=index.device) // kind.blocks
-        for key, values in old.items():
-            moved = values.view(-1).index_select(0, found.source.flatten()).view(-1, packed)
+        for key, before in old.items():
+            moved = before.view(-1).index_select(0, found.source.flatten()).view(-1, packed)
             if signed[key]:
                 torch.mul(moved, found.sign, out=new[key][rows])
             else:
                 new[key][rows] = moved.where(same, means[key][side, None])
-    for key, tensors in moments.items():
-        parts = new[key].split(kind.blocks)
-        if any(map(is_sharded, tensors)):
-            for tensor, part in zip(tensors, parts, strict=True):
-                write(tensor, part)
-        else:
-            torch._foreach_copy_(tensors, list(parts))
+    for key, after in new.items():
+        for state, part in zip(states, after.split(kind.blocks), strict=True):
+            put(state, key, part)
 
 
 def _planes(index: Tensor, blocks: int, b: int) -> Iterator[tuple[slice, Planes]]:

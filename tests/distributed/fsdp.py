@@ -41,6 +41,7 @@ from tests.distributed.training import (
     digest,
     loss_of,
     muon,
+    muon8,
     prepared_draw,
     raises,
     rank,
@@ -61,7 +62,7 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def check_losses_and_states_are_those_of_one_process() -> None:
-    for make in (muon, adamw, attached, adopted):
+    for make in (muon, muon8, adamw, attached, adopted):
         model = shard(build())
         optimizer = make(model)
         assert_alike(train(model, optimizer), alone(make))

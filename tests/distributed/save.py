@@ -11,12 +11,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import fsdp, precision
-from tests.distributed.training import adamw, build, muon, train, world
+from tests.distributed.training import adamw, build, muon8, train, world
 
 STOP = 3
 """Steps before the checkpoint: one merge at 2, the next at 4."""
 
-OPTIMISERS = {"muon": muon, "adamw": adamw}
+OPTIMISERS = {"muon": muon8, "adamw": adamw}
 OPTIONS = {
     "muon": StateDictOptions(),
     "adamw": StateDictOptions(flatten_optimizer_state_dict=True),

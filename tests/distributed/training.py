@@ -47,6 +47,10 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
     return poetx.POETXMuon(model, lr=5e-3)
 
 
+def muon8(model: nn.Module) -> torch.optim.Optimizer:
+    return poetx.POETXMuon(model, lr=5e-3, momentum_dtype="int8")
+
+
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return poetx.POETXAdamW(model, lr=5e-3)
 

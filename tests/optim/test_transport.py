@@ -16,6 +16,7 @@ from poetx_compile.layers.parametrization import Side, prepared_linears, stored_
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.optim import param_groups, transport
 from poetx_compile.optim.merge import merge, redraw
+from poetx_compile.optim.momentum import values
 from poetx_compile.optim.schedule import LAST_REDRAW
 from tests.helpers.models import Siblings
 from tests.helpers.optimisers import with_gradients
@@ -315,3 +316,25 @@ def test_a_redraw_that_is_cut_off_marks_every_layer(monkeypatch: pytest.MonkeyPa
         step(model, optimizer, 0)
     with pytest.raises(InterruptedMergeError):
         model.state_dict()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("momentum_dtype", ["float32", "bfloat16", "int8"])
+def test_a_gpu_moves_moments_as_the_cpu_does(momentum_dtype: str) -> None:
+    moments = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Linear(300, 520).to(device)
+        config = poetx.POETXConfig(block_size=128, redraw_interval=2, max_angle=None)
+        optimizer = poetx.POETXMuon(model, config=config, momentum_dtype=momentum_dtype)
+        for number in range(2):
+            for i, p in enumerate(skews(model)):
+                generator = torch.Generator().manual_seed(10 * number + i)
+                p.grad = torch.randn(p.shape, generator=generator).to(device)
+            optimizer.step()
+        assert optimizer.schedule.redraws == 1
+        moments.append([values(optimizer.state[s], "momentum_buffer").cpu() for s in skews(model)])
+    step_size = {"float32": 1e-6, "bfloat16": 2**-8, "int8": 1 / 127}[momentum_dtype]
+    for one, other in zip(*moments, strict=True):
+        assert ((one == 0) == (other == 0)).float().mean() > 0.98
+        assert (one.float() - other.float()).abs().max() <= 1.1 * step_size * one.abs().max()

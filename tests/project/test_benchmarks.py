@@ -206,7 +206,7 @@ def test_generate(tmp_path: Path) -> None:
 def test_merge_is_not_timed_where_it_loses_the_permutations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forgets_the_weight(layer: nn.Module) -> None:
+    def forgets_the_weight(layer: nn.Module, redraw: bool) -> None:
         for skew in (p for p in layer.parameters() if p.requires_grad):
             skew.detach().zero_()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from poetx_compile.layers.parametrization import prepared_linears, stored_weight, trained_parameters
 from poetx_compile.optim.blocks import CHUNK_BYTES, ROTATIONS_BYTES
+from poetx_compile.optim.momentum import bytes_of
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -20,14 +22,16 @@ def weights(model: nn.Module) -> int:
     return _bytes((*model.parameters(), *model.buffers()))
 
 
-def optimizer_state(model: nn.Module, optimizer: str) -> int:
+def optimizer_state(
+    model: nn.Module, optimizer: str, momentum_dtype: torch.dtype = torch.float32
+) -> int:
     """AdamW: two moments in the dtype of the parameter; Muon: one for the skew parameters.
 
     Their own bytes count, not those of the parameters: in the merged form these share one zero.
     """
     muon = _skews(model) if optimizer == "muon" else []
     rest = set(trained_parameters(model)) - set(muon)
-    moments = 2 * sum(p.nbytes for p in rest) + sum(p.nbytes for p in muon)
+    moments = 2 * sum(p.nbytes for p in rest) + sum(bytes_of(p, momentum_dtype) for p in muon)
     return moments + _COUNTER * len(rest)
 
 
