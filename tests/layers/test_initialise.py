@@ -81,7 +81,7 @@ def test_the_scale_multiplies_and_is_reported(init: str) -> None:
         "rows": "rows normalised, ",
         "spectrum": "singular values a series 1 to 0.1, ",
     }
-    assert notes["down"] == f"{said[init]}times 3; left over until the next merge: 2 in"
+    assert notes["down"] == f"{said[init]}times 3; left over until the next redraw: 2 in"
     assert notes["up"] == "excluded by name: up"
 
 
