@@ -171,6 +171,13 @@ def test_equal_names_are_written_once() -> None:
     assert compact(names) == ["layers.0-2,5.mlp.up", "head", "layers.3", "a.1.b.2.c"]
 
 
+def test_the_legend_has_all_that_the_drawing_shows(explanation: Explanation) -> None:
+    text = page(explanation)
+    for kind in ("product", "weight", "rotation", "activation", "other", "changed", "closed"):
+        assert f'<i class="{kind}"></i>' in text
+        assert f".legend .{kind} {{" in text
+
+
 def _dom(browser: str, path: Path, folder: Path, at: str) -> str:
     quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags = [*quiet.split(), "--disable-component-update", "--disable-sync", "--no-sandbox"]
