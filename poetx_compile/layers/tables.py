@@ -47,6 +47,11 @@ def wrapped_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def wrapped_lines(text: str) -> str:
+    """Lines within `WIDTH`."""
+    return "\n".join(textwrap.fill(line, WIDTH) for line in text.splitlines())
+
+
 def html_table(summary: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same for a notebook, with the lines of `summary` above it."""
     from html import escape  # not loaded by torch

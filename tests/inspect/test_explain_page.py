@@ -139,7 +139,7 @@ def test_what_passes_did_across_layers_is_told_once_and_alike_in_text_and_on_the
     drawn, text = page(explanation), explanation.text(verbose=True)
     for name, times in (("cancel_permutations", 1), ("batch_cayley", 2), ("hoist_folds", 1)):
         assert drawn.count(f"<b>{name}</b>: ") == text.count(f"\n{name}: ") == times, text
-    layers = "0.up, 0.down, 1.up, 1.down, 2.up, 2.down"
+    layers = "0-2.up, 0-2.down"
     assert f"makes them one (5 times) ({layers})" in text
     assert f"hoist_folds: 6 folded weight(s) kept between calls ({layers})" in text
     assert f"6 folded weight(s) kept between calls<br><code>{layers}</code>" in drawn
