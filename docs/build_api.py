@@ -37,7 +37,12 @@ SECTIONS: list[tuple[str, list[Any]]] = [
     ),
     (
         "Save, resume, export",
-        [poetx.save_checkpoint, poetx.load_checkpoint, poetx.plain_state_dict],
+        [
+            poetx.save_checkpoint,
+            poetx.load_checkpoint,
+            poetx.plain_state_dict,
+            poetx.save_pretrained,
+        ],
     ),
     ("Several GPUs", [poetx.fully_shard_rotations]),
     (

@@ -207,13 +207,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + turned * sin).to(x.dtype)
 
 
+_HF_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_seq_len",
+    "rms_norm_eps": "norm_eps",
+}
+"""Fields of a Hugging Face Llama configuration that have other names here."""
+
+
+def to_hugging_face(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The ``config.json`` by which transformers makes a `LlamaForCausalLM` of the same model."""
+    values = dataclasses.asdict(config) | {"num_kv_heads": config.kv_heads}
+    renamed = {theirs: values.pop(ours) for theirs, ours in _HF_NAMES.items()}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **values,
+        **renamed,
+    }
+
+
+def hugging_face_name(name: str) -> str:
+    """The name that a parameter has there: all but the head are in `model`."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Llama:
     """The model that `pretrain.py` exported to `folder` (config.json and model.safetensors)."""
     from safetensors.torch import load_file
 
     folder = Path(folder)
     values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = Llama(LlamaConfig(**values)).to(device)
+    fields = {field.name for field in dataclasses.fields(LlamaConfig)}
+    renamed = {_HF_NAMES.get(name, name): value for name, value in values.items()}
+    config = LlamaConfig(**{name: renamed[name] for name in fields})
+    model = Llama(config).to(device)
     state = load_file(folder / "model.safetensors", device=str(device))
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     model.to(next(iter(state.values())).dtype).load_state_dict(state)
     return model

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 import poetx_compile as poetx
-from llama import PRESETS, Llama, LlamaConfig
+from llama import PRESETS, Llama, LlamaConfig, hugging_face_name, to_hugging_face
 from poetx_compile.errors import POETXError
 from poetx_compile.inspect.diagnostics import effective_weight, spectrum
 from poetx_compile.state.files import write_atomically
@@ -176,11 +176,15 @@ def pretrain(given: dict[str, Any], group: Processes) -> int:
 
 
 def export(state: dict[str, Any], shapes: LlamaConfig, folder: Path) -> None:
-    """Write the plain weights of a trained model's `state`, which `llama.load` reads."""
+    """Write the plain weights of a trained model's `state` as transformers has them.
+
+    `AutoModelForCausalLM.from_pretrained` reads the folder, and so does `llama.load`.
+    """
     plain = poetx.plain_state_dict(state, device="cpu")
-    plain = {name: tensor.contiguous() for name, tensor in plain.items()}
+    plain = {hugging_face_name(n): tensor.contiguous() for n, tensor in plain.items()}
+    dtype = plain["lm_head.weight"].dtype
     folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", dataclasses.asdict(shapes))
+    write_json(folder / "config.json", to_hugging_face(shapes, dtype))
     write_atomically(
         folder / "model.safetensors",
         lambda temporary: save_file(plain, temporary, {"format": "pt"}),

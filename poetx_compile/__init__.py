@@ -25,6 +25,7 @@ from poetx_compile.optim import (
 )
 from poetx_compile.state.checkpoint import load_checkpoint, save_checkpoint
 from poetx_compile.state.plain import plain_state_dict
+from poetx_compile.state.pretrained import save_pretrained
 from poetx_compile.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ __all__ = [
     "poetx_backend",
     "prepare",
     "save_checkpoint",
+    "save_pretrained",
 ]
 
 

@@ -28,6 +28,7 @@ from poetx_compile.layers.tables import (
     format_table,
     html_table,
     without_conditions,
+    wrapped_lines,
     wrapped_table,
 )
 from poetx_compile.layers.trained import DenseWeights, Trained, trained
@@ -141,7 +142,7 @@ class Explanation:
         reason, and what was done across layers is listed.
         """
         if not verbose:
-            return f"{self._lead()}\n{wrapped_table(_FOLDED, self._folded())}"
+            return f"{wrapped_lines(self._lead())}\n{wrapped_table(_FOLDED, self._folded())}"
         header = ("layer", "shape", "blocks in|out", "formulation", "status", "reason")
         cells = [
             (r.name or "(root)", _sizes(r.shape), r.blocks, r.formulation, r.status, r.reason)

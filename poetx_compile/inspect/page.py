@@ -35,6 +35,8 @@ LEGEND = (
     ("rotation", "rotations"),
     ("activation", "activation rotated or permuted"),
     ("other", "everything else; dashed: recomputed in the backward"),
+    ("changed", "thick: on this side alone"),
+    ("closed", "+ a closed module, with the colours inside; ×n equal layers"),
 )
 
 _ROTATE = "2 · max(2·T·b·d / flops, 2·T·d·e / bytes) + 2 · launch"

@@ -24,6 +24,7 @@ from poetx_compile.errors import ConfigError, IncompatibleStateError, UnownedRot
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.layers.prepare import config_of, prepare
+from poetx_compile.layers.saving import warn_of_saving
 from poetx_compile.optim import MergeSchedule, POETXAdamW, POETXMuon
 from poetx_compile.optim.schedule import schedule_of
 
@@ -267,5 +268,6 @@ def _save_under_own_names(model: nn.Module) -> None:
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
     if any(True for _ in prepared_linears(model)):
+        warn_of_saving(model, kwargs.get("state_dict"))
         kwargs.setdefault(_ORIGINAL, False)
     type(model).save_pretrained(model, *args, **kwargs)

@@ -42,6 +42,7 @@ from poetx_compile.layers.permutation import Permutation
 from poetx_compile.layers.prepared_class import own_class, share_class
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.report import LayerRow, PrepareReport
+from poetx_compile.layers.saving import unwatch_saving, watch_saving
 from poetx_compile.layers.sharing import Groups
 from poetx_compile.layers.trained import trained as what_trains
 
@@ -140,6 +141,7 @@ def prepare(
             initialise(weight, config)
             register(found[name], OrthogonalEquivalence(weight, config, *permutations))
     guard_loads(model)
+    watch_saving(model)
     done = dict.fromkeys(fresh, described(config)) if config.initialises else {}
     rows = list(_rows(model, found, reasons, done))
     why_not = {row.name: row.reason for row in rows if row.is_linear and row.status != "prepared"}
@@ -251,6 +253,7 @@ def merge_and_unload(model: M) -> M:
     if any(registry.in_code(equivalence) for _, _, equivalence in layers):
         torch.compiler.reset()  # code that adopted these weights fits them again
     unguard_loads(plain)
+    unwatch_saving(plain)
     return model
 
 
@@ -305,6 +308,7 @@ def move_adopted(model: nn.Module, modules: Sequence[nn.Linear], config: POETXCo
             late.adopted = True
             register(module, late)
     guard_loads(model)
+    watch_saving(model)
 
 
 def _move(

@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
-from poetx_compile.layers.tables import folded_rows, format_table, html_table, wrapped_table
+from poetx_compile.layers.tables import (
+    folded_rows,
+    format_table,
+    html_table,
+    wrapped_lines,
+    wrapped_table,
+)
 from poetx_compile.layers.trained import Trained
 
 
@@ -78,7 +84,8 @@ class PrepareReport:
     def text(self, verbose: bool = False) -> str:
         """The table that `print` shows; with `verbose` every layer has a row."""
         if not verbose:
-            return f"{self.trained}\n{wrapped_table(_HEADER, self._folded())}"
+            lead = wrapped_lines(str(self.trained))
+            return f"{lead}\n{wrapped_table(_HEADER, self._folded())}"
         cells = [
             (r.name or "(root)", _sizes(r.shape), r.blocks, r.status, r.reason) for r in self.rows
         ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Container, Iterable, Sequence
-from html import escape
 
 WIDTH = 80
 _LEAST = 24
@@ -48,8 +47,15 @@ def wrapped_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def wrapped_lines(text: str) -> str:
+    """Lines within `WIDTH`."""
+    return "\n".join(textwrap.fill(line, WIDTH) for line in text.splitlines())
+
+
 def html_table(summary: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same for a notebook, with the lines of `summary` above it."""
+    from html import escape  # not loaded by torch
+
     lines = "<br>".join(map(escape, summary.splitlines()))
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from llama import PRESETS, Llama, LlamaConfig
+from llama import PRESETS, Llama, LlamaConfig, load
+from pretrain import export
 from pretraining.schedule import lr_factor
+from tests.helpers.tolerances import assert_close
 
 SMALL = LlamaConfig(32, 64, 2, 4, max_seq_len=16)
 
@@ -92,3 +96,27 @@ def test_schedule_warms_up_and_ends_at_one_per_cent():
     assert factors[-1] == pytest.approx(0.01)
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert lr_factor(0, 1, 0) == 1.0
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_an_export_is_a_llama_of_transformers(kv_heads: int | None, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shapes = LlamaConfig(
+        32, 80, 2, 4, num_kv_heads=kv_heads, max_seq_len=16, rope_theta=500.0, norm_eps=1e-3
+    )
+    model = Llama(shapes)
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms too, and attention that looks somewhere
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    export(model.state_dict(), shapes, tmp_path / "export")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokens = torch.randint(0, 256, (2, 16))
+    expected = model(tokens)
+    assert_close(theirs(tokens).logits, expected)
+    back = load(tmp_path / "export")
+    assert back.config == dataclasses.replace(shapes, num_kv_heads=shapes.kv_heads)
+    assert torch.equal(back(tokens), expected)

@@ -207,7 +207,7 @@ def test_arguments_are_checked() -> None:
         poetx.estimate([])
     with pytest.raises(NothingToTrainError):
         poetx.estimate(nn.ReLU(), x)
-    with pytest.raises(EstimateError, match="give example inputs"):
+    with pytest.raises(EstimateError, match="Give example inputs"):
         poetx.estimate(model)  # token ids are no input of this model
 
 

@@ -139,7 +139,7 @@ def test_what_passes_did_across_layers_is_told_once_and_alike_in_text_and_on_the
     drawn, text = page(explanation), explanation.text(verbose=True)
     for name, times in (("cancel_permutations", 1), ("batch_cayley", 2), ("hoist_folds", 1)):
         assert drawn.count(f"<b>{name}</b>: ") == text.count(f"\n{name}: ") == times, text
-    layers = "0.up, 0.down, 1.up, 1.down, 2.up, 2.down"
+    layers = "0-2.up, 0-2.down"
     assert f"makes them one (5 times) ({layers})" in text
     assert f"hoist_folds: 6 folded weight(s) kept between calls ({layers})" in text
     assert f"6 folded weight(s) kept between calls<br><code>{layers}</code>" in drawn
@@ -169,6 +169,13 @@ def test_hostile_names_stay_text() -> None:
 def test_equal_names_are_written_once() -> None:
     names = [f"layers.{i}.mlp.up" for i in (0, 1, 2, 5)] + ["head", "layers.3", "a.1.b.2.c"]
     assert compact(names) == ["layers.0-2,5.mlp.up", "head", "layers.3", "a.1.b.2.c"]
+
+
+def test_the_legend_has_all_that_the_drawing_shows(explanation: Explanation) -> None:
+    text = page(explanation)
+    for kind in ("product", "weight", "rotation", "activation", "other", "changed", "closed"):
+        assert f'<i class="{kind}"></i>' in text
+        assert f".legend .{kind} {{" in text
 
 
 def _dom(browser: str, path: Path, folder: Path, at: str) -> str:

@@ -41,6 +41,19 @@
     return into;
   }
 
+  // Mark the boxes, and the modules around them, that the graph on the other side has not.
+  function mark(graph, other) {
+    const sign = box => [box.home.key, box.label, box.type].join("|");
+    const left = new Map();
+    for (const box of other.boxes) left.set(sign(box), (left.get(sign(box)) ?? 0) + 1);
+    for (const box of graph.boxes) {
+      const n = left.get(sign(box)) ?? 0;
+      if (n) { left.set(sign(box), n - 1); continue; }
+      box.changed = true;
+      for (let m = box.home; m; m = m.parent) m.changed = true;
+    }
+  }
+
   // What makes two layers equal: their ops, types, inner modules and inner wires.
   function shape(module, boxes) {
     if (!/\.\d+$/.test(module.name)) return null;
@@ -77,6 +90,7 @@
 
   // --- where everything goes -----------------------------------------------------------------------
 
+  const COLOURED = ["product", "weight", "rotation", "activation"];
   const PAD = 12, HEAD = 26, GAP = 18, ROW = 30, STUB = 16;
   const width = (text, size) => text.length * size * 0.61;
 
@@ -84,6 +98,7 @@
   function connect(graph) {
     const itemAt = new Map();       // key of a module → its item, shown or in a run
     const inner = new Map();        // key of an open module → {items, wires, enter, leave}
+    inner.boxes = graph.boxes;
     const visit = module => {
       const items = itemsOf(module, graph);
       inner.set(module.key, {items, wires: new Map(), enter: new Map(), leave: new Set()});
@@ -298,6 +313,7 @@
   function drawBox(item, side) {
     const {box, w, h} = item;
     const g = el("g", {class: `op ${box.kind}${box.again ? " again" : ""}`, transform: `translate(${item.x - w / 2},${item.y})`});
+    if (box.changed) g.classList.add("changed");
     if (picked && picked.side === side && picked.index === box.index) g.classList.add("picked");
     g.append(el("rect", {class: "box", width: w, height: h, rx: 6}), label(box.label, w / 2, box.type ? 16 : 17, "name"));
     if (box.type) g.append(label(box.type, w / 2, 30, "sub"));
@@ -313,12 +329,19 @@
     if (item.members.some(m => matched.has(m.key))) g.classList.add("match");
     if (item.members.some(m => m.key === focused)) g.classList.add("focus");
     if (item.opened) g.classList.add("opened");
+    else if (item.members.some(m => m.changed)) g.classList.add("changed");
     g.dataset.key = module.key;
     if (many) for (const d of [8, 4]) g.append(el("rect", {class: "stack", x: d, y: d, width: w, height: h, rx: 8}));
     const header = el("g", {});
     header.append(el("rect", {class: "box", width: w, height: h, rx: 8}));
     if (item.opened) header.append(label(`− ${title(item)}`, PAD, 18, "name", "start"));
     else header.append(label(`+ ${title(item)}`, w / 2, 18, "name"), label(subtitle(item, side), w / 2, 33, "sub"));
+    if (!item.opened) {            // what is inside, by the colours of the legend
+      const kinds = new Set(members(module).map(i => inner.boxes[i].kind));
+      COLOURED.filter(kind => kinds.has(kind)).forEach((kind, i) => {
+        header.append(el("g", {class: kind}, el("rect", {class: "box", x: 6 + 9 * i, y: 5, width: 6, height: 6, rx: 1})));
+      });
+    }
     header.append(hint(row ? [module.key, row.status, row.how, row.reason].filter(Boolean).join("\n") : module.key || item.id));
     for (const c of g.classList) if (c !== "cluster") header.classList.add(c);
     header.classList.add("cluster");
@@ -386,6 +409,11 @@
     figure, side: figure.dataset.side, view: figure.querySelector(".view"), zoom: null, graphs: [],
   }));
   for (const pane of panes) pane.graphs = data.graphs.map(g => build(g[pane.side]));
+  data.graphs.forEach((_, i) => {
+    const [before, after] = panes.map(pane => pane.graphs[i]);
+    mark(before, after);
+    mark(after, before);
+  });
 
   function draw() {
     for (const pane of panes) {
@@ -507,6 +535,19 @@
   const search = document.getElementById("search"), found = document.getElementById("found");
   let hits = [], current = 0;
 
+  // Equal layers are one row until somebody looks for a layer.
+  const alike = new Map();
+  for (const row of rows) {
+    const cells = [...row.cells].map(c => c.textContent);
+    cells[0] = cells[0].replace(/(^|\.)\d+(?=\.|$)/g, "$1#");
+    const key = cells.join("|");
+    if (alike.has(key)) { alike.get(key).push(row); row.classList.add("more"); } else alike.set(key, [row]);
+  }
+  for (const [first, ...more] of alike.values()) {
+    if (more.length) first.cells[0].append(Object.assign(document.createElement("span"), {className: "times", textContent: ` ×${more.length + 1}`}));
+  }
+  body.classList.add("folded");
+
   function show(key) {
     focused = key;
     alone.delete(show.last);
@@ -542,6 +583,7 @@
 
   function find() {
     const query = search.value.trim().toLowerCase();
+    body.classList.toggle("folded", !query);
     const keys = new Set(rows.map(r => r.dataset.name));
     for (const pane of panes) for (const g of pane.graphs) for (const key of g.modules.keys()) if (key) keys.add(key);
     const all = query ? [...keys].filter(k => k.toLowerCase().includes(query)) : [];
@@ -605,13 +647,15 @@
 
   // --- the first look ------------------------------------------------------------------------------------
 
-  // Open the modules around the first run of layers, and one of these: closed there is little to see.
+  // Open the modules around the first layers that the passes changed, and one of these: closed there
+  // is little to see.
   for (const pane of panes) {
-    let module = pane.graphs[which]?.root;
+    let module = pane.graphs[which]?.root, deeper = 1;
     while (module) {
-      const item = itemsOf(module, pane.graphs[which]).find(i => i.kind === "module" && i.id !== "rotations" && i.module.kids.size);
+      const inside = itemsOf(module, pane.graphs[which]).filter(i => i.kind === "module" && i.id !== "rotations" && i.module.kids.size);
+      const item = inside.find(i => i.module.changed) ?? inside[0];
       if (item) open.add(item.id);
-      module = item && !/\d$/.test(item.id) ? item.module : null;
+      module = item && (!/\d$/.test(item.id) || deeper--) ? item.module : null;
     }
   }
   draw();
