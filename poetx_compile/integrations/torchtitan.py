@@ -138,9 +138,9 @@ class POETXOptimizers(OptimizersContainer):
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         self.model_parts = model_parts
         made = POETXMuon if config.name == "muon" else POETXAdamW
-        rates = {"lr": config.lr, "poetx_lr": config.poetx_lr}
         self.optimizers = [
-            made(model, weight_decay=config.weight_decay, **rates) for model in model_parts
+            made(model, config.lr, config.poetx_lr, weight_decay=config.weight_decay)
+            for model in model_parts
         ]
         every = []
         for model, optimizer in zip(model_parts, self.optimizers, strict=True):

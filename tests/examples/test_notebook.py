@@ -1,4 +1,4 @@
-"""examples/poetx.ipynb: every cell runs in a kernel of its own, as in Jupyter."""
+"""examples/tour.ipynb: every cell runs in a kernel of its own, as in Jupyter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "poetx.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "tour.ipynb"
 
 
 def test_the_notebook_runs_and_shows_its_outputs(tmp_path: Path):
