@@ -4,8 +4,9 @@
     python examples/hf_trainer.py --data notes/*.txt             # files of your own
     python examples/hf_trainer.py --data roneneldan/TinyStories  # a data set of the hub
 
-A second word after the name of a data set is its configuration. The folder of `--out` holds the
-Trainer's checkpoints and, in export/, a plain model that needs nothing of this package.
+Needs the extra `hf`. A second word after the name of a data set is its configuration. The folder
+of `--out` holds the Trainer's checkpoints and, in export/, a plain model that needs nothing of this
+package.
 """
 
 import argparse

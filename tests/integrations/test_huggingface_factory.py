@@ -14,14 +14,7 @@ from poetx_compile.errors import ConfigError, IncompatibleStateError
 from poetx_compile.integrations.huggingface import OptimizerFactory
 from poetx_compile.layers.parametrization import prepared_linears
 from tests.helpers import huggingface
-from tests.integrations.test_huggingface_trainer import (
-    CONFIG,
-    arguments,
-    logged,
-    padded,
-    samples,
-    trainer,
-)
+from tests.helpers.trainer import CONFIG, arguments, logged, padded, samples, trainer
 
 HOW = {"gradient_accumulation_steps": 1, "warmup_steps": 0}
 

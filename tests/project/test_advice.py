@@ -40,6 +40,10 @@ def advice(text: str) -> Iterator[tuple[str, list[str]]]:
         yield re.sub(r"^poetx\.", "poetx_compile.", name), keywords
 
 
+HOSTS = ("axolotl", "torchtitan")
+"""What helpers are for that is not installed here."""
+
+
 def resolve(name: str) -> Any:
     """What a user gets by this name: attributes come first, then modules that can be imported."""
     if ":" in name:
@@ -64,7 +68,9 @@ def fault(name: str, keywords: list[str]) -> str | None:
     """Why an advice cannot be followed."""
     try:
         found = resolve(name)
-    except (AttributeError, ImportError):
+    except (AttributeError, ImportError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in HOSTS:
+            return None
         return f"{name} does not exist"
     try:
         parameters = inspect.signature(found).parameters
