@@ -13,6 +13,8 @@ LAW = ((0.05, 10.0), (0.10, 6.0), (0.19, 1.0), (0.385, -2.5), (0.77, -5.0))
 TOLD_FROM = 4.0
 """Per cent of loss from which a report says so."""
 
+_PAGE = "docs/how-to/choose-settings.md"
+
 
 def expected(share: float) -> float:
     """The loss over AdamW's in per cent at a share: between two of `LAW` on a logarithmic scale.
@@ -37,16 +39,12 @@ def notice(rotations: int, rotated: int) -> str | None:
     """
     share = rotations / max(rotated, 1)
     if share > 1:
-        return (
-            f"rotations have {share:.0%} of the parameters of their weights: a smaller block_size "
-            "trains fewer (docs/how-to/choose-settings.md)"
-        )
+        return f"rotations are {100 * share:.0f} % of their weights ({_PAGE})"
     loss = expected(share)
     if rotations == 0 or loss < TOLD_FROM:
         return None
     least = "at least " if share < LAW[0][0] else ""
     return (
-        f"rotations have {share:.1%} of the parameters of their weights: trained from scratch, "
-        f"expect a loss {least}{loss:.0f} % above tuned AdamW's; a larger block_size costs less "
-        "(docs/how-to/choose-settings.md)"
+        f"rotations are {100 * share:.1f} % of their weights: from scratch, expect {least}{loss:.0f} % "
+        f"more loss than tuned AdamW's ({_PAGE})"
     )

@@ -197,6 +197,9 @@ def test_every_method_trains_and_leaves_a_row(name: str, folder: Path) -> None:
     assert 0 < row["trained"] <= row["params"]
     assert (row["trained"] == row["params"]) == (values.get("method") == "dense")
     assert row["gradient_bytes"] == row["trained_bytes"]
+    # A parameter, its gradient, and one moment or two with a counter of steps.
+    bytes_a_plane = {"poet": 16.0, "poetx": 12.0}.get(name, 0.0)
+    assert (row["plane_bytes"] or 0.0) == pytest.approx(bytes_a_plane, rel=0.01)
     assert row["merges"] == {"poet": 2, "poetx": 2}.get(name)
     for spectrum in row["spectra"].values():
         assert len(spectrum["start"]) == len(spectrum["end"]) == 33
