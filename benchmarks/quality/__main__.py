@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--merge-interval", type=positive, default=20)
     add("--block-size", type=positive, default=32)
     add("--seed", type=int, default=0)
+    add("--dtype", choices=("float32", "float64"), default="float32")
     reference.set_defaults(command=_reference)
     return parser
 
@@ -174,9 +175,8 @@ def _rows(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
 def _reference(args: argparse.Namespace) -> int:
     from benchmarks.quality import reference
 
-    return reference.compare(
-        args.reference, args.steps, args.merge_interval, args.block_size, args.seed
-    )
+    sizes = args.steps, args.merge_interval, args.block_size, args.seed
+    return reference.compare(args.reference, *sizes, args.dtype)
 
 
 if __name__ == "__main__":
