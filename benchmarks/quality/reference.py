@@ -62,8 +62,7 @@ def compare(path: Path, steps: int, interval: int, b: int, seed: int, dtype: str
     own = {"merge_interval": interval, "redraw_interval": interval, "max_angle": None, "seed": seed}
     own |= {"moments": "reset", "merge_rotation": "plain", "init": "rows", "permutation": "random"}
     poetx.prepare(ours, poetx.POETXConfig(block_size=b, **own))
-    rates = {"lr": LR, "poetx_lr": POETX_LR, "weight_decay": 0.0}
-    optimizer = poetx.POETXAdamW(ours, betas=BETAS, eps=EPS, **rates)
+    optimizer = poetx.POETXAdamW(ours, LR, POETX_LR, betas=BETAS, eps=EPS, weight_decay=0.0)
     _rearrange(theirs, ours)
 
     found: list[tuple[float, float]] = []
