@@ -59,9 +59,9 @@ def compare(path: Path, steps: int, interval: int, b: int, seed: int, dtype: str
         their_optimizer = package.get_poet_optimizer(theirs, config)
     for group in their_optimizer.param_groups:
         group |= {"betas": BETAS, "eps": EPS}
-    own = {"merge_interval": interval, "redraw_interval": interval, "max_angle": None, "seed": seed}
-    own |= {"moments": "reset", "merge_rotation": "plain", "init": "rows", "permutation": "random"}
-    poetx.prepare(ours, poetx.POETXConfig(block_size=b, **own))
+    own: dict[str, Any] = {"merge_interval": interval, "redraw_interval": interval, "seed": seed}
+    own |= {"moments": "reset", "merge_rotation": "plain", "max_angle": None, "init": "rows"}
+    poetx.prepare(ours, poetx.POETXConfig(block_size=b, permutation="random", **own))
     optimizer = poetx.POETXAdamW(ours, LR, POETX_LR, betas=BETAS, eps=EPS, weight_decay=0.0)
     _rearrange(theirs, ours)
 
