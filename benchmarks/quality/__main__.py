@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="rows as Markdown", formatter_class=formatter)
     _add_rows(table)
     table.add_argument("--columns", default=",".join(tables.COLUMNS))
-    table.add_argument("--in-order", action="store_true", help="of the plan; else the best first")
+    table.add_argument("--order", choices=tables.ORDERS, default="loss", help="of the lines")
     table.set_defaults(command=_table)
 
     plot = commands.add_parser("plot", help="figures of rows", formatter_class=formatter)
@@ -152,7 +152,7 @@ def _gpus(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _table(args: argparse.Namespace) -> int:
     rows, known = _rows(args)
-    print(tables.markdown(rows, args.columns.split(","), known, args.best, args.in_order))
+    print(tables.markdown(rows, args.columns.split(","), known, args.best, args.order))
     return 0
 
 
