@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="rows as Markdown", formatter_class=formatter)
     _add_rows(table)
     table.add_argument("--columns", default=",".join(tables.COLUMNS))
-    table.add_argument("--in-order", action="store_true", help="of the plan; else the best first")
+    table.add_argument("--order", choices=tables.ORDERS, default="loss", help="of the lines")
     table.set_defaults(command=_table)
 
     plot = commands.add_parser("plot", help="figures of rows", formatter_class=formatter)
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--merge-interval", type=positive, default=20)
     add("--block-size", type=positive, default=32)
     add("--seed", type=int, default=0)
+    add("--dtype", choices=("float32", "float64"), default="float32")
     reference.set_defaults(command=_reference)
     return parser
 
@@ -151,7 +152,7 @@ def _gpus(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _table(args: argparse.Namespace) -> int:
     rows, known = _rows(args)
-    print(tables.markdown(rows, args.columns.split(","), known, args.best, args.in_order))
+    print(tables.markdown(rows, args.columns.split(","), known, args.best, args.order))
     return 0
 
 
@@ -174,9 +175,8 @@ def _rows(args: argparse.Namespace) -> tuple[list[Row], list[Row]]:
 def _reference(args: argparse.Namespace) -> int:
     from benchmarks.quality import reference
 
-    return reference.compare(
-        args.reference, args.steps, args.merge_interval, args.block_size, args.seed
-    )
+    sizes = args.steps, args.merge_interval, args.block_size, args.seed
+    return reference.compare(args.reference, *sizes, args.dtype)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ BLOCK_AXES: dict[str, Callable[[Row], float]] = {
 
 
 def _blocks(axes: Sequence[Any], rows: Sequence[Row], known: Sequence[Row]) -> None:
-    """The lowest loss of each width and block size over AdamW's at this width, three times.
+    """The lowest loss of each width, length and block size over AdamW's, three times.
 
     The title of a panel says how much of the variance a line over all widths explains.
     """
@@ -55,20 +55,19 @@ def _blocks(axes: Sequence[Any], rows: Sequence[Row], known: Sequence[Row]) -> N
     rotated = [
         row for row in rows if row["method"] == "poetx" and isinstance(row["block_size"], int)
     ]
-    for panel, (label, key) in zip(axes, BLOCK_AXES.items(), strict=True):
+    for panel, (axis, key) in zip(axes, BLOCK_AXES.items(), strict=True):
         every: list[tuple[float, float]] = []
-        for number, width in enumerate(sorted({row["width"] for row in rotated})):
-            here = lines(row for row in rotated if row["width"] == width)
+        for number, (tokens, width) in enumerate(sorted({_run_size(row) for row in rotated})):
+            here = lines(row for row in rotated if _run_size(row) == (tokens, width))
             points = _lowest(here, key, lambda line: line.over(references))
+            label = f"d = {width}, {tokens / 1e6:.0f}M tokens"
             if points:
-                panel.plot(
-                    *zip(*points, strict=True), marker="o", color=f"C{number}", label=f"d = {width}"
-                )
+                panel.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=label)
             every += points
         panel.axhline(0, color="tab:gray", linewidth=0.8)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
-        panel.set_xlabel(label)
+        panel.set_xlabel(axis)
         if (share := _explained(every)) is not None:
             panel.set_title(f"R² of a line: {share:.2f}", fontsize=9)
     axes[0].set_ylabel("validation loss over tuned AdamW's, %")
@@ -160,6 +159,10 @@ def _explained(points: Sequence[tuple[float, float]]) -> float | None:
         return None
     x, y = numpy.log([p[0] for p in points]), numpy.array([p[1] for p in points])
     return float(numpy.corrcoef(x, y)[0, 1] ** 2)
+
+
+def _run_size(row: Row) -> tuple[float, int]:
+    return row["tokens"], row["width"]
 
 
 def _label(row: Row) -> str:

@@ -78,13 +78,19 @@ def lines(rows: Iterable[Row]) -> list[Line]:
 
 
 def best(given: Iterable[Line]) -> list[Line]:
-    """Of each method and block size the lowest loss, among the lines with the most seeds."""
+    """Of each method and block size the lowest loss; within 1 % of it the line of most seeds."""
     found: dict[str, list[Line]] = defaultdict(list)
     for line in given:
         if line.loss is not None:
             key = [name(line.row), line.row["block_size"], line.row["weights"]]
             found[json.dumps([*key, *(line.row.get(size) for size in _SIZE)])].append(line)
-    return [min(group, key=lambda x: (-len(x.rows), x.loss or 0.0)) for group in found.values()]
+    return [_best_of(group) for group in found.values()]
+
+
+def _best_of(group: Sequence[Line]) -> Line:
+    losses = {line: line.loss for line in group if line.loss is not None}
+    near = [line for line, loss in losses.items() if loss <= 1.01 * min(losses.values())]
+    return min(near, key=lambda line: (-len(line.rows), losses[line]))
 
 
 def _is_reference(row: Row, other: Row) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.quality.lines import Line, best, lines, name
@@ -85,27 +85,34 @@ def poetx_lr(row: Row) -> str:
     return ", ".join(f"{rate:g}" for rate in rates)
 
 
+ORDERS: dict[str, Callable[[Line], Any]] = {
+    "loss": lambda line: (line.loss is None, line.row["width"], line.loss or 0.0),
+    "block": lambda line: (*_sizes(line.row), line.loss is None, line.loss or 0.0),
+    "plan": lambda line: 0,
+}
+"""What the lines of a table are sorted by: best first, best of each block size first, as given."""
+
+
 def markdown(
     rows: Sequence[Row],
     columns: Sequence[str] = COLUMNS,
     known: Sequence[Row] | None = None,
     only_best: bool = False,
-    in_order: bool = False,
+    order: str = "loss",
 ) -> str:
-    """A Markdown table, best first; columns that are empty in every line are left out.
+    """A Markdown table; columns that are empty in every line are left out.
 
     Args:
         known: where AdamW is looked for; `rows` themselves where it is left out.
         only_best: see `best`.
-        in_order: in the order of `rows`, and not the best first.
+        order: a key of `ORDERS`.
     """
     if not rows:
         return NONE
     references = lines(rows if known is None else known)
     chosen = best(lines(rows)) if only_best else lines(rows)
     rest = usual(line.row for line in chosen)
-    if not in_order:
-        chosen.sort(key=lambda x: (x.loss is None, x.row["width"], x.loss or 0.0))
+    chosen.sort(key=ORDERS[order])
     cells = [shown(line, references, rest) for line in chosen]
     kept = [c for c in columns if any(cell[c] for cell in cells)]
     out = ["| " + " | ".join(TITLES[c] for c in kept) + " |", "| --- " * len(kept) + "|"]
@@ -114,6 +121,12 @@ def markdown(
         told = ", ".join(f"`{key}={_plain(value)}`" for key, value in rest.items())
         out += ["", f"The rest, of all that rotate: {told}."]
     return "\n".join(out)
+
+
+def _sizes(row: Row) -> tuple[bool, list[int]]:
+    """The block sizes; pairs come last."""
+    b = row["block_size"]
+    return isinstance(b, list), b if isinstance(b, list) else [b or 0]
 
 
 def _mib(value: int | None) -> str:

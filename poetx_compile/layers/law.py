@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 LAW = ((0.05, 10.0), (0.10, 6.0), (0.19, 1.0), (0.385, -2.5), (0.77, -5.0))
-"""Parameters of rotations over those of the weights they turn → final loss over tuned AdamW's, in %.
+"""Parameters of rotations over those of their weights → final loss over tuned AdamW's, in %.
 
 `POETXMuon` from scratch, equal tokens, 20M parameters (docs/quality.md).
 """
 
 TOLD_FROM = 4.0
 """Per cent of loss from which a report says so."""
+
+_PAGE = "docs/how-to/choose-settings.md"
 
 
 def expected(share: float) -> float:
@@ -22,7 +25,7 @@ def expected(share: float) -> float:
     (low, loss), *_ = LAW
     if share <= low:
         return loss
-    for (a, at_a), (b, at_b) in zip(LAW, LAW[1:], strict=False):
+    for (a, at_a), (b, at_b) in itertools.pairwise(LAW):
         if share <= b:
             return at_a + (at_b - at_a) * math.log(share / a) / math.log(b / a)
     return LAW[-1][1]
@@ -37,16 +40,12 @@ def notice(rotations: int, rotated: int) -> str | None:
     """
     share = rotations / max(rotated, 1)
     if share > 1:
-        return (
-            f"rotations have {share:.0%} of the parameters of their weights: a smaller block_size "
-            "trains fewer (docs/how-to/choose-settings.md)"
-        )
+        return f"rotations are {100 * share:.0f} % of their weights ({_PAGE})"
     loss = expected(share)
     if rotations == 0 or loss < TOLD_FROM:
         return None
-    least = "at least " if share < LAW[0][0] else ""
+    loss_text = f"at least {loss:.0f}" if share < LAW[0][0] else f"{loss:.0f}"
     return (
-        f"rotations have {share:.1%} of the parameters of their weights: trained from scratch, "
-        f"expect a loss {least}{loss:.0f} % above tuned AdamW's; a larger block_size costs less "
-        "(docs/how-to/choose-settings.md)"
+        f"rotations are {100 * share:.1f} % of their weights: from scratch, expect {loss_text} % "
+        f"more loss than tuned AdamW's ({_PAGE})"
     )

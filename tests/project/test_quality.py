@@ -197,6 +197,9 @@ def test_every_method_trains_and_leaves_a_row(name: str, folder: Path) -> None:
     assert 0 < row["trained"] <= row["params"]
     assert (row["trained"] == row["params"]) == (values.get("method") == "dense")
     assert row["gradient_bytes"] == row["trained_bytes"]
+    # A parameter, its gradient, and one moment or two with a counter of steps.
+    bytes_a_plane = {"poet": 16.0, "poetx": 12.0}.get(name, 0.0)
+    assert (row["plane_bytes"] or 0.0) == pytest.approx(bytes_a_plane, rel=0.01)
     assert row["merges"] == {"poet": 2, "poetx": 2}.get(name)
     for spectrum in row["spectra"].values():
         assert len(spectrum["start"]) == len(spectrum["end"]) == 33
@@ -426,7 +429,9 @@ def test_seeds_are_one_line_and_compared_with_the_same_seeds(tmp_path: Path) -> 
     assert two.over(known) == pytest.approx(20.0)  # over the mean of seeds 0 and 1: 1.0
     assert one.over(known) == pytest.approx(100 * (0.5 / 0.7 - 1))
     assert one.over(lines.lines(row | {"corpus": "other"} for row in adamw)) is None
-    assert [line.loss for line in lines.best([one, two])] == [two.loss]  # two seeds go before one
+    assert [line.loss for line in lines.best([one, two])] == [one.loss]
+    near = lines.Line([one.row | {"val_loss": 1.195}])
+    assert [line.loss for line in lines.best([near, two])] == [two.loss]  # two seeds say more
 
 
 def test_what_most_runs_have_is_said_once(tmp_path: Path) -> None:
