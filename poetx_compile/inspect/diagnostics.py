@@ -11,6 +11,7 @@ from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.parametrization import (
     OrthogonalEquivalence,
     equivalence_of,
+    norm_of,
     prepared_linears,
     stored_weight,
 )
@@ -86,8 +87,7 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
 def _norm_drift(equivalence: OrthogonalEquivalence, stored: Tensor) -> float:
     """Relative change of the Frobenius norm of a weight since it was given its values."""
     reference = equivalence.reference_norm.double()
-    norm = torch.linalg.vector_norm(stored, dtype=torch.float32).double()
-    return (norm / reference - 1).item()
+    return (norm_of(stored).double() / reference - 1).item()
 
 
 @torch.no_grad()

@@ -93,6 +93,7 @@ class Sources:
         e, stored = self.equivalence(), self._snapshot.tensors[0]
         if e is not None and e.merged and weight.data_ptr() == stored.data_ptr():
             e.assigned()  # it is the stored weight itself
+            e.note_norm(stored)
             return
         if e is None or not self.are_those_of(e, stored):
             raise EffectiveWeightError(

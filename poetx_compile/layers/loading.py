@@ -31,6 +31,7 @@ from poetx_compile.layers.layout import Layout
 from poetx_compile.layers.parametrization import (
     OrthogonalEquivalence,
     equivalence_of,
+    norm_of,
     share_permutations_with,
     stored_weight,
 )
@@ -301,7 +302,7 @@ def _convert(layer: _Layer, state: State) -> None:
     weight, e = state.pop(layer.plain), layer.equivalence
     dtype, device = rotation_dtype(weight.dtype), weight.device
     if e.merged:
-        between = [torch.linalg.vector_norm(weight.detach(), dtype=dtype)]
+        between = [norm_of(weight)]
     else:
         between = [torch.zeros(skew.shape, dtype=dtype, device=device) for skew in e.skews]
     values = (e.stored_form(weight), *between, e.here.tensor().to(device))

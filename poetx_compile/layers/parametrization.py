@@ -70,6 +70,11 @@ WRITTEN = (
 )
 
 
+def norm_of(weight: Tensor) -> Tensor:
+    """The Frobenius norm of a weight, summed in fp32 at least."""
+    return torch.linalg.vector_norm(weight.detach(), dtype=rotation_dtype(weight.dtype))
+
+
 def side_blocks(size: int, block_size: int) -> tuple[int, int]:
     """(number of blocks, b) of a side: a side shorter than b is one block; size 1 has no block."""
     b = min(size, block_size)
@@ -183,9 +188,8 @@ class OrthogonalEquivalence(nn.Module):
     @torch.no_grad()
     def note_norm(self, stored: Tensor) -> None:
         """Note the norm of the stored weight in the merged form, unless it is noted already."""
-        if self.merged and not self._has_norm and not stored.is_meta:
-            norm = torch.linalg.vector_norm(stored, dtype=self.reference_norm.dtype)
-            self.reference_norm.copy_(norm)
+        if self.merged and not self._has_norm and _readable(stored):
+            self.reference_norm.copy_(norm_of(stored))
             self._has_norm = True
 
     @property
@@ -338,14 +342,15 @@ class OrthogonalEquivalence(nn.Module):
             return weight
         if is_sharded(self.skew_in):
             raise ParallelismError(NOT_ASSIGNED)
-        if not torch.compiler.is_compiling():  # Dynamo would guard the number
-            self.assigned()
         with torch.no_grad():
             stored = self.stored_form(weight)
             if not self.merged:
                 self.skew_in.zero_()
                 self.skew_out.zero_()
             self._put_gains_to_one()
+        if not torch.compiler.is_compiling():  # Dynamo would guard the number
+            self.assigned()
+            self.note_norm(stored)
         self._seal = None
         return stored
 
@@ -462,6 +467,7 @@ class OrthogonalEquivalence(nn.Module):
         stored = destination.get(f"{parent}.original" if parent else "original")
         if stored is not None:
             self.check_stored(stored)
+            self.note_norm(stored)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in _SKEWS if self.merged else ():
             del destination[prefix + name]
@@ -477,6 +483,10 @@ class OrthogonalEquivalence(nn.Module):
             )
         finally:
             self._parameters.update(resting)
+        if self.merged and self.skew_in.dtype != self.reference_norm.dtype:  # `assign=True`
+            for skew in self.skews:
+                skew.data = skew.data.to(self.reference_norm.dtype)
+            self.rest()
         for side in self.sides:
             if side.permutation.pair.is_meta:
                 side.permutation.move_to(side.skew.device)

@@ -145,7 +145,7 @@ def prepare(
     done = dict.fromkeys(fresh, described(config)) if config.initialises else {}
     rows = list(_rows(model, found, reasons, done))
     why_not = {row.name: row.reason for row in rows if row.is_linear and row.status != "prepared"}
-    return PrepareReport(rows, what_trains(model, config, why_not))
+    return PrepareReport(rows, what_trains(model, config, why_not), config.merged)
 
 
 def _check_order(model: nn.Module, reasons: dict[str, str | None]) -> None:

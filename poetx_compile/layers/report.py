@@ -47,11 +47,13 @@ class PrepareReport:
         rows: one `LayerRow` for each `nn.Linear`, and for every other weight of two dimensions or
             more, in the model's order.
         trained: a `Trained`: how much of the model trains, and how.
+        merged: whether the layers have the merged form (``merge_interval=1``).
     """
 
-    def __init__(self, rows: Iterable[LayerRow], trained: Trained):
+    def __init__(self, rows: Iterable[LayerRow], trained: Trained, merged: bool = False):
         self.rows = list(rows)
         self.trained = trained
+        self.merged = merged
 
     @property
     def trainable(self) -> int:
@@ -79,24 +81,29 @@ class PrepareReport:
         )
 
     def _repr_html_(self) -> str:
-        return html_table(str(self.trained), _HEADER, self._folded())
+        return html_table(self._summary(), _HEADER, self._folded())
 
     def text(self, verbose: bool = False) -> str:
         """The table that `print` shows; with `verbose` every layer has a row."""
         if not verbose:
-            lead = wrapped_lines(str(self.trained))
-            return f"{lead}\n{wrapped_table(_HEADER, self._folded())}"
+            lead = wrapped_lines(self._summary())
+            return f"{lead}
+{wrapped_table(_HEADER, self._folded())}"
         cells = [
             (r.name or "(root)", _sizes(r.shape), r.blocks, r.status, r.reason) for r in self.rows
         ]
         header = ("layer", "shape", "blocks in|out", "status", "reason")
-        return f"{self.trained}\n{format_table(header, cells)}"
+        return f"{self._summary()}\n{format_table(header, cells)}"
+
+    def _summary(self) -> str:
+        return f"{self.trained}\n{_MERGED}" if self.merged else str(self.trained)
 
     def _folded(self) -> list[tuple[str, ...]]:
         cells = [(r.name or "(root)", _sizes(r.shape), _what(r)) for r in self.rows]
         return folded_rows(cells)
 
 
+_MERGED = "merge_interval=1: the weights stay plain, and each step turns them"
 _HEADER = ("layer", "shape", "blocks in|out, or why not")
 
 

@@ -157,14 +157,17 @@ def _tell(optimizer: Optimizer, layers: list[Layer]) -> None:
     ours = [g for g in optimizer.param_groups if FOLLOWS in g and BLOCK in g]
     blocks = {g[BLOCK]: g[RATIO] for g in ours}
     rates = ", ".join(f"{ratio:.3g} x lr at b={b}" for b, ratio in blocks.items())
-    guard = "" if config.max_angle is None else f" or when an angle reaches {config.max_angle:g}"
+    when = f"merged every {config.merge_interval} steps"
+    if config.merged:
+        when = "which turn the weights in each step"
+    elif config.max_angle is not None:
+        when += f" or when an angle reaches {config.max_angle:g}"
     log.warning(  # one line, at the level that is seen: the user's optimiser is another from here
-        "%s trains %d nn.Linear through rotations from now on (rate %s, merged every %d steps%s); "
+        "%s trains %d nn.Linear through rotations from now on (rate %s, %s); "
         "their dense weights are frozen. Call poetx_compile.prepare(model, config) before, to "
         "choose otherwise; options={'unprepared': 'refuse'} refuses",
         type(optimizer).__name__,
         len(layers),
         rates,
-        config.merge_interval,
-        guard,
+        when,
     )

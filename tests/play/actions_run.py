@@ -95,6 +95,8 @@ def force_a_merge(world: World) -> None:
 @action(1)
 def interrupt_a_merge(world: World) -> None:
     """Everything refuses until a checkpoint has been loaded; of the model alone, here."""
+    if any(e.merged for copy in world.copies for _, _, e in copy.layers()):
+        return  # there is nothing to merge
     before = [state(copy)["guard"] for copy in world.copies]
     with unchanged(world, but=("guard",)):
         tokens = world.batch()

@@ -89,6 +89,8 @@ def write(world: World, *, way: str, layer: str) -> None:
 @action(1, layer=("q", "o"), how=("parameter", "stale", "shape", "merged"))
 def write_in_vain(world: World, *, layer: str, how: str) -> None:
     """What is refused changes nothing."""
+    if how in ("merged", "stale") and world.setup.config.get("merge_interval") == 1:
+        return  # what was read is the stored weight itself
     if how == "merged":
         weights = [copy.model.get_submodule(layer).weight for copy in world.copies]
         force_a_merge(world)

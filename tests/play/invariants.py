@@ -160,9 +160,19 @@ def naive_weight(linear: nn.Linear, e: OrthogonalEquivalence) -> tuple[Tensor, T
         references.cayley(skew, b, e.order)
         for skew, b in zip(skews, (e.block_in, e.block_out), strict=True)
     )
-    stored = stored_weight(linear).detach().double()
     pairs = e.perm_in.pair, e.perm_out.pair
-    return references.effective_weight(stored, g_in, g_out, *pairs), skews[0], skews[1]
+    weight = references.effective_weight(_permuted(linear, e), g_in, g_out, *pairs)
+    return weight, skews[0], skews[1]
+
+
+def _permuted(linear: nn.Linear, e: OrthogonalEquivalence) -> Tensor:
+    """The stored weight in the coordinates of its permutations, in fp64."""
+    stored = stored_weight(linear).detach().double()
+    if not e.merged:
+        return stored
+    n, m = stored.shape
+    rows, columns = references.expand(e.perm_out.pair, n), references.expand(e.perm_in.pair, m)
+    return stored[rows[0]][:, columns[0]]
 
 
 def with_gains(weight: Tensor, gains: Mapping[str, Tensor]) -> Tensor:
@@ -311,7 +321,7 @@ def _merged(linear: nn.Linear, e: OrthogonalEquivalence) -> Tensor:
             u, _, vh = torch.linalg.svd(g)
             g = u @ vh
         factors.append(g)
-    stored = stored_weight(linear).detach().double()
+    stored = _permuted(linear, e)
     return references.effective_weight(stored, *factors, e.perm_in.pair, e.perm_out.pair)
 
 

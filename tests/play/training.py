@@ -105,9 +105,9 @@ def step(
 
 
 def _merges(copy: Copy) -> int:
-    """How often its optimiser has merged all of its layers."""
+    """How often its optimiser has merged all of its layers, or drawn their permutations again."""
     schedule = schedule_of(copy.optimizer)
-    return 0 if schedule is None else schedule.merges
+    return 0 if schedule is None else schedule.merges + schedule.redraws
 
 
 class _Before:
@@ -121,8 +121,22 @@ class _Before:
     def check(self, world: World) -> None:
         copy, merged = self.copy, _merges(self.copy) != self.merges
         rates = {p: float(g["lr"]) for g in copy.optimizer.param_groups for p in g["params"]}
+        turned = {
+            name: any(
+                rates.get(s, 0.0) > 0 and s.grad is not None and bool(s.grad.any()) for s in e.skews
+            )
+            for name, _, e in copy.layers()
+            if e.merged
+        }
         for name, p in copy.model.named_parameters():
             moved = not torch.equal(p, self.values[name])
+            layer, _, part = name.partition(".parametrizations.weight.")
+            if part and layer in turned:  # a step turns the weight, and its rotations are zero
+                if part != "original":
+                    require(not p.any(), f"{copy.name}: {name} is not zero")
+                elif p.dtype != torch.bfloat16 or not turned[layer]:
+                    require(moved == turned[layer], f"{copy.name}: {name} moved: {moved}")
+                continue
             if merged and ".parametrizations.weight." in name:
                 continue  # checked where it was merged
             trains = rates.get(p, 0.0) > 0 and p.grad is not None and bool(p.grad.any())

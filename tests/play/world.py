@@ -105,6 +105,8 @@ class Setup:
             "seed": rng.randrange(5),
             "gains": rng.choice(["none", "none", "rows", "both"]),
         }
+        if config["merge_interval"] == 1:
+            config["neumann_order"] = max(2, config["neumann_order"])
         adopted = rng.random() < 0.15
         names = [name for name in OPTIMIZERS if name != "adopt Adagrad"]
         names = [name for name in names if name.startswith("adopt")] if adopted else names
