@@ -87,8 +87,7 @@ class PrepareReport:
         """The table that `print` shows; with `verbose` every layer has a row."""
         if not verbose:
             lead = wrapped_lines(self._summary())
-            return f"{lead}
-{wrapped_table(_HEADER, self._folded())}"
+            return f"{lead}\n{wrapped_table(_HEADER, self._folded())}"
         cells = [
             (r.name or "(root)", _sizes(r.shape), r.blocks, r.status, r.reason) for r in self.rows
         ]

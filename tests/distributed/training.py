@@ -128,7 +128,9 @@ def digest(model: nn.Module) -> str:
     result = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         result.update(name.encode())
-        result.update(shards.whole(tensor).contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        result.update(
+            shards.whole(tensor).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return result.hexdigest()
 
 

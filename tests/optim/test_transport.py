@@ -32,9 +32,9 @@ def pairs_of(packed: Tensor, side: Side) -> Pairs:
     """What packed values say of coordinates, one by one: −x of (j, i) where x of (i, j)."""
     coordinates = pair_index(side.permutation.pair, 0, side.permutation.size).tolist()
     pairs: Pairs = {}
-    for block, values in enumerate(packed.tolist()):
+    for block, entries in enumerate(packed.tolist()):
         inside = coordinates[block * side.block : (block + 1) * side.block]
-        for (i, j), value in zip(itertools.combinations(inside, 2), values, strict=True):
+        for (i, j), value in zip(itertools.combinations(inside, 2), entries, strict=True):
             pairs[i, j], pairs[j, i] = value, -value
     return pairs
 
