@@ -13,8 +13,8 @@ a plain parameter are made to hold here:
   ``linear.weight.data.copy_(…)``.
 - **Its flag is that of the layer**: ``linear.weight.requires_grad_(False)`` freezes the rotations.
 
-In the merged form (``merge_interval=1``) the effective weight is the stored one, in one memory:
-nothing is computed or cached, and what is written is stored already.
+In the merged form (``merge_interval=1``) the effective weight is the stored one, in one memory, but
+for gains: nothing is computed or cached, and what is written is stored already.
 
 Code compiled around the layer sees a plain tensor.
 """
@@ -48,13 +48,9 @@ _cache = registry.cache()  # layer → sources, weight, the memory it was made o
 def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
     """The effective weight of `stored`, computed unless it is cached."""
     e = equivalence
-    if e.merged:
-        e.check_layout()
-        return EffectiveWeight.of(
-            e.effective(stored, *e.skews, e.gain_in, e.gain_out), Sources(e, stored)
-        )
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    keep = not e.training and not records and e.config.keep_in_eval
+    computed = not e.merged or e.gains
+    keep = computed and not e.training and not records and e.config.keep_in_eval
     if keep and (cached := _cache.get(e)) is not None and cached[0].are_those_of(e, stored):
         return EffectiveWeight.of(cached[1], cached[0])
     e.check_layout()

@@ -347,3 +347,21 @@ def test_a_redraw_writes_no_weight() -> None:
     step(one, first)
     step(other, second)
     assert not same(weights(one), weights(other))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gains_multiply_a_plain_weight_and_survive_the_life_of_it(mode: Any) -> None:
+    model = net(gains="both")
+    optimizer = OPTIMISERS["POETXMuon"](model)
+    for _ in range(3):
+        step(model, optimizer)
+    x, _ = data()
+    expected = model(x).detach()
+    others = [net(gains="both", merge_interval=interval, seed=3) for interval in (1, 200)]
+    for other in (model, *others):
+        other.load_state_dict(model.state_dict())
+        with mode():
+            assert (other.eval()(x) - expected).abs().max() < 1e-13
+    plain = Net().double()
+    plain.load_state_dict(poetx.plain_state_dict(model))
+    assert (plain(x) - expected).abs().max() < 1e-13

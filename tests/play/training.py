@@ -131,7 +131,8 @@ class _Before:
         for name, p in copy.model.named_parameters():
             moved = not torch.equal(p, self.values[name])
             layer, _, part = name.partition(".parametrizations.weight.")
-            if part and layer in turned:  # a step turns the weight, and its rotations are zero
+            # A step of the merged form turns the weight, and its rotations are zero.
+            if layer in turned and (part == "original" or "skew_" in part):
                 if part != "original":
                     require(not p.any(), f"{copy.name}: {name} is not zero")
                 elif p.dtype != torch.bfloat16 or not turned[layer]:
