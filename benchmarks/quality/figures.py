@@ -52,17 +52,20 @@ def _blocks(axes: Sequence[Any], rows: Sequence[Row], known: Sequence[Row]) -> N
     The title of a panel says how much of the variance a line over all widths explains.
     """
     references = lines(known)
-    rotated = [
-        row for row in rows if row["method"] == "poetx" and isinstance(row["block_size"], int)
-    ]
+    found: dict[tuple[float, int], dict[int, tuple[float, Row]]] = {}
+    for line in lines(row for row in rows if row["method"] == "poetx"):
+        row, over = line.row, line.over(references)
+        if isinstance(row["block_size"], int) and over is not None:
+            sizes = found.setdefault((row["tokens"], row["width"]), {})
+            lowest, _ = sizes.get(row["block_size"], (over, row))
+            if over <= lowest:
+                sizes[row["block_size"]] = over, row
     for panel, (axis, key) in zip(axes, BLOCK_AXES.items(), strict=True):
         every: list[tuple[float, float]] = []
-        for number, (tokens, width) in enumerate(sorted({_run_size(row) for row in rotated})):
-            here = lines(row for row in rotated if _run_size(row) == (tokens, width))
-            points = _lowest(here, key, lambda line: line.over(references))
+        for (tokens, width), sizes in sorted(found.items()):
+            points = sorted((key(row), over) for over, row in sizes.values())
             label = f"d = {width}, {tokens / 1e6:.0f}M tokens"
-            if points:
-                panel.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=label)
+            panel.plot(*zip(*points, strict=True), marker="o", label=label)
             every += points
         panel.axhline(0, color="tab:gray", linewidth=0.8)
         panel.set_xscale("log", base=2)
@@ -159,10 +162,6 @@ def _explained(points: Sequence[tuple[float, float]]) -> float | None:
         return None
     x, y = numpy.log([p[0] for p in points]), numpy.array([p[1] for p in points])
     return float(numpy.corrcoef(x, y)[0, 1] ** 2)
-
-
-def _run_size(row: Row) -> tuple[float, int]:
-    return row["tokens"], row["width"]
 
 
 def _label(row: Row) -> str:

@@ -37,9 +37,9 @@ def changes(row: Row) -> dict[str, Any]:
 
 def usual(rows: Iterable[Row]) -> dict[str, Any]:
     """What most runs of `POETXMuon` and `POETXAdamW` among `rows` have: a table says it once."""
-    rotated = [changes(row) for row in rows if row["method"] == "poetx"]
+    rotated = [row["config"] | row["options"] for row in rows if row["method"] == "poetx"]
     count = Counter((key, json.dumps(value)) for row in rotated for key, value in row.items())
-    return {k: json.loads(v) for (k, v), n in count.items() if 2 * n > len(rotated) > 1}
+    return {k: json.loads(v) for (k, v), n in count.items() if 2 * n > len(rotated)}
 
 
 def shown(line: Line, known: Iterable[Line] = (), rest: dict[str, Any] | None = None) -> Row:

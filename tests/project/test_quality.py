@@ -87,8 +87,10 @@ def test_a_plan_expands_into_all_combinations_each_once() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in PLANS.glob("*.json")))
-def test_the_plans_expand(name: str) -> None:
+def test_the_plans_expand_into_what_this_checkout_can_run(name: str) -> None:
     assert len(load(name)) == len({run.run for run in load(name)}) > 1
+    for run in load(name):
+        methods.check(run)
 
 
 @pytest.mark.parametrize(
