@@ -25,12 +25,12 @@ def check_values(weights: dict[str, Tensor], config: POETXConfig) -> None:
         if weight.is_meta:
             raise ConfigError(
                 f"{asked}: this needs the values of the weights, and {name or 'the weight'} is on "
-                "the meta device: materialise and initialise the model first, then call prepare"
+                "the meta device: give the model memory and values first, then call prepare"
             )
         if has_values(weight) and not weight.detach().isfinite().all():
             raise ConfigError(
                 f"{asked}: the weight of {name or 'the model'} has values that are not finite: "
-                "initialise it first, then call prepare"
+                "give it values first (reset_parameters), then call prepare"
             )
 
 
