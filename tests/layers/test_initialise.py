@@ -105,7 +105,7 @@ def test_weights_without_values_are_refused_before_anything_is_changed(config) -
     with torch.no_grad():
         model.down.weight[2, 3] = math.nan
     before = model.up.weight.detach().clone()
-    with pytest.raises(ConfigError, match="weight of down has values that are not finite: init"):
+    with pytest.raises(ConfigError, match="weight of down has values that are not finite: give"):
         prepare(model, config)
     assert torch.equal(model.up.weight, before)
     assert not list(prepared_linears(meta))
