@@ -1,6 +1,6 @@
 """The kernels of the merged form, one op each: block products, orthogonalisation, the turn.
 
-``--sweep`` times other tiles beside those that are chosen, and ``--ops`` some of the ops alone.
+``--sweep`` times other tiles of the block products, and ``--ops`` some of the ops alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import floors, gate, options
 from benchmarks.options import Session
 from benchmarks.rows import Row
+from benchmarks.tolerances import ORTHOGONALIZED
 from poetx_compile import ops
 from poetx_compile.layers.permutation import draw_permutation
 
@@ -28,19 +29,6 @@ OPS = ("skew_block_products", "orthogonalize_skew", "turn_weight_")
 
 TILES = ((128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
 """Of a sweep over block products: two sides, a step of the sum, warps, steps in flight."""
-
-PRODUCTS = ((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4))
-"""Of a sweep over orthogonalisations: the side, a step of the sum, warps, steps in flight."""
-
-PANELS = {
-    256: ((128, 64, 8, 3, 1), (128, 64, 8, 4, 1), (64, 64, 4, 3, 1), (64, 32, 4, 4, 2)),
-    512: ((64, 32, 8, 4, 1), (64, 32, 8, 5, 1), (64, 64, 8, 3, 1)),
-}
-"""Of a sweep over turns in one launch, by b: sizes of `kernels.turn_panels.Panels`."""
-
-ROWS = ((128, 128, 64, 8, 3), (128, 128, 64, 8, 5), (128, 256, 64, 8, 5))
-COLUMNS_OF = ((128, 128, 64, 8, 4), (128, 256, 64, 8, 3))
-"""Of a sweep over turns in two: two sides, a step of the sum, warps, steps in flight."""
 
 Piece = tuple[str, Callable[[], Any], float, float]
 """Tiling, what is timed, floor in ms, error."""
@@ -118,19 +106,11 @@ class _Layer:
     def _orthogonalize(self, sizes: floors.Layer) -> Iterator[Piece]:
         packed = torch.cat([self._packed(side.blocks) for side in sizes.sides])
         expected = ops.orthogonalize_skew(packed.double(), self.b)
-        variants: list[tuple[str, dict[str, Any]]] = [("default", {})]
-        if self.sweep:
-            from poetx_compile.ops.kernels import orthogonalize as kernels
-
-            variants = [("library", {"by_library": True})]
-            for tiling in PRODUCTS:
-                if tiling[0] <= self.b:
-                    sizes_of = {"tiling": kernels.Tiling(*tiling), "by_library": False}
-                    variants.append((_name(tiling), sizes_of))
-        for name, options_of in variants:
-            run = functools.partial(_orthogonalize, packed, self.b, options_of)
-            error = gate.relative_error(run(), expected)
-            yield name, run, self._floor(sizes, "orthogonalise"), error
+        run = functools.partial(ops.orthogonalize_skew, packed, self.b)
+        error = gate.relative_error(run(), expected)
+        if not error < ORTHOGONALIZED:
+            raise gate.GateError(f"orthogonalize_skew is wrong: relative error {error:.3g}")
+        yield "default", run, self._floor(sizes, "orthogonalise"), error
 
     def _turn(self, sizes: floors.Layer) -> Iterator[Piece]:
         weight = self.session.normal(self.n, self.m)
@@ -139,21 +119,14 @@ class _Layer:
         wide = weight.double()
         ops.turn_weight_(wide, *(t.double() for t in steps), *given[2:])
         wanted = wide - weight.double()
-        variants: list[tuple[str, Any]] = [("default", None)]
-        if self.sweep:
-            variants = [(f"panels {_name(t)}", ("panels", t)) for t in PANELS.get(self.b, ())]
-            first, second = ROWS[0], (128, 128, 64, 8, 3)
-            variants += [(f"rows {_name(t)}", ("pair", t, second)) for t in ROWS]
-            variants += [(f"columns {_name(t)}", ("pair", first, t)) for t in COLUMNS_OF]
-        for name, tiling in variants:
-            turned = weight.clone()
-            _turn(turned, given, tiling)
-            moved = turned.double() - weight.double()
-            error = abs(float((moved * wanted).sum() / wanted.square().sum()) - 1)
-            if not error < 0.02:
-                raise gate.GateError(f"turn_weight_ moves a weight by 1 + {error:.3g} of a step")
-            run = functools.partial(_turn, turned, given, tiling)
-            yield name, run, self._floor(sizes, "fold", "cayley forward"), error
+        turned = weight.clone()
+        ops.turn_weight_(turned, *given)
+        moved = turned.double() - weight.double()
+        error = abs(float((moved * wanted).sum() / wanted.square().sum()) - 1)
+        if not error < 0.02:
+            raise gate.GateError(f"turn_weight_ moves a weight by 1 + {error:.3g} of a step")
+        run = functools.partial(ops.turn_weight_, turned, *given)
+        yield "default", run, self._floor(sizes, "fold", "cayley forward"), error
 
     def _floor(self, sizes: floors.Layer, *names: str) -> float:
         costs = [cost for cost in floors.merged(sizes) if cost.name in names]
@@ -180,31 +153,6 @@ def _products(first: Any, second: Any, tiling: Sequence[int], splits: int) -> li
         product = kernels._operands(*operands)
         made.append(kernels._skew_parts(kernels.planned_block_products([product], b, plan)))
     return made
-
-
-def _orthogonalize(packed: Tensor, b: int, options_of: dict[str, Any]) -> Tensor:
-    if not options_of:
-        return ops.orthogonalize_skew(packed, b)
-    from poetx_compile.ops.kernels import orthogonalize as kernels
-
-    return kernels.orthogonalize_skew(packed, b, **options_of)
-
-
-def _turn(weight: Tensor, given: Sequence[Any], tiling: Any) -> None:
-    if tiling is None:
-        ops.turn_weight_(weight, *given)
-        return
-    from poetx_compile.ops.kernels import turn_panels, turn_weight
-
-    step_in, step_out, perm_in, perm_out, b, _, _, *counters = given
-    deltas = turn_weight.deltas(step_in, step_out, b, b, weight.dtype)
-    kind, *sizes = tiling
-    by_deltas = weight, *deltas, perm_in, perm_out, *counters, None
-    if kind == "panels":
-        turn_panels.turn_panels(*by_deltas, tiling=turn_panels.Panels(*sizes[0]))
-    else:
-        rows, columns = (turn_weight.Tiling(*t) for t in sizes)
-        turn_weight.turn_by_deltas(*by_deltas, tilings=(rows, columns))
 
 
 if __name__ == "__main__":

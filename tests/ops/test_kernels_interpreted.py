@@ -245,14 +245,13 @@ x, y = torch.randn(2, 4200, 16)
 check("skew_block_products", "skew_block_products", x, y, 2, 8, pair(2), None, None, 0, None)
 """,
     "orthogonalize": """
-from poetx_compile.ops.kernels.orthogonalize import Tiling, orthogonalize_skew
+from poetx_compile.ops.kernels.orthogonalize import orthogonalize_skew
 
-small = Tiling(16, 16, 4, 3)
-for b, options in ((2, {}), (5, {"by_library": True}), (33, {"tiling": small}), (70, {})):
+for b in (2, 5, 33, 70):
     packed = 3 * skew(2, b)
     packed[1] *= b > 2  # a block of zeros stays
     expected = reference("orthogonalize_skew", "orthogonalize")(packed.double(), b)
-    actual = orthogonalize_skew(packed, b, operands=torch.float32, **options)
+    actual = orthogonalize_skew(packed, b, operands=torch.float32)
     assert_close(actual, expected, torch.float32, f"b = {b}")
 """,
     "turn_weight": """
@@ -260,22 +259,20 @@ import triton
 import triton.language as tl
 from poetx_compile.ops.kernels import rounding, turn_panels, turn_weight
 from poetx_compile.ops.turn_weight import rotate_weight
-from poetx_compile.ops.kernels.turn_weight import Tiling
 from poetx_compile.ops import random
 
-def turned(weight, b_in, b_out, perm_in, perm_out, apply=None, **options):
+def turned(weight, b_in, b_out, perm_in, perm_out, apply=None):
     (n, m), given = weight.shape, (b_in, b_out, 3, 5, 2, 1)
     steps = skew(m // b_in, b_in) / 20, skew(n // b_out, b_out) / 20
     actual, expected = weight.clone(), weight.double()
-    turn_weight.turn_weight_(actual, *steps, perm_in, perm_out, *given, apply, **options)
+    turn_weight.turn_weight_(actual, *steps, perm_in, perm_out, *given, apply)
     wide = [s.double() for s in steps]
     reference("turn_weight", "turn_weight")(expected, *wide, perm_in, perm_out, *given)
     assert_close(actual - weight, expected - weight, what="what a step adds")
 
-small = Tiling(32, 32, 16, 4, 3), Tiling(16, 32, 16, 4, 3)
 for n, m, b_in, b_out in ((7, 10, 3, 2), (75, 66, 33, 70), (130, 20, 4, 65)):
     turned(torch.randn(n, m), b_in, b_out, pair(m), pair(n))
-turned(torch.randn(96, 128), 48, 40, pair(16), pair(6), tilings=small)  # chunks: in the kernels
+turned(torch.randn(96, 144), 72, 80, pair(18), pair(6))  # chunks: in the kernels
 turned(torch.randn(96, 128), 64, 96, pair(8), pair(96), torch.tensor(1.0))
 # In one launch: one panel of rows and two, tails, columns in chunks. fp16 in place of bf16.
 for n, m, b_out, b_in in ((300, 160, 136, 72), (80, 288, 72, 136)):
@@ -286,8 +283,7 @@ for n, m, b_out, b_in in ((300, 160, 136, 72), (80, 288, 72, 136)):
     before = weight.double()[rows][:, columns]
     expected = rotate_weight(before, wide[0], wide[1].mT)
     actual = weight.clone()
-    tiling = turn_panels.Panels(64 if n == 300 else 128, 64, 8, 3, 1)
-    turn_panels.turn_panels(actual, *deltas, *perms, 5, 2, 1, None, tiling=tiling)
+    turn_panels.turn_panels(actual, *deltas, *perms, 5, 2, 1, None)
     after = actual.double()[rows][:, columns]
     assert_close(after - before, expected - before, torch.float16, "in one launch")
 

@@ -13,8 +13,6 @@ uses its scratch again for each of its blocks, so that it stays in the L2 cache.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -139,30 +137,19 @@ def turn_panels_kernel(
         tl.debug_barrier()
 
 
-class Panels(NamedTuple):
-    """Rows of a panel, a step of the sums, warps, steps in flight, programs a multiprocessor."""
-
-    panel: int
-    tile_k: int
-    warps: int
-    stages: int
-    resident: int
-
-
-def panels_of(block_right: int) -> Panels:
-    """What a panel of 128 KiB of sums, half of the registers, leaves room for."""
-    return Panels(64, 32, 8, 4, 1) if block_right > 256 else Panels(128, 64, 8, 3, 1)
+PANEL, TILE_K, WARPS, STAGES = 128, 64, 8, 3
+"""Rows of a panel, a step of the sums, warps, steps in flight: a panel of 256 columns has 128 KiB
+of sums, half of the registers."""
 
 
 def fits(weight: Tensor, delta_in: Tensor, delta_out: Tensor, perm_in: Tensor) -> bool:
-    """Whether the kernel takes these: aligned blocks of up to 512 columns, columns in runs."""
+    """Whether the kernel takes these: aligned blocks of up to 256 columns, columns in runs."""
     width, sizes = weight.shape[1], (delta_in.shape[1], delta_out.shape[1])
     if weight.dtype != torch.bfloat16 or not (delta_in.shape[0] and delta_out.shape[0]):
         return False
     aligned = width % 16 == 0 and all(b % 8 == 0 for b in sizes)
-    middle = all(64 < b <= 512 for b in sizes)
-    panel, tile_k, _, stages, _ = panels_of(sizes[0])
-    streaming = 2 * stages * (panel + power_of_two(sizes[0], 128, 512)) * tile_k
+    middle = all(64 < b <= 256 for b in sizes)
+    streaming = 2 * STAGES * (PANEL + power_of_two(sizes[0], 128, 256)) * TILE_K
     return (
         aligned and middle and is_fused(perm_in, width, sizes[0]) and streaming <= shared_memory()
     )
@@ -178,19 +165,16 @@ def turn_panels(
     step: int,
     layer: int,
     apply: Tensor | None,
-    *,
-    tiling: Panels | None = None,
 ) -> None:
-    """`turn_weight.turn_by_deltas` where it `fits`; `tiling` are sizes to try."""
+    """`turn_weight.turn_by_deltas` where it `fits`."""
     rows, width = weight.shape
     blocks_left, b_left, _ = delta_out.shape
     blocks_right, b_right, _ = delta_in.shape
-    panel, tile_k, warps, stages, resident = tiling or panels_of(b_right)
-    padded = power_of_two(b_right, 128, 512)
+    padded = power_of_two(b_right, 128, 256)
     column_blocks, row_blocks = -(-width // b_right), -(-rows // b_left)
     items = column_blocks * row_blocks
-    programs = min(items, resident * MULTIPROCESSORS)
-    panels = -(-b_left // panel)
+    programs = min(items, MULTIPROCESSORS)
+    panels = -(-b_left // PANEL)
     index = perm_out.select(0, 0)
     launch(
         turn_panels_kernel,
@@ -201,8 +185,8 @@ def turn_panels(
         index,
         perm_in.select(0, 0),
         index if apply is None else apply.to(torch.int32),
-        weight.new_empty(programs, panel, padded),
-        weight.new_empty(programs, panels, panel, padded),
+        weight.new_empty(programs, PANEL, padded),
+        weight.new_empty(programs, panels, PANEL, padded),
         rows,
         width,
         blocks_left,
@@ -220,12 +204,12 @@ def turn_panels(
         CHUNK=chunk_length(perm_in, width),
         RUN=run_length(width, b_right, perm_in),
         PADDED=padded,
-        PANEL=panel,
+        PANEL=PANEL,
         PANELS=panels,
-        TILE_K=tile_k,
-        ROW_STAGES=2 * stages - 1,
+        TILE_K=TILE_K,
+        ROW_STAGES=2 * STAGES - 1,
         HAS_APPLY=apply is not None,
         STOCHASTIC=weight.dtype == torch.bfloat16,
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )

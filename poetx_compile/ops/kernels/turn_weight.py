@@ -9,7 +9,7 @@ A weight stays in its natural order: rows are gathered and scattered for nothing
 they come in runs (`common.is_fused`). A delta is rounded once, which a small rotation can afford
 (`rotation_delta`), U is rounded as an operand alone, and bf16 results stochastically.
 
-*One launch* where blocks are of middle size: `turn_panels`.
+*One launch* up to b = 256: `turn_panels`.
 
 *Two launches* elsewhere, through a scratch of the weight's size: U, in bf16 as two numbers. All
 rows are read before the second launch writes any.
@@ -169,7 +169,7 @@ class Tiling(NamedTuple):
     stages: int
 
 
-NARROW = Tiling(128, 128, 64, 8, 3), Tiling(128, 128, 64, 8, 3)
+NARROW = Tiling(128, 128, 64, 8, 5), Tiling(128, 128, 64, 8, 3)
 """Of bf16, for rows and columns."""
 WIDE = Tiling(64, 64, 32, 4, 3), Tiling(64, 64, 32, 4, 3)
 """Of fp32."""
@@ -188,23 +188,20 @@ def turn_weight_(
     step: int,
     layer: int,
     apply: Tensor | None,
-    *,
-    tilings: tuple[Tiling, Tiling] | None = None,
 ) -> None:
     """`ops.turn_weight_` of bf16 and fp32 weights, order 3, contiguous.
 
     Args:
         weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, seed, step, layer,
             apply: those of the op.
-        tilings: sizes to try, for the rows and for the columns.
     """
     assert order == 3, order
     delta_in, delta_out = deltas(skew_in, skew_out, block_in, block_out, weight.dtype)
     given = delta_in, delta_out, perm_in, perm_out, seed, step, layer, apply
-    if tilings is None and turn_panels.fits(weight, delta_in, delta_out, perm_in):
+    if turn_panels.fits(weight, delta_in, delta_out, perm_in):
         turn_panels.turn_panels(weight, *given)
     else:
-        turn_by_deltas(weight, *given, tilings=tilings)
+        turn_by_deltas(weight, *given)
 
 
 def deltas(
@@ -234,8 +231,6 @@ def turn_by_deltas(
     step: int,
     layer: int,
     apply: Tensor | None,
-    *,
-    tilings: tuple[Tiling, Tiling] | None = None,
 ) -> None:
     """The same by given deltas, ``R_in − I`` and ``R_outᵀ − I`` [blocks, b, b] of its dtype."""
     rows, width = weight.shape
@@ -249,7 +244,7 @@ def turn_by_deltas(
     high = torch.empty_like(weight)
     low = torch.empty_like(weight) if narrow else high
     index = perm_out.select(0, 0)
-    of_rows, of_columns = tilings or (NARROW if narrow else WIDE)
+    of_rows, of_columns = NARROW if narrow else WIDE
     shared = {
         "ROW_CHUNK": chunk_length(perm_out, rows),
         "CHUNK": chunk_length(gather, width),
