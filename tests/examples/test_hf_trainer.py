@@ -37,7 +37,7 @@ def test_from_text_to_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert re.search(r"^validation loss: \d\.\d{3} nats per token$", printed, re.MULTILINE)
     history = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    assert len(losses) == 3
+    assert len(losses) == 4
     assert losses[-1] < losses[0]
     rates = [e["learning_rate/poetx b=8"] for e in history if "learning_rate/poetx b=8" in e]
     assert max(rates) == pytest.approx(6e-3)
