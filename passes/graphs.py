@@ -135,9 +135,12 @@ class Layer(NamedTuple):
     module_id: int | None
 
 
-def layer_of(node: fx.Node) -> Layer:
-    """The innermost module a node came from; a node of no module gives its own name."""
-    stack = node.meta.get("nn_module_stack") or {}
+def layer_of(node: fx.Node, stack_key: str = "nn_module_stack") -> Layer:
+    """The innermost module a node came from; a node of no module gives its own name.
+
+    `stack_key`: AOTAutograd has ``fwd_nn_module_stack`` in nodes of the backward.
+    """
+    stack = node.meta.get(stack_key) or {}
     if not stack:
         return Layer(node.name, None)
     key, (path, *_) = next(reversed(stack.items()))

@@ -16,9 +16,9 @@ from poetx_compile.errors import ConfigError, EstimateError
 from poetx_compile.inspect.memory import inputs as example
 from poetx_compile.inspect.memory import meta, parts
 from poetx_compile.inspect.memory.fit import Peak, parse_memory, with_budget
-from poetx_compile.inspect.memory.liveness import Longer, StepMemory, step_memory, with_more_layers
 from poetx_compile.inspect.memory.rows import Estimate, MemoryRow, judged
 from poetx_compile.inspect.memory.source import checkpoint_layers, model_on_meta
+from poetx_compile.inspect.memory.step import Longer, StepMemory, step_memory
 from poetx_compile.inspect.memory.trace import trace
 from poetx_compile.layers.parametrization import trained_parameters
 from poetx_compile.layers.prepare import config_of
@@ -26,15 +26,8 @@ from poetx_compile.optim.momentum import parse_dtype
 
 MIB = 2**20
 
-
-def _few(inputs: Sequence[Tensor]) -> int:
-    """Of a run of equal layers so many are traced, then one more: the difference is one layer's.
-
-    One, where ids are embedded; else the first layer needs no gradient of its input and is another
-    than those behind it.
-    """
-    return 2 if any(tensor.is_floating_point() for tensor in inputs) else 1
-
+TRACED = 2
+"""Of a run of equal layers so many are traced."""
 
 Progress = Callable[[str], None]
 
@@ -179,10 +172,6 @@ class _Step:
     progress: Progress = _silent
     traced: str = ""
 
-    @property
-    def few(self) -> int:
-        return _few(example.tensors(self.inputs, self.kwargs))
-
     def peaks(
         self,
         name: str,
@@ -222,8 +211,7 @@ class _Step:
         if not runs:
             self.progress(f"tracing {name}: every layer")
             found = self._of(model, choices)
-        n = self.few
-        few = [f"{run.name}: {n} and {n + 1} of {run.count} equal layers" for run in runs]
+        few = [f"{run.name}: {TRACED} of {run.count} equal layers" for run in runs]
         self.traced = f"traced with {', '.join(few)}" if few else "traced with every layer"
         return found
 
@@ -234,27 +222,22 @@ class _Step:
         choices: Sequence[BackendOptions | None],
         name: str,
     ) -> list[StepMemory]:
-        n = self.few
-        counts = dict.fromkeys(runs, n)
-        self.progress(f"tracing {name}: {n} of {runs[0].count} layers")
-        few = self._of(meta.shortened(model, counts), choices)
-        longer = []
-        for run in runs:
-            self.progress(f"tracing {name}: {n + 1} of {run.count} layers")
-            more = meta.shortened(model, counts | {run: n + 1})
-            longer.append(self._of(more, choices))
-        grown = []
-        for options, step, *steps in zip(choices, few, *longer, strict=True):
-            parts_of = zip(runs, steps, strict=True)
-            of_runs = [Longer(s, r.count - n, _filling(model, r, options, n)) for r, s in parts_of]
-            grown.append(with_more_layers(step, of_runs))
-        return grown
+        self.progress(f"tracing {name}: {TRACED} of {runs[0].count} layers")
+        short = meta.shortened(model, dict.fromkeys(runs, TRACED))
+        longer = [[_longer(short, run, options) for run in runs] for options in choices]
+        return self._of(short, choices, longer)
 
-    def _of(self, model: nn.Module, choices: Sequence[BackendOptions | None]) -> list[StepMemory]:
+    def _of(
+        self,
+        model: nn.Module,
+        choices: Sequence[BackendOptions | None],
+        longer: Sequence[Sequence[Longer]] | None = None,
+    ) -> list[StepMemory]:
         step = example.TrainingStep(model, self.loss, self.autocast)
         with collector.paused():
             traced = trace(step, self.inputs, self.kwargs, choices)
-            return [step_memory(graphs) for graphs in traced]
+            every = longer or [[]] * len(choices)
+            return [step_memory(graphs, runs) for graphs, runs in zip(traced, every, strict=True)]
 
 
 def _budget(options: BackendOptions | None) -> float:
@@ -267,13 +250,18 @@ def _of_variant(options: BackendOptions | None, variant: str) -> BackendOptions:
     return dataclasses.replace(options, config=config)
 
 
-def _filling(model: nn.Module, run: meta.Run, options: BackendOptions | None, few: int) -> float:
-    """How many layers beyond the few fill the batch of rotations that these have begun."""
-    layer = model.get_submodule(f"{run.name}.{run.start}")
+def _longer(short: nn.Module, run: meta.Run, options: BackendOptions | None) -> Longer:
+    """The layers of a run beyond those that are traced, as parts of an `example.TrainingStep`."""
+    first, second = (f"{run.name}.{run.start + i}" for i in range(TRACED))
+    layer = short.get_submodule(second)
     rotations = parts.rotations(layer)
-    if options is None or not rotations:
-        return 0
-    return max(0.0, options.cayley_batch_bytes / rotations - few)
+    share = filling = 0.0
+    if options is not None and rotations:
+        share = parts.share_of_rotations(layer, short)
+        filling = max(0.0, options.cayley_batch_bytes / rotations - TRACED)
+    gradients = sum(parameter.nbytes for parameter in trained_parameters(layer))
+    names = f"model.{first}", f"model.{second}"
+    return Longer(*names, run.count - TRACED, gradients, share, filling)
 
 
 def _with_variant(config: POETXConfig, variant: str) -> POETXConfig:

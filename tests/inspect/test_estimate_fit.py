@@ -20,8 +20,8 @@ from poetx_compile.inspect.memory.fit import (
     usable,
     with_budget,
 )
-from poetx_compile.inspect.memory.liveness import StepMemory
 from poetx_compile.inspect.memory.rows import Estimate, MemoryRow, judged
+from poetx_compile.inspect.memory.step import StepMemory
 from tests.helpers.models import MLP
 
 CONFIG = poetx.POETXConfig(block_size=16)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from poetx_compile.errors import ConfigError
-from poetx_compile.inspect.memory.liveness import StepMemory
+from poetx_compile.inspect.memory.step import StepMemory
 
 GIB = 2**30
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -8,15 +8,13 @@ writes over an input of its output's size that nobody reads after it.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
 from poetx_compile.compile.partition import Bytes, storages
-from poetx_compile.inspect.memory.trace import TracedGraph
 
 _READS = 4
 """Buffers a fused value reads before Inductor writes it where several kernels want it
@@ -62,114 +60,17 @@ _REDUCTIONS = frozenset(
 """What fuses with its inputs, but is written."""
 
 
-@dataclasses.dataclass(frozen=True)
-class StepMemory:
-    """Bytes a step needs on top of weights, their buffers, and the state of the optimiser.
-
-    Attributes:
-        kept: between forward and backward.
-        gradients: that the backward leaves. One may be part of a larger storage.
-        forward: most in the forward.
-        backward: in each kernel of the backward, in order, gradients included.
-    """
-
-    kept: int
-    gradients: int
-    forward: int
-    backward: tuple[int, ...]
+Observer = Callable[[fx.Node | None, int, Bytes], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Longer:
-    """How the step of a model grows with one run of equal layers.
-
-    Attributes:
-        step: with one layer more than the few.
-        layers: how many more there are.
-        filling: how many of them still add to a batch of rotations: a full one grows no further.
-    """
-
-    step: StepMemory
-    layers: int
-    filling: float
-
-
-def with_more_layers(few: StepMemory, longer: Sequence[Longer]) -> StepMemory:
-    """The step of a model with more layers in its runs of equal layers, from one with few in each.
-
-    Each layer adds the same, so everything grows linearly. The backward has three parts: kernels in
-    front of the layer that the longer step has more (towards the loss), which grow by what a layer
-    keeps; those behind it, which grow by its gradients; and the layer's own, the kernels by which
-    the longer backward is longer, which do both from layer to layer. What grows beyond that are
-    batches of rotations.
-    """
-
-    def grown(read: Callable[[StepMemory], int], linear: Callable[[StepMemory], int]) -> int:
-        value = read(few)
-        for run in longer:
-            layer = linear(run.step) - linear(few)
-            batch = read(run.step) - read(few) - layer
-            value += run.layers * layer + int(min(run.layers, run.filling) * batch)
-        return value
-
-    half = len(few.backward) // 2
-    rest = len(few.backward) - half
-
-    def kept(step: StepMemory) -> int:
-        return step.kept
-
-    def gradients(step: StepMemory) -> int:
-        return step.gradients
-
-    def front(step: StepMemory) -> int:
-        return max(step.backward[:half], default=0)
-
-    def behind(step: StepMemory) -> int:
-        return max(step.backward[-rest:], default=0)
-
-    all_kept, in_front, at_end = grown(kept, kept), grown(front, kept), grown(behind, gradients)
-    own = [
-        max(run.step.backward[half:-rest], default=0)
-        + max(in_front - front(run.step), at_end - behind(run.step))
-        for run in longer
-    ]
-    return StepMemory(
-        kept=all_kept,
-        gradients=grown(gradients, gradients),
-        forward=max(all_kept, grown(lambda step: step.forward, kept)),
-        backward=(all_kept, in_front, at_end, *own),
-    )
-
-
-def step_memory(traced: Sequence[TracedGraph]) -> StepMemory:
-    """Run the forwards of all graphs in order, then their backwards in reverse order."""
-    kept: list[Bytes] = []
-    forward = 0
-    for graph in traced:
-        before = sum(map(_total, kept))
-        steps, left = _run(graph.forward, {})
-        forward = max(forward, before + max(steps, default=0))
-        kept.append(left)
-    backward: list[int] = []
-    gradients = 0
-    for index, graph in reversed(list(enumerate(traced))):
-        others = sum(map(_total, kept[:index])) + gradients
-        steps, left = _run(graph.backward, kept[index])
-        backward += [others + step for step in steps]
-        gradients += _total(left)
-    return StepMemory(sum(map(_total, kept)), gradients, forward, tuple(backward))
-
-
-def _total(storages: Bytes) -> int:
-    return sum(storages.values())
-
-
-def _run(graph: fx.Graph, held: Bytes) -> tuple[list[int], Bytes]:
-    """The bytes alive in each kernel of a graph, and the storages its outputs leave.
+def run(graph: fx.Graph, held: Bytes, observe: Observer) -> Bytes:
+    """Go through the kernels of a graph; returns the storages that its outputs leave.
 
     Args:
         held: storages alive at the start that the graph may free; those of its other inputs belong
             to somebody else and are not counted.
+        observe: called at the start, and for each kernel with its node, the bytes alive in it, and
+            the storages.
     """
     written = _Written(graph)
     kernels = [(node, written.operands(node)) for node in graph.nodes if written.is_written(node)]
@@ -178,20 +79,25 @@ def _run(graph: fx.Graph, held: Bytes) -> tuple[list[int], Bytes]:
     own: Bytes = dict(held)
     inputs = {s for node in graph.find_nodes(op="placeholder") for s in storages(node)}
     alive: Bytes = {s: n for s, n in held.items() if s in last or s in returned}
-    steps = [_total(held)]
+    observe(None, total(held), held)
     for i, (node, operands) in enumerate(kernels):
         made = {s: n for s, n in storages(node).items() if s not in inputs}
         own |= made
         dying = {s: alive[s] for s in operands if s in alive and last[s] == i and s not in returned}
-        now = _total(alive) + _total(made)
+        now = total(alive) + total(made)
         if _fuses(node):
             reused = [n for n in dying.values() if n in made.values()]
             now -= reused[0] if reused else 0
-        steps.append(now)
+        observe(node, now, alive | made)
         alive |= made
         for storage in (*dying, *(s for s in made if s not in last and s not in returned)):
             del alive[storage]
-    return steps, {s: own[s] for s in returned if s in own}
+    return {s: own[s] for s in returned if s in own}
+
+
+def total(sizes: Bytes) -> int:
+    """The bytes of all storages."""
+    return sum(sizes.values())
 
 
 class _Written:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,16 @@ from poetx_compile.layers.parametrization import prepared_linears, stored_weight
 from poetx_compile.layers.prepare import prepare
 
 _WORTH_CUTTING = 4
-"""Layers in a run from which on it is shortened: to two layers, and to three."""
+"""Layers in a run from which on it is shortened."""
 
 
-def copied(model: nn.Module, device: str = "meta") -> nn.Module:
+def copied(model: nn.Module, device: str = "meta", without: Iterable[nn.Module] = ()) -> nn.Module:
     """A deep copy whose parameters and buffers are new, empty tensors of `device`.
 
-    Tied parameters stay tied, prepared layers stay prepared, and nothing of the model is read.
+    Tied parameters stay tied, prepared layers stay prepared, and nothing of the model is read. In
+    the place of modules that it is to be `without` there are empty ones.
     """
-    memo: dict[int, object] = {}
+    memo: dict[int, object] = {id(module): nn.Identity() for module in without}
     for tensor in (*model.parameters(), *model.buffers()):
         empty: Tensor = torch.empty_strided(
             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
@@ -110,7 +111,15 @@ def _signature(layer: nn.Module) -> tuple[object, ...]:
 
 def shortened(model: nn.Module, counts: dict[Run, int]) -> nn.Module:
     """A copy on the meta device with fewer layers in some runs."""
-    short = copied(model)
+    lists = {run.name: list(model.get_submodule(run.name).children()) for run in counts}
+    short = copied(
+        model,
+        without=[
+            layer
+            for run, count in counts.items()
+            for layer in lists[run.name][run.start + count : run.start + run.count]
+        ],
+    )
     for run, count in counts.items():
         layers = short.get_submodule(run.name)
         assert isinstance(layers, nn.ModuleList)

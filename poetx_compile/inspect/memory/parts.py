@@ -74,6 +74,17 @@ def rotations(model: nn.Module) -> int:
     )
 
 
+def share_of_rotations(layer: nn.Module, model: nn.Module) -> float:
+    """A layer's part of the rotations of all that are batched with it: of its block sizes."""
+    sizes = {side.block for _, _, e in prepared_linears(layer) for side in e.sides}
+
+    def elements(module: nn.Module) -> int:
+        sides = [side for _, _, e in prepared_linears(module) for side in e.sides]
+        return sum(side.elements for side in sides if side.block in sizes)
+
+    return elements(layer) / max(elements(model), 1)
+
+
 def _skews(model: nn.Module) -> list[nn.Parameter]:
     return [skew for _, _, e in prepared_linears(model) for skew in e.skews]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointPolicy
 
 from poetx_compile._torch import CustomPartitionerFn, OpOverload, TracingContext, pytree
 from poetx_compile.compile.options import BackendOptions
@@ -58,14 +59,11 @@ def trace(
     traced: list[list[TracedGraph]] = [[] for _ in choices]
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        for options, found in zip(choices, traced, strict=True):
-            graph, fakes = _on_cpu(gm, example_inputs)
-            if options is not None:
-                made = rewrite(graph, fakes, options, dry_run=DryRun())
-                graph, fakes = made.graph, [*fakes, *made.inputs]
-            without_inference_mode(graph)
-            as_on_cuda(graph)
-            _partition(graph, fakes, options, found)
+        plain, fakes = _on_cpu(gm, example_inputs)
+        for group in _alike([_rewritten(plain, fakes, options) for options in choices]):
+            _partition(
+                group, [choices[i] for i in group.choices], [traced[i] for i in group.choices]
+            )
         return gm.forward
 
     torch.compiler.reset()
@@ -125,23 +123,104 @@ def _quiet(name: str) -> Iterator[None]:
         log.disabled = before
 
 
-class _Partitioner(CustomPartitionerFn):
-    """A partitioner as Inductor calls it, torch's own or ours; keeps what it made."""
+@dataclasses.dataclass
+class _Graph:
+    """A rewritten graph of one choice or several, which may differ in what they recompute.
 
-    def __init__(self, traced: list[TracedGraph], ours: Partitioner | None):
-        self.traced, self.ours = traced, ours
+    Attributes:
+        tags: by the mark of a node (from 1) what each choice says of it, where they differ.
+    """
+
+    graph: fx.GraphModule
+    inputs: list[Any]
+    choices: list[int]
+    tags: list[list[dict[str, Any]]] = dataclasses.field(default_factory=list)
+
+    def nodes(self) -> list[fx.Node]:
+        return [node for module in graphs.nested(self.graph) for node in module.graph.nodes]
+
+
+def _rewritten(
+    plain: fx.GraphModule, fakes: list[Any], options: BackendOptions | None
+) -> tuple[fx.GraphModule, list[Any]]:
+    if options is None:
+        graph, inputs = graphs.clone(plain), fakes
+    else:
+        made = rewrite(plain, fakes, options, dry_run=DryRun())
+        graph, inputs = made.graph, [*fakes, *made.inputs]
+    without_inference_mode(graph)
+    as_on_cuda(graph)
+    return graph, inputs
+
+
+def _alike(rewritten: Sequence[tuple[fx.GraphModule, list[Any]]]) -> list[_Graph]:
+    """Graphs that differ in tags alone, as ``fast`` and ``mem`` mostly do, as one."""
+    found: list[_Graph] = []
+    for number, (graph, inputs) in enumerate(rewritten):
+        own = _Graph(graph, inputs, [number])
+        same = [g for g in found if len(g.inputs) == len(inputs) and _calls(g) == _calls(own)]
+        if same:
+            same[0].choices.append(number)
+        else:
+            found.append(own)
+    for group in found:
+        members = [_Graph(*rewritten[i], [i]).nodes() for i in group.choices]
+        for nodes in zip(*members, strict=True):
+            tags = [{key: n.meta[key] for key in _TAGS if key in n.meta} for n in nodes]
+            if any(tag != tags[0] for tag in tags):
+                group.tags.append(tags)
+                nodes[0].meta |= dict(zip(_TAGS, (_MARKED, _MARK + len(group.tags)), strict=True))
+    return found
+
+
+_TAGS = ("recompute", "ac_graph_id")
+_MARKED = CheckpointPolicy.PREFER_RECOMPUTE
+_MARK = 2**40
+"""Regions from here on are marks: no checkpoint has them, nor does the pass `recompute`."""
+
+
+def _calls(graph: _Graph) -> list[Any]:
+    """What a graph computes, apart from names."""
+    nodes = graph.nodes()
+    places = {node: place for place, node in enumerate(nodes)}
+
+    def operands(node: fx.Node) -> Any:
+        return fx.node.map_arg((node.args, node.kwargs), lambda n: ("node", places[n]))
+
+    return [(n.op, n.target if n.op == "call_function" else "", operands(n)) for n in nodes]
+
+
+class _Partitioner(CustomPartitionerFn):
+    """A partitioner as Inductor calls it, for each choice torch's own or ours; keeps what they
+    made."""
+
+    def __init__(
+        self,
+        tags: list[list[dict[str, Any]]],
+        partitioners: list[Partitioner | None],
+        traced: list[list[TracedGraph]],
+    ):
+        self.tags, self.partitioners, self.traced = tags, partitioners, traced
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         from poetx_compile._torch import min_cut_rematerialization_partition
 
-        if self.ours is not None:
-            forward, backward = self.ours(gm, joint_inputs, **kwargs)
-        else:
-            kwargs = {"compiler": "inductor"} | kwargs
-            forward, backward = min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
-        self.traced.append(TracedGraph(forward.graph, backward.graph))
+        for number, (ours, traced) in enumerate(zip(self.partitioners, self.traced, strict=True)):
+            joint = graphs.clone(gm)
+            for node in joint.graph.nodes:
+                if (mark := node.meta.get("ac_graph_id", 0) - _MARK) > 0:
+                    del node.meta["recompute"], node.meta["ac_graph_id"]
+                    node.meta |= self.tags[mark - 1][number]
+            if ours is not None:
+                forward, backward = ours(joint, joint_inputs, **kwargs)
+            else:
+                settings = {"compiler": "inductor"} | kwargs
+                forward, backward = min_cut_rematerialization_partition(
+                    joint, joint_inputs, **settings
+                )
+            traced.append(TracedGraph(forward.graph, backward.graph))
         return forward, backward
 
     def uuid(self) -> Any:
@@ -149,23 +228,21 @@ class _Partitioner(CustomPartitionerFn):
 
 
 def _partition(
-    graph: fx.GraphModule,
-    inputs: list[Any],
-    options: BackendOptions | None,
-    traced: list[TracedGraph],
+    group: _Graph, choices: list[BackendOptions | None], traced: list[list[TracedGraph]]
 ) -> None:
+    """Trace forward and backward once, and split them for each choice."""
     from poetx_compile._torch import compile_fx
 
     def stop_here(gm: fx.GraphModule, _: Any, **__: Any) -> Any:
         return gm.forward
 
-    ours = None if options is None else partitioner_for(POETXConfig.from_dict(options.config))
+    ours = [c if c is None else partitioner_for(POETXConfig.from_dict(c.config)) for c in choices]
     settings: dict[str, Any] = {
-        "custom_partitioner_fn": _Partitioner(traced, ours),
+        "custom_partitioner_fn": _Partitioner(group.tags, ours, traced),
         "force_disable_caches": True,
     }
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        compile_fx(graph, inputs, inner_compile=stop_here, config_patches=settings)
+        compile_fx(group.graph, group.inputs, inner_compile=stop_here, config_patches=settings)
 
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
