@@ -57,7 +57,7 @@ class StepCase:
     method: str
     variant: str = "fast"
     formulation: str = "auto"
-    permutation: str = "random"
+    permutation: str = "chunked"
     block_size: int = 256
     optimizer: str = "adamw"
     preset: str = "1b"

@@ -51,8 +51,9 @@ class POETXConfig:
             ``"transport"`` them with the pairs of coordinates that share a block before and after,
             ``"keep"`` them where they are, whatever planes they then stand for, or ``"reset"`` them
             to those of a fresh optimiser. A merge by itself touches none.
-        permutation: ``"random"``, or ``"chunked"`` for random chunks of up to 64 neighbouring
-            coordinates, which kernels gather at no extra cost.
+        permutation: ``"chunked"`` for random chunks of neighbouring coordinates, up to 64 and a
+            quarter of a block, which kernels gather at no extra cost, or ``"random"`` for random
+            coordinates, of the same loss.
         variant: what the backward keeps: ``"fast"`` keeps what costs time to recompute, ``"mem"``
             recomputes what costs memory to keep (docs/passes/recompute.md).
         formulation: ``"input_centric"`` rotates activations, ``"folded"`` builds the effective
@@ -94,7 +95,7 @@ class POETXConfig:
     max_angle: float | None = 0.25
     merge_rotation: str = "polar"
     moments: str = "transport"
-    permutation: str = "random"
+    permutation: str = "chunked"
     variant: str = "fast"
     formulation: str = "auto"
     keep_in_eval: bool = True

@@ -73,7 +73,7 @@ OTHER = {
     "max_angle": None,
     "merge_rotation": "plain",
     "moments": "reset",
-    "permutation": "chunked",
+    "permutation": "random",
     "variant": "mem",
     "formulation": "input_centric",
     "seed": 2**63 - 1,

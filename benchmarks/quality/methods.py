@@ -70,8 +70,7 @@ class Trained:
 def poetx_config(settings: Settings) -> poetx.POETXConfig:
     """The configuration of a run that rotates; `settings.config` goes before what is chosen here.
 
-    Chunked permutations, as all figures of speed have; rows normalised where training is from
-    scratch.
+    Rows are normalised where training is from scratch.
 
     Raises:
         PlanError: this checkout knows no such field, or refuses its value.
@@ -83,7 +82,7 @@ def poetx_config(settings: Settings) -> poetx.POETXConfig:
     if settings.method == "poet":
         values = poet.fields(values)
     init = "keep" if settings.start else "rows"
-    values = {"permutation": "chunked", "seed": settings.seed, "init": init, **values}
+    values = {"seed": settings.seed, "init": init, **values}
     try:
         return poetx.POETXConfig(block_size=settings.block_size, **values)
     except ValueError as error:

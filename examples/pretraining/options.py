@@ -58,7 +58,7 @@ class Options:
     )
     variant: str = _option("fast", "what the backward keeps", choices=("fast", "mem"))
     permutation: str = _option(
-        "random", "of single columns, or of chunks, faster", choices=("random", "chunked")
+        "chunked", "of chunks of columns, or of single ones, slower", choices=("random", "chunked")
     )
     activation_checkpointing: bool = _option(False, "recompute each block in the backward")
     stage: str = _option(

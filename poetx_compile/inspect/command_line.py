@@ -121,7 +121,7 @@ def _command(commands: Any, name: str, what: str, examples: str) -> argparse.Arg
     )
     add("--dtype", choices=DTYPES, help="convert the model (default: as it is)")
     add("--block-size", type=int, default=256, metavar="B", help="default: 256")
-    add("--permutation", choices=("random", "chunked"), default="random", help="default: random")
+    add("--permutation", choices=("random", "chunked"), default="chunked", help="default: chunked")
     add(
         "--formulation",
         choices=("auto", "input_centric", "folded"),

@@ -130,7 +130,7 @@ def test_the_effective_weight_is_the_ops() -> None:
 def test_the_stored_weight_is_permuted_once(kind: str, m: int, n: int) -> None:
     linear = nn.Linear(m, n)
     before = linear.weight.detach().clone()
-    prepare(linear, POETXConfig(block_size=4, permutation=kind))
+    prepare(linear, POETXConfig(block_size=8, permutation=kind))
     e = equivalence_of(linear)
     rows, columns = expand(e.perm_out.pair, n)[0], expand(e.perm_in.pair, m)[0]
     permuted = before[rows][:, columns]
@@ -160,7 +160,7 @@ def test_the_state_holds_the_layout_and_no_permutation() -> None:
         "layout",
     }
     *layout, checksum = state["parametrizations.weight.0.layout"].tolist()
-    assert layout == [3, CONFIG.seed, 1, 1, e.perm_in.group, e.perm_out.group, 0, 3, 4, 4]
+    assert layout == [3, CONFIG.seed, 1, 1, e.perm_in.group, e.perm_out.group, 1, 3, 4, 4]
     assert checksum > 2**24
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -251,7 +252,7 @@ def test_rows_and_columns_of_zeros_are_reported_with_the_rank_they_leave():
 
 
 def test_rotations_keep_the_rank_that_dense_training_raises():
-    """Through merges: what the report says of a rank, and why."""
+    """Through redraws: what the report says of a rank, and why."""
     ranks = []
     for rotated in (False, True):
         torch.manual_seed(3)
@@ -259,7 +260,7 @@ def test_rotations_keep_the_rank_that_dense_training_raises():
         with torch.no_grad():
             layer.weight[:9] = 0
         if rotated:
-            poetx.prepare(layer, CONFIG)
+            poetx.prepare(layer, dataclasses.replace(CONFIG, redraw_interval=3))
             optimizer = poetx.POETXAdamW(layer, lr=1e-3)
         else:
             optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)

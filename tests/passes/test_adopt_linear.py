@@ -69,11 +69,11 @@ b.weight: f32[8, 8]
 b.bias: f32[8]
 a.skew_in: f32[1, 28]
 a.skew_out: f32[1, 28]
-a.perm_in: i64[2, 8]
-a.perm_out: i64[2, 8]
+a.perm_in: i64[2, 4]
+a.perm_out: i64[2, 4]
 b.skew_in: f32[1, 28]
 b.skew_out: f32[1, 28]
-b.perm_out: i64[2, 8]
+b.perm_out: i64[2, 4]
 %1: f32[8, 8] = .detach(a.weight)
 %2: f32[1, 8, 8] = poetx.cayley_neumann(a.skew_in, 8, 3)
 %3: f32[1, 8, 8] = poetx.cayley_neumann(a.skew_out, 8, 3)

@@ -32,14 +32,14 @@ class TestGolden(expecttest.TestCase):
 up.original: f32[24, 16]
 up.skew_in: f32[2, 28]
 up.skew_out: f32[3, 28]
-up.perm_in: i64[2, 16]
-up.perm_out: i64[2, 24]
+up.perm_in: i64[2, 8]
+up.perm_out: i64[2, 12]
 x: f32[3, 16]
 down.original: f32[8, 24]
 down.skew_in: f32[3, 28]
 down.skew_out: f32[1, 28]
-down.perm_in: i64[2, 24]
-down.perm_out: i64[2, 8]
+down.perm_in: i64[2, 12]
+down.perm_out: i64[2, 4]
 %1: f32[9, 28] = cat([up.skew_in, up.skew_out, down.skew_in, down.skew_out])
 %2: f32[9, 8, 8] = poetx.cayley_neumann(%1, 8, 3)
 %3: (f32[2, 8, 8], f32[3, 8, 8], f32[3, 8, 8], f32[1, 8, 8]) = split(%2, [2, 3, 3, 1])

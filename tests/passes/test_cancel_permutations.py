@@ -86,7 +86,7 @@ def details(model: nn.Module, *inputs: Any) -> list[str]:
 
 class TestGolden(expecttest.TestCase):
     def test_no_activation_is_permuted_inside_an_mlp(self):
-        model = sharing(SwiGLU(), GATED)
+        model = sharing(SwiGLU(), GATED, permutation="random")
         graph = rewritten(model, torch.randn(3, 16))
         self.assertExpectedInline(
             graph,
@@ -196,7 +196,8 @@ return (%18)
         )
 
     def test_biases_and_norms_have_their_vectors_gathered(self):
-        model = sharing(Residual(), ("*.up.in", "*.down.out"), ("up.out", "down.in"))
+        groups = [("*.up.in", "*.down.out"), ("up.out", "down.in")]
+        model = sharing(Residual(), *groups, permutation="random")
         graph = rewritten(model, torch.randn(3, 12))
         self.assertExpectedInline(
             graph,
@@ -329,30 +330,31 @@ def llama(layers: int = 1, **kwargs: Any) -> Llama:
 
 
 @pytest.mark.parametrize(
-    ("make", "shared", "shape", "before", "now"),
+    ("make", "shared", "permutation", "shape", "before", "now"),
     [
-        (SwiGLU, [GATED], (3, 16), 5, 2),
-        (SwiGLU, [GATED], (16,), 4, 1),  # that of the input looks like one of a vector
-        (MLP, [HIDDEN], (2, 5, 12), 4, 2),
-        (Residual, RESIDUAL_MLP, (2, 5, 12), 8, 2),
-        (lambda: Residual(32), RESIDUAL_MLP, (3, 32), 8, 2),
-        (TinyLM, [GATED, RESIDUAL], None, 22, 10),
-        (lambda: stack(WrittenOutNorm), [GATED, RESIDUAL], None, 11, 6),
-        (lambda: stack(nn.LayerNorm), [GATED, RESIDUAL], None, 11, 6),
-        (llama, [GATED, RESIDUAL], None, 11, 6),
+        (SwiGLU, [GATED], "random", (3, 16), 5, 2),
+        # That of the input looks like one of a vector.
+        (SwiGLU, [GATED], "chunked", (16,), 4, 1),
+        (MLP, [HIDDEN], "random", (2, 5, 12), 4, 2),
+        (Residual, RESIDUAL_MLP, "chunked", (2, 5, 12), 8, 2),
+        (lambda: Residual(32), RESIDUAL_MLP, "random", (3, 32), 8, 2),
+        (TinyLM, [GATED, RESIDUAL], "chunked", None, 22, 10),
+        (lambda: stack(WrittenOutNorm), [GATED, RESIDUAL], "random", None, 11, 6),
+        (lambda: stack(nn.LayerNorm), [GATED, RESIDUAL], "chunked", None, 11, 6),
+        (llama, [GATED, RESIDUAL], "random", None, 11, 6),
     ],
 )
 def test_fewer_permutations_give_the_outputs_and_gradients_of_eager(
-    make, shared, shape, before, now
+    make, shared, permutation, shape, before, now
 ) -> None:
     model = with_random_vectors(make().double())
     x = torch.randint(24, (2, 5)) if shape is None else torch.randn(shape).double()
-    model = sharing(model, *shared)
+    model = sharing(model, *shared, permutation=permutation)
     assert counts(model, x) == (before, now)
     assert_equals_eager(model, x, stage="eager")  # and through AOTAutograd after a merge
     model.zero_grad()
     merge(model, redraw=True)
-    prepared(model, formulation="input_centric")
+    prepared(model, permutation=permutation)
     assert_equals_eager(model, x)
 
 
