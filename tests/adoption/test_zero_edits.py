@@ -91,8 +91,12 @@ def test_a_training_script_trains_rotations_and_merges_them(caplog: pytest.LogCa
     taken_over, *merges = caplog.records
     assert "AdamW trains 2 nn.Linear through rotations" in taken_over.getMessage()
     assert [(r.levelname, r.getMessage()) for r in merges] == [
-        ("INFO", f"step {step}: the rotations of 2 nn.Linear are merged, on schedule")
+        ("INFO", f"step {step}: the {what}")
         for step in (3, 6)
+        for what in (
+            "rotations of 2 nn.Linear are merged, on schedule",
+            "permutations are drawn again",
+        )
     ]
 
 

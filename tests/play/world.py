@@ -92,13 +92,13 @@ class Setup:
     def draw(cls, rng: random.Random) -> Setup:
         max_angle = rng.choice([None, 0.25, 0.25, 0.1])
         config = {
-            "block_size": rng.choice([3, 4, 4, (4, 3)]),
+            "block_size": rng.choice([3, 4, 8, (4, 3)]),
             "merge_interval": rng.choice([1, 2, 3] if max_angle is None else [1, 3, 5, 100]),
             "max_angle": max_angle,
             "merge_rotation": rng.choice(["polar", "polar", "plain"]),
             "redraw_interval": rng.choice([1, 2, 4, 4, None]),
             "moments": rng.choice(["transport", "transport", "keep", "reset"]),
-            "permutation": rng.choice(["random", "random", "chunked"]),
+            "permutation": rng.choice(["random", "chunked", "chunked"]),
             "cayley": rng.choice(["neumann", "neumann", "exact"]),
             "neumann_order": rng.choice([3, 3, 2, 1, 4]),
             "keep_in_eval": rng.random() < 0.8,
