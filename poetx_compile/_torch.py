@@ -8,6 +8,7 @@ them a version lacks, and that no other module names a private one.
 
 from __future__ import annotations
 
+import importlib
 import pkgutil
 from typing import Any
 
@@ -90,4 +91,5 @@ ATTRIBUTES = {
 def __getattr__(name: str) -> Any:
     if name not in LATE:
         raise AttributeError(name)
+    importlib.import_module(LATE[name])  # says which module is missing
     return pkgutil.resolve_name(f"{LATE[name]}.{name}")

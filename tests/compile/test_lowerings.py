@@ -307,7 +307,8 @@ def _copy(tmp_path: Path) -> list[Path]:
     roots = []
     for number, root in enumerate(identity._roots()):
         copy = tmp_path / str(number)
-        shutil.copytree(root, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(root, copy, symlinks=True, ignore=ignored)  # the passes are a root
         roots.append(copy)
     return roots
 

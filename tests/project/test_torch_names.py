@@ -29,7 +29,12 @@ DOCUMENTED = re.compile(
 )
 """Names of torch that only look private."""
 
-OTHERS = {"_replace": "named tuples", "_from_config": "transformers"}
+OTHERS = {
+    "_replace": "named tuples",
+    "_from_config": "transformers",
+    "_init_self_parameters": "torchtitan",
+    "_param_init": "torchtitan",
+}
 """Private attributes of other things than torch."""
 
 INSTANCES: dict[str, Any] = {
