@@ -138,6 +138,10 @@ def build(settings: Settings, model: Llama, stage: str) -> Trained:
 
 def _rotated(settings: Settings, model: Llama, stage: str, options: dict[str, Any]) -> Trained:
     poetx.prepare(model, poetx_config(settings))
+    if settings.gradients != "float32":
+        for name, parameter in model.named_parameters():
+            if ".skew_" in name:
+                parameter.grad_dtype = getattr(torch, settings.gradients)
     optimizer: Any = _ROTATED[settings.optimizer](
         model,
         lr=settings.lr,

@@ -48,6 +48,7 @@ class Settings:
         clip: largest norm of the gradients.
         weight_decay: of dense matrices.
         weights: ``"float32"`` (products in bf16 by autocast, on a GPU) or ``"bfloat16"``.
+        gradients: dtype of the gradients of rotations, the same two.
         config: further fields of `POETXConfig`.
         options: further keyword arguments of the optimiser; ``"torch.…"`` is a dtype.
         start: settings of the run whose weights this one continues from; ``None``: from scratch.
@@ -75,6 +76,7 @@ class Settings:
     clip: float = 1.0
     weight_decay: float = 0.1
     weights: str = "float32"
+    gradients: str = "float32"
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: dict[str, Any] | None = None
@@ -91,13 +93,18 @@ class Settings:
             raise PlanError(f"preset {self.preset!r}: use one of {', '.join(PRESETS)}")
         if self.width is not None and self.width % HEAD_SIZE:
             raise PlanError(f"width {self.width}: use a multiple of {HEAD_SIZE}")
-        if self.weights not in ("float32", "bfloat16"):
-            raise PlanError(f"weights {self.weights!r}: use float32 or bfloat16")
+        for field in ("weights", "gradients"):
+            if (value := getattr(self, field)) not in ("float32", "bfloat16"):
+                raise PlanError(f"{field} {value!r}: use float32 or bfloat16")
         if self.rotates != (self.block_size is not None):
             verb = "needs" if self.rotates else "has no"
             raise PlanError(f"{self.method} {verb} block_size")
-        if not self.rotates and (self.config or self.poetx_lr is not None):
-            raise PlanError(f"{self.method} has no rotations: leave out config and poetx_lr")
+        if not self.rotates and (
+            self.config or self.poetx_lr is not None or self.gradients != "float32"
+        ):
+            raise PlanError(
+                f"{self.method} has no rotations: leave out config, poetx_lr and gradients"
+            )
         if (self.method == "lora") != (self.rank is not None):
             raise PlanError("lora needs rank, and nothing else has one")
 
@@ -117,7 +124,10 @@ class Settings:
     @property
     def run(self) -> str:
         """The name of the run: a hash of all settings."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
+        values = self.to_dict()
+        if self.gradients == "float32":  # rows from before there was a choice keep their names
+            del values["gradients"]
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property

@@ -32,7 +32,8 @@ def changes(row: Row) -> dict[str, Any]:
     """What a run has of its own beside the columns of a table."""
     found = row["config"] | row["options"]
     found |= {key: row[key] for key in ("rank", "restart") if row.get(key) is not None}
-    return found | ({"weights": row["weights"]} if row["weights"] != "float32" else {})
+    narrow = {key: row.get(key, "float32") for key in ("weights", "gradients")}
+    return found | {key: value for key, value in narrow.items() if value != "float32"}
 
 
 def usual(rows: Iterable[Row]) -> dict[str, Any]:
