@@ -26,7 +26,8 @@ NAMES = {
 }
 
 _SIZE = ("corpus", "preset", "width", "layers", "steps", "batch_size", "seq_len", "start")
-_SETTINGS = [field.name for field in dataclasses.fields(Settings) if field.name != "seed"]
+_SETTINGS = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "seed"}
+"""Setting → what a row from before there was that setting had."""
 
 
 def name(row: Row) -> str:
@@ -73,7 +74,8 @@ def lines(rows: Iterable[Row]) -> list[Line]:
     """Rows that differ in the seed alone, together."""
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        found[json.dumps([[row.get(key) for key in (*_SETTINGS, "corpus")]])].append(row)
+        values = [row.get(key, old) for key, old in _SETTINGS.items()]
+        found[json.dumps([row["corpus"], *values])].append(row)
     return [Line(group) for group in found.values()]
 
 
