@@ -23,8 +23,9 @@ from poetx_compile.distributed.wrappers import PREPARE_FIRST, active_ddp, user_n
 from poetx_compile.errors import AdoptionError, ConfigError
 from poetx_compile.layers.eligibility import HOOKED, ZEROS, is_all_zeros, name_refusal
 from poetx_compile.layers.live_objects import LiveObjects
-from poetx_compile.layers.parametrization import OrthogonalEquivalence, prepared_linears
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.layers.registry import registry
 from poetx_compile.passes.adopt_linear import AdoptLinear, Slot, StateSpec
 

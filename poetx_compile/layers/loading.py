@@ -28,14 +28,9 @@ from poetx_compile.distributed.shards import shard_like
 from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.layout import Layout
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    equivalence_of,
-    norm_of,
-    share_permutations_with,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence, norm_of
 from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.prepared import equivalence_of, share_permutations_with, stored_weight
 from poetx_compile.ops.gains import GAINS
 from poetx_compile.ops.precision import rotation_dtype
 

@@ -30,15 +30,11 @@ from poetx_compile.layers.eligibility import (
     unwrap_compiled,
 )
 from poetx_compile.layers.initialise import check_values, described, initialise
+from poetx_compile.layers.integrity import check_stored_weights
 from poetx_compile.layers.loading import guard_loads, unguard_loads
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    check_stored_weights,
-    equivalence_of,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.prepared_class import own_class, share_class
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.report import LayerRow, PrepareReport

@@ -14,12 +14,9 @@ from poetx_compile.distributed.shards import groups_of, is_sharded, reduce_over
 from poetx_compile.distributed.wrappers import is_fsdp_module, reshard, user_name, wrapper_of
 from poetx_compile.errors import IncompatibleStateError, ParallelismError
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    check_layouts,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.integrity import check_layouts
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 
 _HELPER = "poetx_compile.fully_shard_rotations(module)"
 

@@ -30,18 +30,16 @@ from poetx_compile.distributed.shards import groups_of, local, reduce_over, whol
 from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import (
-    INTERRUPTED,
+from poetx_compile.layers.integrity import INTERRUPTED, check_layouts, check_stored_weights
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.permutation import Moves, redraw_all
+from poetx_compile.layers.prepared import (
     Layer,
-    OrthogonalEquivalence,
     check_alone,
-    check_layouts,
-    check_stored_weights,
     prepared_linears,
     redrawn,
     stored_weight,
 )
-from poetx_compile.layers.permutation import Moves, redraw_all
 from poetx_compile.ops import rotations
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
 from poetx_compile.ops.rotation_delta import minus_identity

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from poetx_compile._torch import FakeTensorMode
 from poetx_compile.config import POETXConfig
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
 from poetx_compile.layers.prepare import prepare
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 
 _WORTH_CUTTING = 4
 """Layers in a run from which on it is shortened."""

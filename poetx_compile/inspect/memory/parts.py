@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight, trained_parameters
+from poetx_compile.layers.prepared import prepared_linears, stored_weight, trained_parameters
 from poetx_compile.optim.blocks import CHUNK_BYTES, ROTATIONS_BYTES
 from poetx_compile.optim.momentum import bytes_of
 
