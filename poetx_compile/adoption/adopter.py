@@ -110,6 +110,11 @@ class Adopter:
                 "init and init_scale change the weights, and a model is not changed while it is "
                 "compiled: call poetx_compile.prepare(model, config) first"
             )
+        if self.config.base != "dense":
+            raise AdoptionError(
+                f"base={self.config.base!r} changes the weights, and a model is not changed while "
+                "it is compiled: call poetx_compile.prepare(model, config) first"
+            )
         state = self._state(slot, self.inputs[slot.index], self.permutations)
         blocks = state.block_in, state.block_out
         return StateSpec(_tensors(state), *blocks, state.order, state.merged)

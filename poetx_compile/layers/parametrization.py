@@ -26,12 +26,16 @@ from poetx_compile.layers.registry import registry
 from poetx_compile.layers.resting import zero_skews
 from poetx_compile.layers.seal import Seal
 from poetx_compile.layers.sides import Side, side_blocks
+from poetx_compile.ops.dequantize import groups_of, quantize
 from poetx_compile.ops.gains import GAINS
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype
 
 _SKEWS = ("skew_in", "skew_out")
+
+QUANTISED = ("scale", "merges")
+"""The buffers of a layer whose stored weight is int8."""
 
 NOT_GATHERED = (
     "the weight of a sharded layer was read outside of the forward of the module that was given to "
@@ -77,6 +81,10 @@ class OrthogonalEquivalence(nn.Module):
         reference_norm: in the merged form alone, saved: the Frobenius norm that the weight was
             given, a scalar of the rotations' dtype, NaN until it has values. Steps keep it but for
             rounding (`diagnostics`).
+        scale: with ``base="int8"`` alone, saved: the scales of the stored weight, [n, ⌈m/64⌉]
+            (`ops.dequantize`). Their dtype is that of the effective weight.
+        merges: beside it, saved: how often the stored weight was merged, int64, a counter of
+            stochastic rounding.
 
     Attributes:
         interrupted: a merge or a load of this layer was cut off.
@@ -88,6 +96,8 @@ class OrthogonalEquivalence(nn.Module):
 
     layout: Tensor
     reference_norm: Tensor
+    scale: Tensor | None
+    merges: Tensor | None
     gain_in: nn.Parameter | None
     gain_out: nn.Parameter | None
 
@@ -122,6 +132,12 @@ class OrthogonalEquivalence(nn.Module):
             self.register_parameter(f"gain_{side}", nn.Parameter(gain) if gained else None)
         self.perm_in, self.perm_out = perm_in, perm_out
         self.register_buffer("layout", torch.zeros(SIZE, dtype=torch.int64, device=weight.device))
+        scale = merges = None
+        if config.base == "int8":
+            scale = weight.new_ones(out_features, groups_of(in_features), requires_grad=False)
+            merges = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self.register_buffer("scale", scale)
+        self.register_buffer("merges", merges)
         self.configure(config)
         self.write_layout()
 
@@ -181,6 +197,8 @@ class OrthogonalEquivalence(nn.Module):
         super().__setstate__(state)
         for name in GAINS:
             self._parameters.setdefault(name, None)  # pickled before there were any
+        for name in QUANTISED:
+            self._buffers.setdefault(name, None)
         self._layout_version = None  # a copy counts its versions anew
         if self.merged:
             self.rest()
@@ -242,6 +260,7 @@ class OrthogonalEquivalence(nn.Module):
             self.order,
             gain_in,
             gain_out,
+            self.scale,
         )
 
     def holds(self, stored: Tensor) -> bool:
@@ -290,6 +309,8 @@ class OrthogonalEquivalence(nn.Module):
             raise ParallelismError(NOT_ASSIGNED)
         with torch.no_grad():
             stored = self.stored_form(weight)
+            if self.quantised:
+                stored = self.quantise(stored)
             if not self.merged:
                 self.skew_in.zero_()
                 self.skew_out.zero_()
@@ -328,6 +349,25 @@ class OrthogonalEquivalence(nn.Module):
         rows = pair_index(self.perm_out.pair_on(weight.device), 0, n)
         columns = pair_index(self.perm_in.pair_on(weight.device), 0, m)
         return weight.detach().index_select(0, rows).index_select(1, columns)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the stored weight is int8 (``base="int8"``)."""
+        return self.scale is not None
+
+    @torch.no_grad()
+    def quantise(self, stored: Tensor) -> Tensor:
+        """A weight in stored order as int8, to the nearest; its scales become the layer's."""
+        assert self.scale is not None
+        quantised, scale = quantize(stored, self.scale.dtype)
+        self.scale.copy_(scale)
+        return quantised
+
+    def dequantised(self, stored: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The stored weight in floating point, as it is where it is dense."""
+        if self.scale is None:
+            return stored
+        return ops.dequantize(stored, self.scale, dtype or self.scale.dtype)
 
     @property
     def seed(self) -> int:
@@ -386,9 +426,14 @@ class OrthogonalEquivalence(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
         # Rotations in half precision drift by tens of per cent (docs/numerics.md): a move to
-        # another device is followed, a cast below fp32 is not, nor one of the layout.
+        # another device is followed, a cast below fp32 is not, nor one of the layout. The scales of
+        # an int8 weight have the dtype of the effective one.
+        scale = self.scale
+
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
+            if t is scale:
+                return moved
             dtype = rotation_dtype(moved.dtype) if t.is_floating_point() else t.dtype
             return moved if moved.dtype == dtype else t.to(moved.device, dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -77,6 +78,14 @@ class PreparedLayers(nn.ModuleList):
 def stored_weight(module: nn.Module) -> nn.Parameter:
     """S: the frozen parameter of a prepared linear."""
     return module.parametrizations["weight"].original  # type: ignore[index, union-attr, return-value]
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a prepared linear's effective weight."""
+    equivalence = equivalence_of(module)
+    assert equivalence is not None
+    scale = equivalence.scale
+    return stored_weight(module).dtype if scale is None else scale.dtype
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
