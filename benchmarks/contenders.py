@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import poetx_compile as poetx
 from benchmarks import gate
 from benchmarks.options import Session
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 
 
 def drop_compiled() -> None:

@@ -17,8 +17,8 @@ import poetx_compile as poetx
 from benchmarks import options
 from benchmarks.rows import Row, environment, line, result_path, table, write
 from poetx_compile import ops
-from poetx_compile.layers.parametrization import side_blocks
 from poetx_compile.layers.permutation import draw_permutation
+from poetx_compile.layers.sides import side_blocks
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.random import matrix_bits, round_stochastically
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from poetx_compile.layers.parametrization import side_blocks
+from poetx_compile.layers.sides import side_blocks
 
 _SKEW_BYTES = 4
 """Skew parameters and rotations are fp32."""

@@ -17,7 +17,7 @@ from benchmarks.contenders import turn_
 from benchmarks.options import Session
 from benchmarks.rows import Row
 from benchmarks.step_worker import EXAMPLES
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 
 COLUMNS = ("preset", "block_size", "context", "plain", "kept", "built", "gain", "kept_mib")
 

@@ -14,8 +14,8 @@ import poetx_compile as poetx
 from benchmarks import contenders, floors, gate, options
 from benchmarks.options import Session
 from benchmarks.rows import Row
-from poetx_compile.layers.parametrization import equivalence_of, redrawn
 from poetx_compile.layers.permutation import redraw_all
+from poetx_compile.layers.prepared import equivalence_of, redrawn
 from poetx_compile.optim.merge import merge
 from poetx_compile.optim.transport import transport
 

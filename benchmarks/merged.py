@@ -23,7 +23,7 @@ from benchmarks.options import Session
 from benchmarks.rows import Row
 from benchmarks.saved import MIB, saved_bytes
 from benchmarks.timing import training_step
-from poetx_compile.layers.parametrization import equivalence_of, stored_weight
+from poetx_compile.layers.prepared import equivalence_of, stored_weight
 from poetx_compile.optim.adamw import adamw_step
 
 COLUMNS = (

@@ -73,6 +73,10 @@ class Formulation(GraphPass[Weight]):
     The tangents are zeros that carry gradients and are never computed; where both sides are folded,
     no activation is rotated or permuted, and nothing but x and v is saved.
 
+    An int8 S comes with its scales, the last argument. ``fold_weight`` takes them too; where no
+    side is folded, the linear reads ``s: [n, m] dtype = poetx.dequantize(S, scale, dtype)``. The
+    backward makes either of them again: no dense form of an int8 weight outlives its product.
+
     With ``formulation="auto"`` each side takes the cheaper form by the model of `cost`, at the
     sizes seen while tracing; it rotates unless the layer computes in bf16 or fp16, with rotations
     of order 3 in blocks of at most `MAX_BLOCK`.
@@ -158,10 +162,11 @@ class Formulation(GraphPass[Weight]):
             return {}
         tokens = sum(cost.hint_of(shape) for shape in inputs if shape is not None)
         shape, size = (both[1].width, both[0].width), dtype.itemsize
+        folds = self.folds if sides.scale_of(weight) is None else 2
 
         def of(side: Side) -> Cost:
             rotate = cost.rotate_seconds(side.width, side.block, size, self.machine)
-            fold = cost.fold_seconds(shape, side.block, size, self.machine, self.folds)
+            fold = cost.fold_seconds(shape, side.block, size, self.machine, folds)
             return Cost(side.name, rotate, fold, tokens)
 
         return {side.name: of(side) for side in both if side.blocks}
@@ -180,15 +185,22 @@ class Formulation(GraphPass[Weight]):
                 folds[side.name] = sides.fold(self.contexts, node, side, first, narrow)
             elif side.blocks:
                 rotations[side.name] = sides.rotation(self.contexts, node, side, first, narrow)
+        scale = sides.scale_of(node)
         product: tuple[Any, ...] = (graphs.LINEAR, weight, None)
+        args: tuple[Any, ...]
         if site.folded:
             (d_in, e_in, pair_in), (d_out, e_out, pair_out) = folds.values()
-            args = (weight, d_in, d_out, pair_in, pair_out, sides.compute_dtype(first))
+            args = weight, d_in, d_out, pair_in, pair_out, sides.compute_dtype(first)
+            args += () if scale is None else (scale,)
+            role = graphs.FOLDED_WEIGHT if scale is None else graphs.DEQUANTIZED
             fold_weight = torch.ops.poetx.fold_weight.default
-            weight = sides.once(self.contexts, node, fold_weight, args, first, graphs.FOLDED_WEIGHT)
+            weight = sides.once(self.contexts, node, fold_weight, args, first, role)
             folded_linear = torch.ops.poetx.folded_linear.default
             product = (folded_linear, weight, e_in, e_out, pair_in, pair_out)
         for linear in list(node.users):
+            if scale is not None and not site.folded:
+                dense = sides.dequantized(self.contexts, node, weight, scale, linear)
+                product = (graphs.LINEAR, dense, None)
             self._replace(graph, linear, site, rotations, product)
         graph.erase_node(node)
 

@@ -56,7 +56,7 @@ class Gains(GraphPass[fx.Node]):
 
     def apply(self, graph: fx.Graph, site: fx.Node) -> None:
         gain_in, gain_out = gains_of(site)
-        site.args = site.args[: -len(GAINS)]
+        site.args = graphs.with_arguments(site, dict.fromkeys(GAINS))
         del site.meta[graphs.VALUE]  # it may take no gradient any more
         for linear in list(site.users):
             x, _, bias = graphs.linear_arguments(linear)
@@ -72,7 +72,7 @@ class Gains(GraphPass[fx.Node]):
 def gains_of(weight: fx.Node) -> tuple[Any, Any]:
     """The gains of the input and of the output side in an effective weight; ``None`` for ones.
 
-    The last arguments of the ops that make such weights, left out where there are none.
+    Optional arguments of the ops that make such weights, left out where there are none.
     """
     if not graphs.is_op(weight, *graphs.EQUIVALENCE):
         return None, None

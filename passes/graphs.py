@@ -29,6 +29,9 @@ INTERMEDIATE = "intermediate"
 FOLDED_WEIGHT = "folded weight"
 """The effective weight of a layer, or one with a side folded in."""
 
+DEQUANTIZED = "dequantized weight"
+"""A dense form of an int8 weight, alive as long as it is read."""
+
 OUTPUT = "output"
 """The output of a layer, which its own backward reads."""
 
@@ -180,6 +183,14 @@ def arguments_of(equivalence: fx.Node) -> dict[str, Any]:
     target: Any = equivalence.target
     schema = getattr(target, "default", target)._schema
     return dict(zip((a.name for a in schema.arguments), equivalence.args, strict=False))
+
+
+def with_arguments(equivalence: fx.Node, values: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of such an op with other values for some; no ``None`` at the end."""
+    args = list((arguments_of(equivalence) | values).values())
+    while args and args[-1] is None:
+        args.pop()
+    return tuple(args)
 
 
 def shape_of(node: Any) -> torch.Size | None:

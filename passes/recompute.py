@@ -31,6 +31,8 @@ class Recompute(GraphPass[fx.Node]):
                 norms, activations, positions     anyway
     ==========  ================================  ==========================================
 
+    What is made of an int8 weight (``base="int8"``), dequantised or folded, is recomputed in both.
+
     v is the layer's own output. What multiplies it, or applies an activation or an attention to it,
     keeps it for its own backward; an output that is only added to something (an output or a down
     projection, on its way to the residual stream) is kept by nobody else and is recomputed. The
@@ -101,7 +103,7 @@ def resolve(node: fx.Node, *, given_up: bool) -> None:
         del node.meta["recompute"], node.meta["ac_graph_id"]
 
 
-_NEVER_KEPT = (graphs.ROTATION, graphs.TANGENT)
+_NEVER_KEPT = (graphs.ROTATION, graphs.TANGENT, graphs.DEQUANTIZED)
 _RECOMPUTED = (*_NEVER_KEPT, graphs.INTERMEDIATE, graphs.FOLDED_WEIGHT)
 _PRODUCTS = (torch.ops.poetx.folded_linear, torch.ops.poetx.merged_linear)
 _LAYERS = (torch.ops.poetx.rotate_blocks, torch.ops.poetx.permute_columns, *_PRODUCTS)

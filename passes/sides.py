@@ -81,6 +81,20 @@ def frozen(contexts: Contexts, place: fx.Node, stored: Any, origin: fx.Node) -> 
     return once(contexts, place, "detach", (stored,), origin, graphs.ROTATION)
 
 
+def scale_of(equivalence: fx.Node) -> fx.Node | None:
+    """The scales of an int8 stored weight; ``None`` where it is dense."""
+    return graphs.arguments_of(equivalence).get("scale")
+
+
+def dequantized(
+    contexts: Contexts, place: fx.Node, stored: fx.Node, scale: fx.Node, linear: fx.Node
+) -> fx.Node:
+    """An int8 weight in the dtype that a linear computes in, in front of `place`."""
+    args = stored, scale, compute_dtype(linear)
+    target = torch.ops.poetx.dequantize.default
+    return once(contexts, place, target, args, linear, graphs.DEQUANTIZED)
+
+
 def rotation(
     contexts: Contexts, place: fx.Node, side: Side, origin: fx.Node, narrow: bool
 ) -> fx.Node:

@@ -20,7 +20,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "formulation": ("auto", "input_centric", "folded"),
     "gains": ("none", "rows", "both"),
     "init": ("keep", "rows", "spectrum"),
-    "base": ("dense",),
+    "base": ("dense", "int8"),
 }
 
 FOLD_ANGLE = 0.25
@@ -80,7 +80,9 @@ class POETXConfig:
         gains: ``"rows"`` trains one more factor for each output of a layer, ``"both"`` one for each
             input as well. They multiply what the rotations make, so that the singular values of
             the weight are not kept any more (docs/concepts.md).
-        base: ``"dense"``: the frozen weight keeps its dtype.
+        base: what the frozen weight is stored as: ``"dense"`` keeps its dtype, ``"int8"`` takes 8
+            bits and a scale for each 64 columns of a row (POET-XQ), rounded to the nearest by
+            `prepare` and stochastically at each merge (docs/numerics.md).
         normalize_rows: deprecated; True is ``init="rows"``.
 
     Raises:
@@ -138,6 +140,12 @@ class POETXConfig:
         if self.merged and self.order == 1:
             allowed = "at least 2 with merge_interval=1: each step's rotation is applied as it is"
             raise _bad("neumann_order", self.neumann_order, allowed)
+        if self.merged and self.base == "int8":
+            allowed = (
+                "'dense' with merge_interval=1, where every step would round the weight to int8 "
+                "once more, or a larger merge_interval"
+            )
+            raise _bad("base", self.base, allowed)
         budget = self.memory_budget
         if budget is not None and not (_is_number(budget) and 0 < budget <= 1):
             raise _bad("memory_budget", budget, "None, or a fraction in (0, 1]")

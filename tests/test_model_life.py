@@ -22,7 +22,7 @@ from poetx_compile.errors import (
     StaleOptimizerError,
     UnownedRotationsError,
 )
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim import POETXAdamW, POETXMuon, attach, param_groups
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import TinyLM

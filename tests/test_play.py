@@ -12,7 +12,8 @@ import torch
 
 from poetx_compile.compile import folds
 from poetx_compile.layers import effective
-from poetx_compile.layers.parametrization import OrthogonalEquivalence, stored_weight
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.prepared import stored_weight
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim.schedule import MergeSchedule
 from tests.play.actions import ACTIONS

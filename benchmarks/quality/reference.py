@@ -33,7 +33,7 @@ import poetx_compile as poetx
 from benchmarks import peer
 from benchmarks.quality.page import ROOT
 from llama import PRESETS, Llama, LlamaConfig
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from pretraining.batches import TrainBatches, windows_at
 from pretraining.failure import RunError
 

@@ -23,8 +23,9 @@ from poetx_compile.distributed.wrappers import PREPARE_FIRST, active_ddp, user_n
 from poetx_compile.errors import AdoptionError, ConfigError
 from poetx_compile.layers.eligibility import HOOKED, ZEROS, is_all_zeros, name_refusal
 from poetx_compile.layers.live_objects import LiveObjects
-from poetx_compile.layers.parametrization import OrthogonalEquivalence, prepared_linears
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.layers.registry import registry
 from poetx_compile.passes.adopt_linear import AdoptLinear, Slot, StateSpec
 
@@ -108,6 +109,11 @@ class Adopter:
             raise AdoptionError(
                 "init and init_scale change the weights, and a model is not changed while it is "
                 "compiled: call poetx_compile.prepare(model, config) first"
+            )
+        if self.config.base != "dense":
+            raise AdoptionError(
+                f"base={self.config.base!r} changes the weights, and a model is not changed while "
+                "it is compiled: call poetx_compile.prepare(model, config) first"
             )
         state = self._state(slot, self.inputs[slot.index], self.permutations)
         blocks = state.block_in, state.block_out

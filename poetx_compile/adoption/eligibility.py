@@ -13,7 +13,7 @@ from poetx_compile.distributed.wrappers import PREPARE_FIRST, wrapper_name
 from poetx_compile.errors import AdoptionError
 from poetx_compile.layers.eligibility import check_targets, linears, refusals
 from poetx_compile.layers.live_objects import LiveObjects, hidden
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.layers.registry import registry
 
 

@@ -25,7 +25,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
 from poetx_compile.layers.eligibility import ZEROS, linears, refusals, user_name
 from poetx_compile.layers.live_objects import LiveObjects
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.tables import compact
 from poetx_compile.optim.hooks import After, step_hooks

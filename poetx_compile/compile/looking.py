@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from poetx_compile.layers.parametrization import check_stored_of
+from poetx_compile.layers.integrity import check_stored_of
 from poetx_compile.optim.hooks import step_hooks
 from poetx_compile.passes import graphs
 

@@ -154,6 +154,11 @@ def _check_may_keep(config: POETXConfig) -> None:
             f"option keep_folded = 'step' keeps every folded weight between calls, and {asked} is "
             "there to keep less: give one of the two"
         )
+    if config.base != "dense":
+        raise ConfigError(
+            "option keep_folded = 'step' keeps every folded weight between calls, a dense copy of "
+            f"what base = {config.base!r} is there to keep small: give one of the two"
+        )
 
 
 def _equivalence_nodes(gm: fx.GraphModule) -> Iterator[fx.Node]:

@@ -8,13 +8,8 @@ from torch import Tensor, nn
 from poetx_compile.distributed.shards import groups_of, local, reduce_over, whole
 from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    equivalence_of,
-    norm_of,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence, norm_of
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.ops import rotations
 from poetx_compile.ops.packing import unpack
 from poetx_compile.ops.precision import ieee_fp32

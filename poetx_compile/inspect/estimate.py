@@ -20,8 +20,8 @@ from poetx_compile.inspect.memory.rows import Estimate, MemoryRow, judged
 from poetx_compile.inspect.memory.source import checkpoint_layers, model_on_meta
 from poetx_compile.inspect.memory.step import Longer, StepMemory, step_memory
 from poetx_compile.inspect.memory.trace import trace
-from poetx_compile.layers.parametrization import trained_parameters
 from poetx_compile.layers.prepare import config_of
+from poetx_compile.layers.prepared import trained_parameters
 from poetx_compile.optim.momentum import parse_dtype
 
 MIB = 2**20

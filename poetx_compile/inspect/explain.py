@@ -21,8 +21,8 @@ from poetx_compile.inspect.drawing import Drawn, drawing
 from poetx_compile.inspect.page import grouped, page
 from poetx_compile.inspect.render import render
 from poetx_compile.layers.eligibility import PREPARED, linears, refusals, unwrap_compiled
-from poetx_compile.layers.parametrization import equivalence_of
 from poetx_compile.layers.prepare import config_of
+from poetx_compile.layers.prepared import equivalence_of
 from poetx_compile.layers.tables import (
     folded_rows,
     format_table,

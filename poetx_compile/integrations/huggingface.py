@@ -22,8 +22,8 @@ from poetx_compile.compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, IncompatibleStateError, UnownedRotationsError
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.layers.prepare import config_of, prepare
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.layers.saving import warn_of_saving
 from poetx_compile.optim import MergeSchedule, POETXAdamW, POETXMuon
 from poetx_compile.optim.schedule import schedule_of

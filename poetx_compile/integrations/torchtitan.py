@@ -25,8 +25,8 @@ from torchtitan.distributed.fsdp import get_fsdp_reshard_after_forward_policy
 from poetx_compile.compile.backend import poetx_backend
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ParallelismError
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.prepare import prepare
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.sharding import fully_shard_rotations
 from poetx_compile.optim import POETXAdamW, POETXMuon
 

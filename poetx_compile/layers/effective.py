@@ -49,7 +49,7 @@ def read(equivalence: OrthogonalEquivalence, stored: Tensor) -> Tensor:
     """The effective weight of `stored`, computed unless it is cached."""
     e = equivalence
     records = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    computed = not e.merged or e.gains
+    computed = (not e.merged or e.gains) and not e.quantised  # of int8, no dense copy stays
     keep = computed and not e.training and not records and e.config.keep_in_eval
     if keep and (cached := _cache.get(e)) is not None and cached[0].are_those_of(e, stored):
         return EffectiveWeight.of(cached[1], cached[0])
@@ -102,7 +102,8 @@ class Sources:
 
 
 def _tensors(e: OrthogonalEquivalence, stored: Tensor) -> tuple[Tensor, ...]:
-    return stored, *e.skews, *e.gains.values(), e.perm_in.pair, e.perm_out.pair, e.layout
+    scale = () if e.scale is None else (e.scale,)
+    return stored, *e.skews, *e.gains.values(), *scale, e.perm_in.pair, e.perm_out.pair, e.layout
 
 
 class EffectiveWeight(Tensor):

@@ -16,7 +16,7 @@ from poetx_compile.config import POETXConfig
 from poetx_compile.distributed.shards import is_sharded
 from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import ConfigError, NothingToTrainError
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 
 PREPARED = "already prepared"
 """The one reason that is no refusal: the layer is trained through rotations."""

@@ -104,9 +104,10 @@ class Layout:
         stored: Tensor,
         *skews: Tensor,
         gains: tuple[Tensor | None, Tensor | None] = (None, None),
+        scale: Tensor | None = None,
     ) -> Tensor:
         """The effective weight of saved tensors; in its natural order, the stored weight itself,
-        but for gains."""
+        but for gains. An int8 weight comes with its scales."""
         if self.natural:
             return scaled(stored, *gains).to(stored.dtype)
         (n, m), device = stored.shape, stored.device
@@ -121,6 +122,7 @@ class Layout:
             min(n, self.block_out),
             self.order,
             *gains,
+            scale,
         )
 
     def differences(self, other: Layout) -> list[str]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import PreparedLayers
+from poetx_compile.layers.prepared import PreparedLayers
 
 
 class LiveObjects:

@@ -11,6 +11,9 @@ state may meet a prepared layer:
   process gives the whole weight and keeps its part;
 - **none** (``strict=False``): the layer stays as it is.
 
+A dense weight, of either kind, is quantised where the layer's is int8 (``base="int8"``), layer by
+layer; an int8 one of a prepared model is dequantised where it is dense.
+
 What cannot be taken over is refused with every reason, and the model is what it was.
 """
 
@@ -28,14 +31,10 @@ from poetx_compile.distributed.shards import shard_like
 from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.layout import Layout
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    equivalence_of,
-    norm_of,
-    share_permutations_with,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import QUANTISED, OrthogonalEquivalence, norm_of
 from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.prepared import equivalence_of, share_permutations_with, stored_weight
+from poetx_compile.ops.dequantize import dequantize, groups_of, quantize
 from poetx_compile.ops.gains import GAINS
 from poetx_compile.ops.precision import rotation_dtype
 
@@ -117,10 +116,13 @@ class _Layer:
     @property
     def own(self) -> dict[str, Tensor]:
         """The layer's saved tensors by their keys."""
-        return self.tensors(self.equivalence.merged)
+        return self.tensors(self.equivalence.merged, self.equivalence.quantised)
 
-    def tensors(self, merged: bool) -> dict[str, Tensor]:
-        """The tensors that this layer would save in either form, by their keys; the layout last."""
+    def tensors(self, merged: bool, quantised: bool) -> dict[str, Tensor]:
+        """The tensors that this layer would save in either form, by their keys; the layout last.
+
+        Those of an int8 weight stand in for others where there is none.
+        """
         e = self.equivalence
         chain = self.linear.parametrizations["weight"]  # type: ignore[index]
         number = next(i for i, p in enumerate(chain) if p is e)  # type: ignore[arg-type]
@@ -130,6 +132,11 @@ class _Layer:
             between = {"reference_norm": getattr(e, "reference_norm", torch.zeros(()))}
         else:
             between = {"skew_in": e.skew_in, "skew_out": e.skew_out}
+        if quantised:
+            n, m = e.perm_out.size, e.perm_in.size
+            none = torch.empty((n, groups_of(m)), device="meta"), torch.zeros(())
+            have = (e.scale, e.merges) if e.quantised else none
+            between |= zip(QUANTISED, have, strict=True)
         return {
             f"{prefix}original": stored_weight(self.linear),
             **{f"{prefix}{number}.{name}": tensor for name, tensor in between.items()},
@@ -141,6 +148,13 @@ class _Layer:
         """The names of gains by the keys that they have, or would have; the same in both forms."""
         *_, layout = self.own
         return {layout.removesuffix("layout") + name: name for name in GAINS}
+
+    @property
+    def quantised_keys(self) -> tuple[str, str]:
+        """The keys that the scales and the counter of an int8 weight have, or would have."""
+        *_, layout = self.own
+        scale, merges = (layout.removesuffix("layout") + name for name in QUANTISED)
+        return scale, merges
 
     @property
     def gains(self) -> dict[str, Tensor]:
@@ -169,6 +183,8 @@ def _before_load(
             _convert(layer, state)
         for layer, layout in load.other_form:
             _convert_form(layer, layout, state)
+        for layer in load.other_base:
+            _convert_base(layer, state)
 
 
 class _Load:
@@ -179,6 +195,8 @@ class _Load:
         equivalences: of the layers that it writes.
         plain: the layers for which it holds a plain weight.
         other_form: the layers whose tensors it holds in the other form, and their layout.
+        other_base: the layers of which it holds a dense weight where theirs is int8, or an int8
+            one where theirs is dense.
         draws: seed and draw of the permutations that change.
     """
 
@@ -187,6 +205,7 @@ class _Load:
         self.equivalences: set[OrthogonalEquivalence] = set()
         self.plain: list[_Layer] = []
         self.other_form: list[tuple[_Layer, Layout]] = []
+        self.other_base: list[_Layer] = []
         self.draws: dict[Permutation, tuple[int, int]] = {}
         saved: dict[OrthogonalEquivalence, Layout] = {}
         names: dict[OrthogonalEquivalence, str] = {}
@@ -199,7 +218,8 @@ class _Load:
 
     def _read(self, layer: _Layer, state: State, saved: dict[Any, Layout]) -> None:
         e, own = layer.equivalence, layer.own
-        found = [key for key in layer.tensors(merged=False) if key in state]
+        found = [key for key in layer.tensors(merged=False, quantised=False) if key in state]
+        int8 = state[found[0]].dtype == torch.int8 if found else False
         if layer.plain in state and not found:
             if reason := _unfit(state[layer.plain], layer):
                 self.problems.append(reason)
@@ -217,7 +237,7 @@ class _Load:
             *_, key = own
             layout = Layout.of(state[key], key) if key in state and not state[key].is_meta else None
             if layout is not None:
-                own = layer.tensors(layout.natural)
+                own = layer.tensors(layout.natural, int8)
             if missing := [key for key in own if key not in state]:
                 self.problems.append(
                     f"{layer.name}: the state has {found[0]} and not {', '.join(missing)}, "
@@ -238,14 +258,17 @@ class _Load:
                         f"{key}: size mismatch: {list(state[key].shape)} was saved, the model has "
                         f"{list(tensor.shape)}: build the model that was saved"
                     )
-            if layout.natural != e.merged:
+            if layout.natural != e.merged or int8 != e.quantised:
                 if any(is_traceable_wrapper_subclass(state[key]) for key in own):
                     self.problems.append(
                         f"{layer.name}: its tensors are sharded and of the other form "
-                        "(merge_interval=1, or a larger one), to which whole tensors alone are "
-                        "converted: load a gathered state"
+                        "(merge_interval=1, or a larger one; base), to which whole tensors alone "
+                        "are converted: load a gathered state"
                     )
-                self.other_form.append((layer, layout))
+                elif layout.natural != e.merged:
+                    self.other_form.append((layer, layout))
+                else:
+                    self.other_base.append(layer)
             saved[e] = layout
 
     def _draw(self, saved: dict[OrthogonalEquivalence, Layout], names: dict[Any, str]) -> None:
@@ -305,7 +328,11 @@ def _convert(layer: _Layer, state: State) -> None:
         between = [norm_of(weight)]
     else:
         between = [torch.zeros(skew.shape, dtype=dtype, device=device) for skew in e.skews]
-    values = (e.stored_form(weight), *between, e.here.tensor().to(device))
+    stored = e.stored_form(weight)
+    if e.merges is not None:
+        stored, scale = quantize(stored, weight.dtype)
+        between += [scale, e.merges.clone()]
+    values = (stored, *between, e.here.tensor().to(device))
     for (key, own), value in zip(layer.own.items(), values, strict=True):
         state[key] = shard_like(value, own)
     for key, own in layer.gains.items():  # those of the other form stay
@@ -319,6 +346,21 @@ def _convert_form(layer: _Layer, layout: Layout, state: State) -> None:
 
     The permutations are those that were saved, and in force by now.
     """
-    stored, *skews, _ = (state.pop(key) for key in layer.tensors(layout.natural))
-    state[layer.plain] = layout.effective(stored, *skews)
+    stored, *skews, _ = (state.pop(key) for key in layer.tensors(layout.natural, quantised=False))
+    scale, _ = (state.pop(key, None) for key in layer.quantised_keys)
+    state[layer.plain] = layout.effective(stored, *skews, scale=scale)
     _convert(layer, state)
+
+
+@torch.no_grad()
+def _convert_base(layer: _Layer, state: State) -> None:
+    """Put a layer's weight in the form that the model stores it in, in the place of the other."""
+    e, (original, *_) = layer.equivalence, layer.own
+    scale, merges = layer.quantised_keys
+    if e.merges is not None:
+        state[original], state[scale] = quantize(state[original], state[original].dtype)
+        state[merges] = e.merges.clone()
+    else:
+        steps = state.pop(scale)
+        state[original] = dequantize(state[original], steps, steps.dtype)
+        del state[merges]

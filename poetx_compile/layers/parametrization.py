@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from poetx_compile import ops
-from poetx_compile._torch import _len_torch_dispatch_stack
 from poetx_compile.config import POETXConfig
-from poetx_compile.distributed.shards import groups_of, is_sharded, local, reduce_over
-from poetx_compile.distributed.wrappers import check_reduced, user_name
-from poetx_compile.errors import (
-    ConfigError,
-    IncompatibleStateError,
-    InterruptedMergeError,
-    ParallelismError,
-)
+from poetx_compile.distributed.shards import is_sharded
+from poetx_compile.distributed.wrappers import check_reduced
+from poetx_compile.errors import InterruptedMergeError, ParallelismError
 from poetx_compile.layers import effective
+from poetx_compile.layers.integrity import (
+    INTERRUPTED,
+    check_layouts,
+    check_stored_weights,
+    readable,
+)
 from poetx_compile.layers.layout import SIZE, Layout
 from poetx_compile.layers.permutation import Permutation
 from poetx_compile.layers.registry import registry
+from poetx_compile.layers.resting import zero_skews
 from poetx_compile.layers.seal import Seal
+from poetx_compile.layers.sides import Side, side_blocks
+from poetx_compile.ops.dequantize import groups_of, quantize
 from poetx_compile.ops.gains import GAINS
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
@@ -34,10 +34,8 @@ from poetx_compile.ops.precision import rotation_dtype
 
 _SKEWS = ("skew_in", "skew_out")
 
-INTERRUPTED = (
-    "a merge or a load was cut off by an exception: some layers have it behind them, some not. "
-    "Load the last checkpoint into the model (load_state_dict) before going on."
-)
+QUANTISED = ("scale", "merges")
+"""The buffers of a layer whose stored weight is int8."""
 
 NOT_GATHERED = (
     "the weight of a sharded layer was read outside of the forward of the module that was given to "
@@ -53,47 +51,11 @@ CAST = (
     "a mixed precision policy of FSDP2 cast them. Call "
     "poetx_compile.fully_shard_rotations(module) before fully_shard(module, mp_policy=...)"
 )
-OVERWRITTEN = (
-    "the saved buffer `layout` of a prepared layer, {saved}, is not that of its permutations, "
-    "{here}. Either this process's permutations are not those of rank 0, whose buffers DDP gave "
-    "it: prepare the model in every process alike, with one configuration and seed. Or something "
-    "wrote into the model's tensors: an average of them (EMA, AveragedModel) means nothing across "
-    "a merge, average poetx.plain_state_dict(model) instead; and a checkpoint that was read into "
-    "the tensors of model.state_dict() has to be given to model.load_state_dict as well"
-)
-WRITTEN = (
-    "the stored weight of a prepared layer was written by something else than this package, and "
-    "its rotations are not zero. An average of parameters (SWA, EMA, a Polyak target) means "
-    "nothing across a merge, which gives them other coordinates: average effective weights, "
-    "poetx.plain_state_dict(model), in a plain model. A new weight is written to linear.weight, a "
-    "checkpoint goes through load_state_dict"
-)
 
 
 def norm_of(weight: Tensor) -> Tensor:
     """The Frobenius norm of a weight, summed in fp32 at least."""
     return torch.linalg.vector_norm(weight.detach(), dtype=rotation_dtype(weight.dtype))
-
-
-def side_blocks(size: int, block_size: int) -> tuple[int, int]:
-    """(number of blocks, b) of a side: a side shorter than b is one block; size 1 has no block."""
-    b = min(size, block_size)
-    return (0, 1) if size < 2 else (size // b, b)
-
-
-class Side(NamedTuple):
-    """One side of a layer: its packed skew parameter, its permutation, and its blocks of size b."""
-
-    name: str
-    skew: nn.Parameter
-    permutation: Permutation
-    blocks: int
-    block: int
-
-    @property
-    def elements(self) -> int:
-        """Of its rotations, unpacked."""
-        return self.blocks * self.block**2
 
 
 class OrthogonalEquivalence(nn.Module):
@@ -119,6 +81,10 @@ class OrthogonalEquivalence(nn.Module):
         reference_norm: in the merged form alone, saved: the Frobenius norm that the weight was
             given, a scalar of the rotations' dtype, NaN until it has values. Steps keep it but for
             rounding (`diagnostics`).
+        scale: with ``base="int8"`` alone, saved: the scales of the stored weight, [n, ⌈m/64⌉]
+            (`ops.dequantize`). Their dtype is that of the effective weight.
+        merges: beside it, saved: how often the stored weight was merged, int64, a counter of
+            stochastic rounding.
 
     Attributes:
         interrupted: a merge or a load of this layer was cut off.
@@ -130,6 +96,8 @@ class OrthogonalEquivalence(nn.Module):
 
     layout: Tensor
     reference_norm: Tensor
+    scale: Tensor | None
+    merges: Tensor | None
     gain_in: nn.Parameter | None
     gain_out: nn.Parameter | None
 
@@ -154,7 +122,7 @@ class OrthogonalEquivalence(nn.Module):
             (self.blocks_in, packed_size(self.block_in)),
             (self.blocks_out, packed_size(self.block_out)),
         ]
-        zeros = self._zero(sizes, dtype, weight.device, config.merged)
+        zeros, self._zeros = zero_skews(sizes, dtype, weight.device, rest=config.merged)
         # FSDP2 reduces no empty gradient.
         self.skew_in = nn.Parameter(zeros[0], requires_grad=self.blocks_in > 0)
         self.skew_out = nn.Parameter(zeros[1], requires_grad=self.blocks_out > 0)
@@ -164,6 +132,12 @@ class OrthogonalEquivalence(nn.Module):
             self.register_parameter(f"gain_{side}", nn.Parameter(gain) if gained else None)
         self.perm_in, self.perm_out = perm_in, perm_out
         self.register_buffer("layout", torch.zeros(SIZE, dtype=torch.int64, device=weight.device))
+        scale = merges = None
+        if config.base == "int8":
+            scale = weight.new_ones(out_features, groups_of(in_features), requires_grad=False)
+            merges = torch.zeros((), dtype=torch.int64, device=weight.device)
+        self.register_buffer("scale", scale)
+        self.register_buffer("merges", merges)
         self.configure(config)
         self.write_layout()
 
@@ -188,7 +162,7 @@ class OrthogonalEquivalence(nn.Module):
     @torch.no_grad()
     def note_norm(self, stored: Tensor) -> None:
         """Note the norm of the stored weight in the merged form, unless it is noted already."""
-        if self.merged and not self._has_norm and _readable(stored):
+        if self.merged and not self._has_norm and readable(stored):
             self.reference_norm.copy_(norm_of(stored))
             self._has_norm = True
 
@@ -204,23 +178,11 @@ class OrthogonalEquivalence(nn.Module):
         sizes = [skew.shape for skew in self.skews]
         dtype, device = self.skew_in.dtype, self.skew_in.device
         with torch.no_grad():
-            zeros = self._zero(sizes, dtype, device, self.merged)
+            zeros, self._zeros = zero_skews(
+                sizes, dtype, device, rest=self.merged, kept=self._zeros
+            )
             for skew, zero in zip(self.skews, zeros, strict=True):
                 skew.data = zero
-
-    def _zero(
-        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device, rest: bool
-    ) -> list[Tensor]:
-        """Zeros of two shapes, in the memory that is shared where they are to `rest`."""
-        if not rest:
-            self._zeros = None
-            return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        size = max(blocks * packed for blocks, packed in shapes)
-        kept = self._zeros
-        # CUDA graphs know the address: what was given once is kept.
-        if kept is None or (kept.dtype, kept.device) != (dtype, device) or kept.numel() < size:
-            kept = self._zeros = registry.zeros(size, dtype, device)
-        return [kept[: blocks * packed].view(blocks, packed) for blocks, packed in shapes]
 
     def _announce(self) -> None:
         """Be found, and let those who look after layers look again."""
@@ -235,6 +197,8 @@ class OrthogonalEquivalence(nn.Module):
         super().__setstate__(state)
         for name in GAINS:
             self._parameters.setdefault(name, None)  # pickled before there were any
+        for name in QUANTISED:
+            self._buffers.setdefault(name, None)
         self._layout_version = None  # a copy counts its versions anew
         if self.merged:
             self.rest()
@@ -296,6 +260,7 @@ class OrthogonalEquivalence(nn.Module):
             self.order,
             gain_in,
             gain_out,
+            self.scale,
         )
 
     def holds(self, stored: Tensor) -> bool:
@@ -344,6 +309,8 @@ class OrthogonalEquivalence(nn.Module):
             raise ParallelismError(NOT_ASSIGNED)
         with torch.no_grad():
             stored = self.stored_form(weight)
+            if self.quantised:
+                stored = self.quantise(stored)
             if not self.merged:
                 self.skew_in.zero_()
                 self.skew_out.zero_()
@@ -382,6 +349,25 @@ class OrthogonalEquivalence(nn.Module):
         rows = pair_index(self.perm_out.pair_on(weight.device), 0, n)
         columns = pair_index(self.perm_in.pair_on(weight.device), 0, m)
         return weight.detach().index_select(0, rows).index_select(1, columns)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the stored weight is int8 (``base="int8"``)."""
+        return self.scale is not None
+
+    @torch.no_grad()
+    def quantise(self, stored: Tensor) -> Tensor:
+        """A weight in stored order as int8, to the nearest; its scales become the layer's."""
+        assert self.scale is not None
+        quantised, scale = quantize(stored, self.scale.dtype)
+        self.scale.copy_(scale)
+        return quantised
+
+    def dequantised(self, stored: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The stored weight in floating point, as it is where it is dense."""
+        if self.scale is None:
+            return stored
+        return ops.dequantize(stored, self.scale, dtype or self.scale.dtype)
 
     @property
     def seed(self) -> int:
@@ -429,16 +415,25 @@ class OrthogonalEquivalence(nn.Module):
         """Note what the stored weight is: this package has just written it, or trusts it."""
         self._seal = None if self.merged else Seal.of(stored)
 
+    def seal_broken(self, stored: Tensor) -> Tensor | None:
+        """Whether the stored weight has changed since; ``None`` where that cannot be told."""
+        return None if self._seal is None else self._seal.broken(stored)
+
     def check_stored(self, stored: Tensor) -> None:
         """`check_stored_weights` of this layer, where it can be looked at now."""
-        if _readable(stored):
+        if readable(stored):
             check_stored_weights([(self, stored)])
 
     def _apply(self, fn: Any, recurse: bool = True) -> OrthogonalEquivalence:
         # Rotations in half precision drift by tens of per cent (docs/numerics.md): a move to
-        # another device is followed, a cast below fp32 is not, nor one of the layout.
+        # another device is followed, a cast below fp32 is not, nor one of the layout. The scales of
+        # an int8 weight have the dtype of the effective one.
+        scale = self.scale
+
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
+            if t is scale:
+                return moved
             dtype = rotation_dtype(moved.dtype) if t.is_floating_point() else t.dtype
             return moved if moved.dtype == dtype else t.to(moved.device, dtype)
 
@@ -503,142 +498,3 @@ class OrthogonalEquivalence(nn.Module):
         blocks = ", ".join(f"{side.name}={side.blocks}x{side.block}" for side in self.sides)
         gains = f", gains={self.config.gains}" if self.gains else ""
         return f"{blocks}, order={self.order}, draw={self.draw}{gains}"
-
-
-Layer = tuple[nn.Linear, OrthogonalEquivalence]
-"""A prepared linear and its parametrization."""
-
-
-def equivalence_of(module: nn.Module) -> OrthogonalEquivalence | None:
-    """The parametrization of a prepared linear, or ``None``."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return None
-    chain = module.parametrizations["weight"]  # type: ignore[index]
-    for parametrization in chain:  # type: ignore[union-attr]
-        if isinstance(parametrization, OrthogonalEquivalence):
-            return parametrization
-    return None
-
-
-def redrawn(equivalences: Iterable[OrthogonalEquivalence]) -> list[Permutation]:
-    """The permutations that a redraw changes: those of which a side gains by it.
-
-    A side whose one block covers it turns in all its planes under every permutation.
-    """
-    sides = (side for e in equivalences for side in e.sides)
-    return list(dict.fromkeys(s.permutation for s in sides if s.permutation.size > s.block))
-
-
-def check_layouts(equivalences: Sequence[OrthogonalEquivalence]) -> None:
-    """Raise `IncompatibleStateError` where a saved layout is not that of the permutations in force.
-
-    DDP gives every process the buffers of rank 0, these among them: a process that was prepared
-    with another seed, or merged when the others did not, finds out without any communication. So
-    does a model whose tensors something else has written.
-    """
-    by_device: dict[torch.device, list[OrthogonalEquivalence]] = defaultdict(list)
-    for equivalence in equivalences:
-        if not equivalence.layout.is_meta:
-            by_device[equivalence.layout.device].append(equivalence)
-    for group in by_device.values():
-        saved = torch.stack([e.layout for e in group]).tolist()
-        for e, values in zip(group, saved, strict=True):
-            if values != e.layout_values():
-                raise IncompatibleStateError(
-                    OVERWRITTEN.format(saved=values, here=e.layout_values())
-                )
-
-
-@torch.no_grad()
-def check_stored_weights(layers: Sequence[tuple[OrthogonalEquivalence, Tensor]]) -> None:
-    """Raise `IncompatibleStateError` where something else has written a stored weight.
-
-    Without rotations any weight is one: such a layer, and one that was not looked at before, is
-    taken as it is. So is one of the merged form, which has neither rotations nor another order.
-    """
-    layers = [(e, stored) for e, stored in layers if not e.merged]
-    by_device: dict[torch.device, list[tuple[OrthogonalEquivalence, Tensor, Tensor]]]
-    by_device = defaultdict(list)
-    for e, stored in layers:
-        broken = None if e._seal is None else e._seal.broken(stored)
-        if broken is None:
-            e.seal(stored)
-            broken = torch.zeros((), dtype=torch.bool, device=stored.device)
-        if not stored.is_meta:
-            by_device[broken.device].append((e, stored, broken))
-    groups = groups_of(stored for _, stored in layers)
-    for looked in by_device.values():
-        flags = reduce_over(groups, torch.stack([b for _, _, b in looked]).int(), "max").tolist()
-        for (e, stored, _), flag in zip(looked, flags, strict=True):  # alike in every process
-            if not flag:
-                continue
-            turned = (local(e.skew_in).any() | local(e.skew_out).any()).int()
-            if reduce_over(groups, turned, "max").item():
-                raise IncompatibleStateError(WRITTEN)
-            e.seal(stored)
-
-
-def check_stored_of(tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """`check_stored_weights` of the layers that (stored weight, `skew_in`) belong to."""
-    layers = {id(e.skew_in): e for e in registry.layers()}
-    found = [(layers.get(id(skew)), stored) for stored, skew in tensors if _readable(stored)]
-    check_stored_weights([(e, s) for e, s in found if e is not None and e.holds(s)])
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be read, by this process alone."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-        return False
-    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (capturing or _len_torch_dispatch_stack())
-
-
-def prepared_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear, OrthogonalEquivalence]]:
-    """(name, module, parametrization) of every prepared linear of `model`, each once.
-
-    The names are the user's, without wrappers of compiled parts.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (equivalence := equivalence_of(module)) is not None:
-            yield user_name(name), module, equivalence
-
-
-def share_permutations_with(
-    equivalences: Iterable[OrthogonalEquivalence],
-) -> list[OrthogonalEquivalence]:
-    """The layers outside of `equivalences` that have a permutation of theirs.
-
-    A redraw is one of all layers that have a permutation: they are merged together.
-    """
-    inside = set(equivalences)
-    permutations = {side.permutation for e in inside for side in e.sides}
-    outside = [e for e in registry.layers() if e not in inside]
-    return [e for e in outside if any(side.permutation in permutations for side in e.sides)]
-
-
-def check_alone(equivalences: Iterable[OrthogonalEquivalence]) -> None:
-    """Raise `ConfigError` where other layers have permutations of these."""
-    if others := share_permutations_with(equivalences):
-        raise ConfigError(
-            f"{len(others)} layer(s) outside of these share permutations with them, and a merge of "
-            "one is a merge of all: merge the whole model, give the linears that share an input to "
-            "one optimiser, and declare nothing `shared` between parts that have several"
-        )
-
-
-class PreparedLayers(nn.ModuleList):
-    """Prepared linears, of any modules, as one model: for `merge` and what else takes a model."""
-
-
-def stored_weight(module: nn.Module) -> nn.Parameter:
-    """S: the frozen parameter of a prepared linear."""
-    return module.parametrizations["weight"].original  # type: ignore[index, union-attr, return-value]
-
-
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of `model` that train: unfrozen, and no frozen weight of a prepared layer.
-
-    Those do not train whatever their `requires_grad` says.
-    """
-    stored = {stored_weight(m) for _, m, _ in prepared_linears(model)}
-    return [p for p in model.parameters() if p.requires_grad and p not in stored]

@@ -137,6 +137,11 @@ class Permutation(nn.Module):
             self.pair.copy_(self.peek(seed, draw))
             self.seed, self.draw = seed, draw
 
+    @property
+    def chunk(self) -> int:
+        """c: how many neighbouring coordinates stay together."""
+        return self.size // self.pair.shape[1]
+
     def move_to(self, device: torch.device) -> None:
         """Be on `device`: drawn there again, for the pair of a module on meta has no values."""
         if device != self.pair.device:

@@ -30,15 +30,11 @@ from poetx_compile.layers.eligibility import (
     unwrap_compiled,
 )
 from poetx_compile.layers.initialise import check_values, described, initialise
+from poetx_compile.layers.integrity import check_stored_weights
 from poetx_compile.layers.loading import guard_loads, unguard_loads
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    check_stored_weights,
-    equivalence_of,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.prepared_class import own_class, share_class
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.report import LayerRow, PrepareReport
@@ -55,7 +51,7 @@ SHARDED_EXPORT = (
     "poetx_compile.plain_state_dict"
 )
 
-_SHAPING = ("block_size", "neumann_order", "cayley", "init", "init_scale", "gains")
+_SHAPING = ("block_size", "neumann_order", "cayley", "init", "init_scale", "gains", "base")
 """Fields that an adopted state is made with; the others may still be chosen when it is moved."""
 
 
@@ -171,6 +167,8 @@ def register(
     equivalence.train(module.training)
     weight = module.weight
     as_it_is = as_it_is or equivalence.merged  # whose stored form is the weight itself
+    quantised = None if not equivalence.quantised else _quantised(weight, equivalence, as_it_is)
+    as_it_is = as_it_is or quantised is not None
     equivalence.takes_stored = as_it_is
     own_class(module)
     with _set_in_place(), _unchanged(weight) if as_it_is else contextlib.nullcontext():
@@ -179,6 +177,8 @@ def register(
     share_class(module)
     stored_weight(module).requires_grad_(False)
     stored_weight(module).grad = None
+    if quantised is not None:
+        stored_weight(module).data = quantised  # torch lets no right inverse change the dtype
     equivalence.written = not has_values(weight)  # else it has just been looked at
     equivalence.seal(stored_weight(module))
     if has_values(weight):
@@ -190,6 +190,12 @@ def register(
             list(stored_weight(module).shape),
         )
     registry.enrol(module)
+
+
+def _quantised(weight: Tensor, equivalence: OrthogonalEquivalence, as_it_is: bool) -> Tensor:
+    """The int8 form of a weight; the scales are the layer's from here on."""
+    stored = weight.detach() if as_it_is else equivalence.stored_form(weight)
+    return equivalence.quantise(stored)
 
 
 @contextlib.contextmanager
@@ -241,7 +247,11 @@ def merge_and_unload(model: M) -> M:
     for _, module, equivalence in layers:
         own_class(module)
         with torch.no_grad():
-            stored_weight(module).copy_(effective.plain(module.weight))
+            weight = effective.plain(module.weight)
+            if equivalence.quantised:
+                stored_weight(module).data = weight
+            else:
+                stored_weight(module).copy_(weight)
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
         module.weight.requires_grad_(equivalence.trains)
         # The weight comes back as the last parameter; optimiser states and others go by position.

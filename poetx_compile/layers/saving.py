@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 
 log = logging.getLogger("poetx_compile")
 

@@ -14,13 +14,14 @@ from poetx_compile.distributed.shards import groups_of, is_sharded, reduce_over
 from poetx_compile.distributed.wrappers import is_fsdp_module, reshard, user_name, wrapper_of
 from poetx_compile.errors import IncompatibleStateError, ParallelismError
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    check_layouts,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.integrity import check_layouts
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 
+NOT_INT8 = (
+    "base='int8' is not supported under FSDP2, whose mixed precision would cast the int8 weights "
+    "apart from their scales: use DDP, or prepare the model with base='dense'"
+)
 _HELPER = "poetx_compile.fully_shard_rotations(module)"
 
 
@@ -66,6 +67,8 @@ def fully_shard_rotations(
             "fully_shard_rotations: with merge_interval=1 every step would gather every weight of "
             "a sharded model: prepare it with a larger merge_interval, or use DDP"
         )
+    if any(e.quantised for e in rotations):
+        raise ParallelismError(f"fully_shard_rotations: {NOT_INT8}")
     if any(is_sharded(*e.skews) for e in rotations):
         raise ParallelismError(
             "fully_shard_rotations: the rotations are in the group of another module: call it "
@@ -117,13 +120,15 @@ def check_processes(model: nn.Module) -> None:
 
 
 def _check_form(layers: Iterable[tuple[str, nn.Linear, OrthogonalEquivalence]]) -> None:
-    """Raise where layers of the merged form are sharded."""
+    """Raise where layers of the merged form, or with int8 weights, are sharded."""
     for name, module, e in layers:
         if e.merged and is_sharded(stored_weight(module), *e.skews):
             raise ParallelismError(
                 f"{name}: with merge_interval=1 every step would gather every weight of a sharded "
                 "model: prepare it with a larger merge_interval, or use DDP"
             )
+        if e.quantised and is_sharded(stored_weight(module), *e.skews):
+            raise ParallelismError(f"{name}: {NOT_INT8}")
 
 
 def _check_placements(name: str, module: nn.Module, e: OrthogonalEquivalence) -> None:

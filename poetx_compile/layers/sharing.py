@@ -16,8 +16,8 @@ from torch import nn
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
 from poetx_compile.layers.eligibility import trained_by
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.permutation import Permutation
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 
 SIDES = ("in", "out")
 _ALREADY = "merge_and_unload(model) first, then prepare it with everything that shares"

@@ -11,7 +11,8 @@ from torch import nn
 from poetx_compile.config import POETXConfig
 from poetx_compile.layers.eligibility import linears, other_weights
 from poetx_compile.layers.law import notice
-from poetx_compile.layers.parametrization import equivalence_of, side_blocks, stored_weight
+from poetx_compile.layers.prepared import equivalence_of, stored_weight
+from poetx_compile.layers.sides import side_blocks
 from poetx_compile.layers.tables import compact
 
 

@@ -7,6 +7,7 @@
 ``cayley_exact``            packed skew parameters → rotations, by a batched solve
 ``rotation_delta``          packed skew parameters → G − I, rounded: what is folded into a weight
 ``rotation_tangent``        zeros that carry the gradient of a rotation folded into a weight
+``dequantize``              a weight from int8 and its scales
 ``fold_weight``             the effective weight from given rotations, for the folded formulation
 ``folded_linear``           linear over such a weight; its backward gives the rotations' gradients
 ``merged_linear``           linear over a weight whose rotations are the identity, the same way
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 from poetx_compile.ops.block_product import block_product
 from poetx_compile.ops.cayley import cayley_exact, cayley_neumann, rotations
+from poetx_compile.ops.dequantize import dequantize
 from poetx_compile.ops.fold import fold_weight
 from poetx_compile.ops.folded_linear import folded_linear
 from poetx_compile.ops.identity_equivalence import identity_equivalence
@@ -48,6 +50,7 @@ __all__ = [
     "block_product",
     "cayley_exact",
     "cayley_neumann",
+    "dequantize",
     "fold_weight",
     "folded_linear",
     "identity_equivalence",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 GAINS = ("gain_in", "gain_out")
-"""The last arguments of the ops that make effective weights; ``None`` for ones."""
+"""Arguments of the ops that make effective weights; ``None`` for ones."""
 
 
 def scaled(weight: Tensor, gain_in: Tensor | None, gain_out: Tensor | None) -> Tensor:

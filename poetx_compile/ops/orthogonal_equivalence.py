@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 
 from poetx_compile._torch import peek_interpreter_stack
 from poetx_compile.ops.cayley import rotations, rotations_reference
+from poetx_compile.ops.dequantize import check_stored, dequantize_reference
 from poetx_compile.ops.gains import scaled
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
@@ -24,7 +25,7 @@ _library = torch.library.Library("poetx", "FRAGMENT")
 _library.define(
     "orthogonal_equivalence(Tensor weight, Tensor skew_in, Tensor skew_out, Tensor perm_in, "
     "Tensor perm_out, int block_in, int block_out, int? order, Tensor? gain_in=None, "
-    "Tensor? gain_out=None) -> Tensor"
+    "Tensor? gain_out=None, Tensor? scale=None) -> Tensor"
 )
 
 
@@ -39,6 +40,7 @@ def orthogonal_equivalence(
     order: int | None,
     gain_in: Tensor | None = None,
     gain_out: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """``W_eff`` with ``W_eff[perm_out][:, perm_in] = D_outᵀ S D_inᵀ`` (POET).
 
@@ -52,14 +54,21 @@ def orthogonal_equivalence(
         order: k of the Cayley-Neumann expansion, or ``None`` for the exact transform.
         gain_in, gain_out: [m] and [n], of the skew parameters' dtype, or ``None``: the result is
             ``diag(gain_out) W_eff diag(gain_in)``.
+        scale: [n, ⌈m/64⌉], where `weight` is int8: S is `dequantize` of both, in scale's dtype.
 
     Returns:
-        [n, m] of the weight's dtype, rotated in fp32 (fp64 for an fp64 weight).
+        [n, m] of S's dtype, rotated in fp32 (fp64 for an fp64 weight).
     """
-    gains = () if gain_in is None and gain_out is None else (gain_in, gain_out)
+    optional = without_defaults(gain_in, gain_out, scale)
     return torch.ops.poetx.orthogonal_equivalence(
-        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, *gains
+        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, *optional
     )
+
+
+def without_defaults(*optional: Any) -> tuple[Any, ...]:
+    """Optional arguments without the trailing ones that are ``None``, as a graph has them."""
+    given = [i for i, argument in enumerate(optional) if argument is not None]
+    return optional[: given[-1] + 1] if given else ()
 
 
 @without_autocast
@@ -74,27 +83,28 @@ def _compose(
     order,
     gain_in=None,
     gain_out=None,
+    scale=None,
 ):
     """The op over the other ops, for autograd and AOTAutograd."""
-    torch._check(
-        weight.dim() == 2 and weight.is_floating_point(),
-        lambda: (
-            "poetx: weight must be a floating point matrix, "
-            f"got {weight.dtype} {list(weight.shape)}"
-        ),
-    )
+    check_stored(weight, scale)
     check_pair(perm_in, weight.shape[1], "perm_in")
     check_pair(perm_out, weight.shape[0], "perm_out")
     build: Any = rotations_reference if (plain := transformed()) else rotations
     rotate: Any = rotate_blocks_reference if plain else torch.ops.poetx.rotate_blocks
-    # S is a constant whatever its flag says: a user's `requires_grad_(True)` does not train it.
-    stored = weight.detach() if weight.requires_grad else weight
-    wide = stored.to(torch.promote_types(weight.dtype, skew_in.dtype))
+    if scale is None:
+        dtype = weight.dtype
+        # S is a constant whatever its flag says: a user's `requires_grad_(True)` does not train it.
+        stored = weight.detach() if weight.requires_grad else weight
+        wide = stored.to(torch.promote_types(dtype, skew_in.dtype))
+    else:
+        dtype = scale.dtype
+        build_stored: Any = dequantize_reference if plain else torch.ops.poetx.dequantize
+        wide = build_stored(weight, scale, torch.promote_types(dtype, skew_in.dtype))
     # The input side comes last: the weight is contiguous, as that of a plain linear, and BLAS gives
     # the same bits for it.
     rows = rotate(wide.mT, build(skew_out, block_out, order), None, perm_out, False)
     columns = rotate(rows.mT, build(skew_in, block_in, order), None, perm_in, True)
-    return scaled(columns, gain_in, gain_out).to(weight.dtype)
+    return scaled(columns, gain_in, gain_out).to(dtype)
 
 
 def transformed() -> bool:

@@ -44,20 +44,27 @@ def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[T
 
 
 def matrix_bits(
-    rows: int, columns: int, seed: int, step: int, layer: int, device: torch.device
+    rows: int,
+    columns: int,
+    seed: int,
+    step: int | Tensor,
+    layer: int,
+    device: torch.device,
+    first_row: int = 0,
 ) -> Tensor:
     """16 random bits for each element of a matrix: int64 [rows, columns], in [0, 2¹⁶).
 
     Element (r, c) has the counter ``(c // 8, r, step, layer)``, and of its four words the word
-    ``c % 8 // 2``: the lower half where c is even, the upper half where it is odd.
+    ``c % 8 // 2``: the lower half where c is even, the upper half where it is odd. Row r is counted
+    from `first_row` on; a `step` may be on the device.
     """
 
-    def number(value: int) -> Tensor:
-        return torch.full((1, 1), value & _MASK, dtype=torch.int64, device=device)
+    def number(value: int | Tensor) -> Tensor:
+        return torch.as_tensor(value & _MASK, dtype=torch.int64, device=device).reshape(1, 1)
 
     groups = -(-columns // ELEMENTS)
     c = torch.arange(groups, device=device)[None, :]
-    r = torch.arange(rows, device=device)[:, None]
+    r = torch.arange(first_row, first_row + rows, device=device)[:, None]
     words = torch.stack(philox(seed, (c, r, number(step), number(layer))), dim=-1)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)
     return halves.reshape(rows, groups * ELEMENTS)[:, :columns]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poetx_compile.layers.parametrization import Layer
+from poetx_compile.layers.prepared import Layer
 
 ROTATIONS_BYTES = 128 * 2**20
 """Bytes of rotations that are built at once, from as many layers as fit: a launch for each layer

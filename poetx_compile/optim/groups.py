@@ -14,12 +14,8 @@ from torch.optim import Optimizer
 from poetx_compile.config import POETXConfig, differences
 from poetx_compile.errors import ConfigError
 from poetx_compile.layers.eligibility import linears, unwrap_compiled
-from poetx_compile.layers.parametrization import (
-    equivalence_of,
-    prepared_linears,
-    stored_weight,
-)
 from poetx_compile.layers.prepare import leave, prepare
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.registry import registry
 
 BLOCK = "poetx_block"

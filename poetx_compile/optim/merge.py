@@ -30,23 +30,22 @@ from poetx_compile.distributed.shards import groups_of, local, reduce_over, whol
 from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import (
-    INTERRUPTED,
+from poetx_compile.layers.integrity import INTERRUPTED, check_layouts, check_stored_weights
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.permutation import Moves, redraw_all
+from poetx_compile.layers.prepared import (
     Layer,
-    OrthogonalEquivalence,
     check_alone,
-    check_layouts,
-    check_stored_weights,
     prepared_linears,
     redrawn,
     stored_weight,
 )
-from poetx_compile.layers.permutation import Moves, redraw_all
 from poetx_compile.ops import rotations
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
 from poetx_compile.ops.rotation_delta import minus_identity
 from poetx_compile.ops.turn_weight import rotate_weight
 from poetx_compile.optim.blocks import layer_batches
+from poetx_compile.optim.requantise import merge_int8
 
 POLAR_STEPS = 4
 """Newton-Schulz steps of `polar_factor`. Each takes an error δ of a singular value to 1.5 δ²: from
@@ -86,10 +85,15 @@ def merge(
         moves = redraw_all(redrawn(e for _, e in layers)) if redraw else {}
         # In the merged form there is nothing to merge.
         turned = [(m, e) for m, e in layers if not e.merged]
+        numbers = {e: number for number, (_, e) in enumerate(layers)}
         for batch in layer_batches(turned):
             deltas_of = _merged_deltas([e for _, e in batch])
             for (module, equivalence), deltas in zip(batch, deltas_of, strict=True):
-                _merge_layer(stored_weight(module), equivalence, deltas, moves)
+                stored = stored_weight(module)
+                if equivalence.quantised:
+                    merge_int8(stored, equivalence, deltas, moves, numbers[equivalence])
+                else:
+                    _merge_layer(stored, equivalence, deltas, moves)
         for _, equivalence in layers:
             equivalence.write_layout()
         if turned:
@@ -102,15 +106,18 @@ def merge(
 def redraw(model: nn.Module, *, then: Callable[[Moves], None] | None = None) -> None:
     """Draw the next permutations of a model whose rotations are zero, in one transaction.
 
-    What `merge` with `redraw` does, without rotating anything: no value of a weight changes.
+    What `merge` with `redraw` does, without rotating anything: no value of a weight changes, but
+    for the rounding of int8 weights.
 
     Args, Raises: as of `merge`.
     """
     with _transaction(model) as layers:
         moves = redraw_all(redrawn(e for _, e in layers))
-        for module, equivalence in layers:
-            if not equivalence.merged:
-                stored = stored_weight(module)
+        for number, (module, equivalence) in enumerate(layers):
+            stored = stored_weight(module)
+            if equivalence.quantised:
+                merge_int8(stored, equivalence, (), moves, number)
+            elif not equivalence.merged:
                 _write(stored, equivalence, whole(stored), moves)
             equivalence.write_layout()
         if then is not None:

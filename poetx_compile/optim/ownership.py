@@ -13,12 +13,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from poetx_compile.layers.parametrization import (
-    Layer,
-    OrthogonalEquivalence,
-    equivalence_of,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.prepared import Layer, equivalence_of, stored_weight
 from poetx_compile.layers.registry import registry
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from poetx_compile.layers.live_objects import LiveObjects
-from poetx_compile.layers.parametrization import Layer, stored_weight
+from poetx_compile.layers.prepared import Layer, stored_weight
 from poetx_compile.optim.follow import FOLLOWS, GROUP, KEPT, follow, followed, number, ratio_to
 from poetx_compile.optim.groups import BLOCK, GAINS, RATIO, Rule, rule_of
 

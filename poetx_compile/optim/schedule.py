@@ -23,17 +23,17 @@ from poetx_compile.errors import (
     UnownedRotationsError,
 )
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import (
+from poetx_compile.layers.integrity import check_stored_weights
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.permutation import Moves
+from poetx_compile.layers.prepared import (
     Layer,
-    OrthogonalEquivalence,
     PreparedLayers,
     check_alone,
-    check_stored_weights,
     prepared_linears,
     redrawn,
     stored_weight,
 )
-from poetx_compile.layers.permutation import Moves
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.sharding import check_processes
 from poetx_compile.optim.angle import ANGLE, AngleGuard

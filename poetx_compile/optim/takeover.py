@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
 from poetx_compile.layers.live_objects import LiveObjects
-from poetx_compile.layers.parametrization import (
+from poetx_compile.layers.prepared import (
     Layer,
     PreparedLayers,
     check_alone,

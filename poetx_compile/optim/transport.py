@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from poetx_compile.layers.parametrization import Side
 from poetx_compile.layers.permutation import Moves
+from poetx_compile.layers.sides import Side
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.optim.momentum import State, put, values
 

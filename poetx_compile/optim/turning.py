@@ -23,7 +23,8 @@ from torch import Tensor
 
 from poetx_compile import ops
 from poetx_compile.errors import AdoptionError, DivergedError
-from poetx_compile.layers.parametrization import INTERRUPTED, Layer, stored_weight
+from poetx_compile.layers.integrity import INTERRUPTED
+from poetx_compile.layers.prepared import Layer, stored_weight
 from poetx_compile.optim.blocks import layer_batches
 from poetx_compile.optim.spectral_norm import largest_norms
 

@@ -24,12 +24,8 @@ from poetx_compile.distributed.shards import groups_of, local, reduce_over
 from poetx_compile.errors import NothingToTrainError, UnownedRotationsError
 from poetx_compile.layers.eligibility import linears
 from poetx_compile.layers.live_objects import LiveObjects
-from poetx_compile.layers.parametrization import (
-    Layer,
-    OrthogonalEquivalence,
-    equivalence_of,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.prepared import Layer, equivalence_of, stored_weight
 from poetx_compile.layers.registry import registry
 from poetx_compile.optim.hooks import After, Before, step_hooks
 from poetx_compile.optim.ownership import held, layers_of, ownership

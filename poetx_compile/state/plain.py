@@ -16,12 +16,14 @@ from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import IncompatibleStateError
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.layout import Layout
+from poetx_compile.layers.parametrization import QUANTISED
 from poetx_compile.ops.gains import GAINS
 
 _LAYOUT = "0.layout"
 _OF_INTERVALS = ("original", "0.skew_in", "0.skew_out", _LAYOUT)
 _GAINS = tuple(f"0.{name}" for name in GAINS)
-_NAMES = (*_OF_INTERVALS, "0.reference_norm", *_GAINS)
+_SCALE, _MERGES = (f"0.{name}" for name in QUANTISED)
+_NAMES = (*_OF_INTERVALS, "0.reference_norm", *_GAINS, _SCALE, _MERGES)
 _KEY = re.compile(rf"(.*?)parametrizations\.weight\.({'|'.join(map(re.escape, _NAMES))})")
 
 
@@ -94,7 +96,7 @@ def _once(device: torch.device | str | None) -> Callable[[Tensor, Callable[[], T
 
 
 def _tensors(state: Mapping[str, Any], prefix: str) -> list[Any]:
-    """The stored weight, the skew parameters, the layout and the gains of the layer at `prefix`."""
+    """The stored weight, the skew parameters, the layout, the gains and the scales of a layer."""
     start = f"{prefix}parametrizations.weight."
     saved = state.get(start + _LAYOUT)
     natural = saved is not None and Layout.of(saved, start + _LAYOUT).natural
@@ -108,7 +110,11 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Any]:
             f"{others[0]} belongs to another parametrization of the weight: remove it first "
             "(torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    tensors = [state.get(start + name) for name in (*names, *_GAINS)]
+    tensors: list[Any] = [state.get(start + name) for name in (*names, *_GAINS, _SCALE)]
+    if tensors[0].dtype == torch.int8 and tensors[-1] is None:
+        raise IncompatibleStateError(
+            f"the state dict has no {start + _SCALE}: give the whole state"
+        )
     if any(is_traceable_wrapper_subclass(t) for t in tensors):
         raise IncompatibleStateError(
             f"the tensors of {prefix.rstrip('.')} are sharded: gather them with "
@@ -119,6 +125,7 @@ def _tensors(state: Mapping[str, Any], prefix: str) -> list[Any]:
 
 
 def _effective(stored: Tensor, *rest: Any) -> Tensor:
-    *skews, saved, gain_in, gain_out = rest
-    effective = Layout.of(saved, "layout").effective(stored, *skews, gains=(gain_in, gain_out))
+    *skews, saved, gain_in, gain_out, scale = rest
+    gains = gain_in, gain_out
+    effective = Layout.of(saved, "layout").effective(stored, *skews, gains=gains, scale=scale)
     return stored.clone() if effective is stored else effective

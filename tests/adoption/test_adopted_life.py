@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers.tolerances import assert_close
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import poetx_compile as poetx
 from poetx_compile.adoption import adopter
-from poetx_compile.layers.parametrization import stored_weight
+from poetx_compile.layers.prepared import stored_weight
 from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP
 from tests.helpers.rotations import skews

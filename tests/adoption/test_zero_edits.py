@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import poetx_compile as poetx
 from poetx_compile.compile import backend
 from poetx_compile.errors import AdoptionError
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.optim.takeover import FOLLOWS
 from tests.helpers.models import MLP, TinyLM

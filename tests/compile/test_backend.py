@@ -11,7 +11,7 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers.graph_of import explained, prepared
 from tests.helpers.models import MLP, Block, SwiGLU, TinyLM
 from tests.helpers.tolerances import assert_close, relative_error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers.graph_of import prepared
 from tests.helpers.models import MLP, SwiGLU, TinyLM
 from tests.helpers.tolerances import assert_close

@@ -13,7 +13,7 @@ import poetx_compile as poetx
 from poetx_compile.distributed.wrappers import user_name
 from poetx_compile.errors import ConfigError, IncompatibleStateError, NothingToTrainError
 from poetx_compile.layers.eligibility import linears
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers.models import MLP, TinyLM
 from tests.helpers.rotations import turn
 

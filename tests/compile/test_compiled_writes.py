@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
 from poetx_compile.errors import EffectiveWeightError
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from tests.helpers.tolerances import assert_close
 
 OPTIONS = {"stage": "eager", "block_size": 4}

@@ -13,7 +13,7 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.compile import folds as fold_cache
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.ops import OPS
 from poetx_compile.optim.merge import merge
 from tests.helpers.graph_of import prepared

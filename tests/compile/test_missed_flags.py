@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
 from poetx_compile.errors import RewriteError
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from tests.helpers.models import MLP
 from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close

@@ -17,7 +17,7 @@ import poetx_compile as poetx
 from poetx_compile.compile import backend
 from poetx_compile.compile.rewrite import config_in_force
 from poetx_compile.errors import AdoptionError, IncompatibleStateError, ParallelismError
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.optim.merge import merge
 from tests.distributed.training import (
     COMPILED,

@@ -24,7 +24,7 @@ from poetx_compile.errors import (
 )
 from poetx_compile.inspect.diagnostics import diagnostics, effective_weight
 from poetx_compile.layers import effective
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.optim.merge import merge
 from tests.distributed.ddp import choices
 from tests.distributed.training import (

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
 from poetx_compile.errors import ParallelismError
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.optim.merge import merge
 from tests.distributed.ddp import choices
 from tests.distributed.fsdp import Checkpointed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.distributed.save import OPTIMISERS, OPTIONS, STOP, ways
 from tests.distributed.training import alone, assert_alike, build, train
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import poetx_compile as poetx
 from poetx_compile.distributed import shards
 from poetx_compile.inspect.diagnostics import diagnostics
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers.models import SwiGLU, TinyLM
 from tests.helpers.tolerances import assert_close
 

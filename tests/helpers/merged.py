@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 
 B = 5
 

@@ -10,7 +10,8 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.distributed import shards
-from poetx_compile.layers.parametrization import OrthogonalEquivalence, Side
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.sides import Side
 from poetx_compile.ops.packing import unpack
 from poetx_compile.optim.merge import merge
 

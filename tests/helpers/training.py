@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers.models import TinyLM
 
 both = pytest.mark.parametrize("optimizer_class", [poetx.POETXAdamW, poetx.POETXMuon])

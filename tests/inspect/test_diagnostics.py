@@ -8,7 +8,7 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.inspect.diagnostics import diagnostics, spectrum, spectrum_drift
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.optim.spectral_norm import largest_norms, spectral_norms
 from tests.helpers.models import OddZoo

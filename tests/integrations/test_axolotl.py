@@ -10,7 +10,7 @@ from datasets import Dataset
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers import huggingface
 
 PLUGIN = "poetx_compile.integrations.axolotl.POETXPlugin"

@@ -12,7 +12,7 @@ from transformers import Trainer
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError, IncompatibleStateError
 from poetx_compile.integrations.huggingface import OptimizerFactory
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers import huggingface
 from tests.helpers.trainer import CONFIG, arguments, logged, padded, samples, trainer
 

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError, UnownedRotationsError
 from poetx_compile.integrations.huggingface import for_trainer
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers import huggingface
 from tests.helpers.rotations import skews
 from tests.helpers.tolerances import assert_close, relative_error, tolerance

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers.models import TinyLM
 from tests.helpers.tolerances import relative_error, tolerance
 

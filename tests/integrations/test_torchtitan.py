@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 
 CONFIG = poetx.POETXConfig(block_size=32, merge_interval=3)
 

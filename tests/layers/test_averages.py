@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import poetx_compile as poetx
 from poetx_compile.errors import IncompatibleStateError
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import MLP
 from tests.helpers.rotations import turn

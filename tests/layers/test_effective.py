@@ -17,13 +17,9 @@ from torch.func import functional_call, stack_module_state, vmap
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import EffectiveWeightError
 from poetx_compile.layers import effective
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    equivalence_of,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.prepare import prepare
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim import POETXAdamW
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import TinyLM

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.optim.groups import BLOCK
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.optim.takeover import FOLLOWS

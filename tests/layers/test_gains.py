@@ -14,7 +14,7 @@ from torch import nn
 import poetx_compile as poetx
 from poetx_compile.errors import IncompatibleStateError, UnownedRotationsError
 from poetx_compile.inspect.diagnostics import effective_weight
-from poetx_compile.layers.parametrization import (
+from poetx_compile.layers.prepared import (
     equivalence_of,
     prepared_linears,
     stored_weight,

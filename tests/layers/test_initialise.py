@@ -13,8 +13,8 @@ from torch._subclasses import FakeTensorMode
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
 from poetx_compile.layers.initialise import with_spectrum
-from poetx_compile.layers.parametrization import prepared_linears
 from poetx_compile.layers.prepare import merge_and_unload, prepare
+from poetx_compile.layers.prepared import prepared_linears
 from tests.helpers.models import MLP
 from tests.helpers.tolerances import assert_close
 

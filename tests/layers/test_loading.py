@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, IncompatibleStateError, InterruptedMergeError
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.prepare import merge_and_unload, prepare
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim import POETXAdamW
 from poetx_compile.optim.angle import AngleGuard
 from poetx_compile.optim.merge import merge

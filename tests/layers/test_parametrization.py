@@ -13,14 +13,10 @@ from poetx_compile.compile.options import BackendOptions
 from poetx_compile.compile.rewrite import config_in_force
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import InterruptedMergeError
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    equivalence_of,
-    prepared_linears,
-    side_blocks,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.prepare import prepare
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
+from poetx_compile.layers.sides import side_blocks
 from tests.helpers.models import SwiGLU
 from tests.helpers.references import expand
 from tests.helpers.rotations import turn

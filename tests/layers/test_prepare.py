@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations
 import poetx_compile as poetx
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError, NothingToTrainError
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.prepare import config_of, merge_and_unload, prepare
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from tests.helpers.models import MLP, Attention, OddZoo, SwiGLU, TinyLM
 from tests.helpers.rotations import turn
 from tests.helpers.tolerances import assert_close

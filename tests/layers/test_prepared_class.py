@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 import poetx_compile as poetx
 from poetx_compile.errors import EffectiveWeightError
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from tests.helpers.graph_of import prepared
 from tests.helpers.models import MLP
 from tests.helpers.tolerances import assert_close

@@ -11,9 +11,9 @@ from torch import nn
 import poetx_compile as poetx
 from poetx_compile.config import POETXConfig
 from poetx_compile.errors import ConfigError
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears
 from poetx_compile.layers.permutation import Permutation
 from poetx_compile.layers.prepare import merge_and_unload, prepare
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import MLP, Attention, SwiGLU, TinyLM
 from tests.helpers.rotations import turn

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears
 from tests.helpers.graph_of import prepared
 from tests.helpers.models import MLP, TinyLM
 from tests.helpers.rotations import turn

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import poetx_compile as poetx
 from poetx_compile.errors import AdoptionError, NothingToTrainError
 from poetx_compile.layers.eligibility import ZEROS
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from tests.helpers.models import MLP
 
 CONFIG = poetx.POETXConfig(block_size=4, merge_interval=3)

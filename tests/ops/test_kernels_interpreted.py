@@ -148,6 +148,8 @@ delta = (0.1 * torch.randn(2, 72, 72)).half()  # rows in chunks of 8, and a tail
 for order in (None, pair(20)):
     args = (torch.randn(160, 64).half(), None, delta, None, order, torch.float16)
     check("fold_weight", "fold", *args)
+int8 = torch.randint(-127, 128, (160, 70)).to(torch.int8), torch.rand(160, 2)  # rows alone
+check("fold_weight", "fold", int8[0], None, delta, None, None, torch.float16, int8[1])
 weight = torch.randn(200, 32)  # more than a block of rows behind the last one that is rotated
 check("fold_weight", "fold", weight, None, delta[:1], None, pair(200), torch.float16)
 # Columns alone, G - I in shared memory and not.
@@ -156,6 +158,7 @@ for width, b in ((160, 72), (96, 33), (200, 66)):
     check("fold_weight", "fold", torch.randn(70, width), *sides, pair(width), None, torch.float16)
 """,
     "fold_both": """
+from poetx_compile.ops.dequantize import quantize
 from poetx_compile.ops.kernels.fold_both import FoldTiling, column_splits, fits, fold_both
 
 def small(blocks, b):
@@ -176,6 +179,9 @@ for rows, width, left, right in (
     for perm_in, perm_out in orders:
         check("fold_weight", "fold", weight, *deltas, perm_in, perm_out, torch.float16)
     check("fold_weight", "fold", weight.float(), *deltas, None, None, torch.float16)
+    int8, scale = quantize(weight, torch.float16)
+    for orders in ((None, None), (pair(width), pair(rows // 2))):
+        check("fold_weight", "fold", int8, *deltas, *orders, torch.float16, scale)
     narrower = fold_both(weight, *deltas, None, None, tiling=FoldTiling(64, 64, 2))
     assert_close(narrower, fold_both(weight, *deltas, None, None))
 # One rounding: without a rotation to the left, that of the product of the rounded matrices.

@@ -12,7 +12,7 @@ from torch import nn
 import poetx_compile as poetx
 from poetx_compile.errors import DivergedError
 from poetx_compile.inspect.diagnostics import diagnostics
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from poetx_compile.optim.angle import ANGLE, TURN, AngleGuard
 
 LIMIT = 0.25

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.optim.groups import BLOCK
 from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP

@@ -8,7 +8,7 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.optim import POETXAdamW, POETXMuon, param_groups
 from tests.helpers.models import OddZoo, TinyLM
 

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import poetx_compile as poetx
 from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.inspect.diagnostics import spectrum, spectrum_drift
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim import blocks
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim.merge import merge, merged_rotation, polar_factor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from tests.helpers.merged import OPTIMISERS, B, data, net, step, weights
 
 STEPS = 20

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import DivergedError
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.ops.random import matrix_bits, round_stochastically
 from tests.helpers.models import SwiGLU
 

@@ -19,7 +19,7 @@ from poetx_compile.errors import (
     StaleOptimizerError,
     UnownedRotationsError,
 )
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears, stored_weight
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim import turning
 from poetx_compile.optim.merge import merge
 from tests.helpers.merged import OPTIMISERS, Net, data, net, step, weights

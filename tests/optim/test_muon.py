@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from poetx_compile.ops.orthogonalize import orthogonalize
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.optim import POETXMuon, blocks

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 import poetx_compile as poetx
 from poetx_compile.errors import AdoptionError, ConfigError
-from poetx_compile.layers.parametrization import stored_weight
+from poetx_compile.layers.prepared import stored_weight
 from poetx_compile.optim.probe import Probed, probe
 from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP

@@ -24,7 +24,7 @@ from poetx_compile.errors import (
     UnownedRotationsError,
 )
 from poetx_compile.inspect.diagnostics import diagnostics
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.optim import POETXAdamW, POETXMuon, attach, param_groups
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim.schedule import LAST_MERGE, STEP

@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler as schedulers
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError, UnownedRotationsError
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.optim.takeover import FOLLOWS, RATIO
 from tests.helpers.models import MLP, Attention

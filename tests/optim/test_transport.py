@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError, InterruptedMergeError
-from poetx_compile.layers.parametrization import Side, prepared_linears, stored_weight
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
+from poetx_compile.layers.sides import Side
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.optim import param_groups, transport
 from poetx_compile.optim.merge import merge, redraw

@@ -12,7 +12,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError, ParallelismError
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from poetx_compile.optim.schedule import schedule_of
 from tests.helpers.models import MLP
 

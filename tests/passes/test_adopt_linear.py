@@ -12,12 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
 from poetx_compile.errors import AdoptionError, ConfigError, UnownedRotationsError
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    equivalence_of,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.layers.registry import registry
 from poetx_compile.passes.adopt_linear import AdoptLinear
 from tests.helpers.graph_of import after, explained

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import poetx_compile as poetx
 from poetx_compile.compile.outputs import checked
 from poetx_compile.errors import RewriteError
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.passes import BatchCayley, Formulation, Record, graphs, run
 from poetx_compile.passes.contexts import Contexts
 from tests.helpers.graph_of import dynamo_graph, prepared

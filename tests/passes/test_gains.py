@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import equivalence_of, prepared_linears
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears
 from poetx_compile.passes import Formulation, Gains
 from tests.helpers.graph_of import assert_equals_eager, explained, run_passes
 from tests.helpers.models import MLP, Siblings, SwiGLU

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import equivalence_of
+from poetx_compile.layers.prepared import equivalence_of
 from poetx_compile.passes import graphs, sides
 from poetx_compile.passes.contexts import Contexts
 from tests.helpers.graph_of import explained, prepared

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim.follow import FOLLOWS, GROUP
 from tests.helpers.tolerances import tolerance

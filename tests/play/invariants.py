@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.optim import merge as merge_module
 from poetx_compile.optim import schedule as schedule_module
 from poetx_compile.optim.angle import ANGLE, ANGLE_STEP, TRAVEL, UNDERESTIMATE, AngleGuard

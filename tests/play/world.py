@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
-from poetx_compile.layers.parametrization import (
-    OrthogonalEquivalence,
-    prepared_linears,
-    stored_weight,
-)
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 
 RATE, TURN = 3e-3, 2e-2
 """Learning rates of dense parameters and of rotations: a few steps reach the angle guard."""

@@ -16,7 +16,7 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import CheckpointError, IncompatibleStateError
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.state import files
 from poetx_compile.state.files import write_atomically
 from tests.helpers import kill

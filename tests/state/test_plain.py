@@ -15,7 +15,7 @@ from torch import nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import IncompatibleStateError, InterruptedMergeError
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import TinyLM
 from tests.helpers.rotations import trained, turn

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from poetx_compile._torch import FakeTensorMode
 from poetx_compile.config import POETXConfig
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight
 from poetx_compile.layers.prepare import prepare
+from poetx_compile.layers.prepared import prepared_linears, weight_dtype
 
 _WORTH_CUTTING = 4
 """Layers in a run from which on it is shortened."""
@@ -61,9 +61,9 @@ def unprepared(model: nn.Module) -> nn.Module:
 
 
 def _plain(module: nn.Linear) -> nn.Linear:
-    weight = stored_weight(module)
+    dtype = weight_dtype(module)
     with torch.device("meta"):
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, dtype=weight.dtype)
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, dtype=dtype)
     linear.bias = module.bias
     return linear
 

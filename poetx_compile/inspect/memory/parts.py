@@ -7,7 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from poetx_compile.layers.parametrization import prepared_linears, stored_weight, trained_parameters
+from poetx_compile.layers.prepared import (
+    prepared_linears,
+    stored_weight,
+    trained_parameters,
+    weight_dtype,
+)
 from poetx_compile.optim.blocks import CHUNK_BYTES, ROTATIONS_BYTES
 from poetx_compile.optim.momentum import bytes_of
 
@@ -38,8 +43,8 @@ def optimizer_state(
 def step(model: nn.Module, optimizer: str) -> int:
     """The most that a step of the optimiser allocates and frees again: its merge, or its update.
 
-    AdamW is fused and updates in place. A merge holds one layer twice in fp32 and twice in its
-    dtype; orthogonalised momentum holds the direction of each skew parameter, and some batches of
+    AdamW is fused and updates in place. A merge holds one layer twice in fp32 and twice as it is
+    stored; orthogonalised momentum holds the direction of each skew parameter, and some batches of
     blocks. In the merged form the steps of a batch of layers are alive, and a layer in fp32.
     """
     unpacked = 4 * sum(s.elements for _, _, e in prepared_linears(model) for s in e.sides)
@@ -68,7 +73,7 @@ def _turn(model: nn.Module) -> int | None:
 def rotations(model: nn.Module) -> int:
     """What a step builds of all skew parameters, in the dtype of the weights."""
     return sum(
-        stored_weight(module).element_size() * side.elements
+        weight_dtype(module).itemsize * side.elements
         for _, module, e in prepared_linears(model)
         for side in e.sides
     )

@@ -1,0 +1,156 @@
+"""``poetx::dequantize``: a weight from int8 and its scales, and the way back.
+
+A weight [n, m] is stored as int8 [n, m] with one scale for each `GROUP` neighbouring columns of a
+row, symmetric around zero: ``W = q · s``. The scales have the dtype that the weight had; a product
+of two such short numbers is exact in fp32 (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from poetx_compile.ops.precision import rotation_dtype
+from poetx_compile.ops.registry import define
+
+GROUP = 64
+"""Columns that share a scale: as many as a chunk of ``permutation="chunked"`` has at most, so that
+whole groups change places in a redraw."""
+
+LARGEST = 127
+"""Of the numbers stored: −128 has no counterpart."""
+
+_STEPS = 2**16
+"""Parts of a step that rounding distinguishes: those of 16 random bits."""
+
+NEAREST = _STEPS // 2
+"""Bits that round to the nearest."""
+
+
+def dequantize_reference(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``W = q · s`` in `dtype`, computed in fp32 (fp64 for that dtype) and rounded once.
+
+    A constant: takes no gradient. Compiled, it is one pointwise kernel that writes what the product
+    behind it reads; the backward computes it again.
+
+    Args:
+        weight: q, int8 [n, m].
+        scale: s, floating point [n, ⌈m/64⌉].
+        dtype: of the result.
+
+    Returns:
+        [n, m] of `dtype`, contiguous, a new tensor.
+    """
+    wide = torch.promote_types(torch.promote_types(dtype, scale.dtype), torch.float32)
+    columns = scale.unsqueeze(-1).expand(-1, -1, GROUP).flatten(1)[:, : weight.shape[1]]
+    return (weight.to(wide) * columns.to(wide)).to(dtype)
+
+
+def groups_of(columns: int) -> int:
+    """Number of scales of a row."""
+    return -(-columns // GROUP)
+
+
+def check_stored(weight: Tensor, scale: Tensor | None) -> None:
+    """Raise unless this is a stored weight: floating point alone, or int8 with its scales."""
+    if scale is None:
+        torch._check(
+            weight.dim() == 2 and weight.is_floating_point(),
+            lambda: (
+                "poetx: weight must be a floating point matrix, "
+                f"got {weight.dtype} {list(weight.shape)}"
+            ),
+        )
+        return
+    torch._check(
+        weight.dim() == 2 and weight.dtype == torch.int8 and scale.is_floating_point(),
+        lambda: (
+            "poetx: a weight with scales must be an int8 matrix and these floating point, "
+            f"got {weight.dtype} {list(weight.shape)} and {scale.dtype}"
+        ),
+    )
+    shape = weight.shape[0], groups_of(weight.shape[1])
+    torch._check(
+        tuple(scale.shape) == shape,
+        lambda: (
+            f"poetx: the scales of a weight of {list(weight.shape)} must be {list(shape)}, "
+            f"got {list(scale.shape)}"
+        ),
+    )
+
+
+def _check(weight, scale, dtype) -> None:
+    check_stored(weight, scale)
+    torch._check(
+        dtype.is_floating_point, lambda: f"poetx: dtype must be floating point, got {dtype}"
+    )
+
+
+dequantize = define(
+    "dequantize",
+    dequantize_reference,
+    check=_check,
+    fake=lambda weight, scale, dtype: weight.new_empty(weight.shape, dtype=dtype),
+    drawn="weight",
+)
+
+
+def quantize(
+    values: Tensor, dtype: torch.dtype, bits: Tensor | int = NEAREST
+) -> tuple[Tensor, Tensor]:
+    """int8 and scales of a weight; its largest entry of each group is 126 to 127 steps.
+
+    Args:
+        values: [n, m], any floating dtype.
+        dtype: of the scales.
+        bits: `NEAREST`, or 16 random bits for each entry, int64 [n, m]: stochastic rounding.
+
+    Returns:
+        q, int8 [n, m]; s, [n, ⌈m/64⌉] of `dtype`.
+    """
+    grouped = _grouped(values.to(rotation_dtype(values.dtype)))
+    scale = _scales(grouped, dtype)
+    return _rounded(grouped, scale, bits, values.shape[1]), scale
+
+
+def requantize(
+    values: Tensor, weight: Tensor, scale: Tensor, bits: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """`quantize` of what a quantised weight has become; groups that did not change keep their bits.
+
+    Args:
+        values: [n, m], fp32 or fp64.
+        weight, scale: what was stored, in the order of `values`.
+        bits: as for `quantize`.
+    """
+    grouped = _grouped(values)
+    same = _in_steps(grouped, scale) == _grouped(weight).to(torch.int32) * _STEPS
+    new = torch.where(same.all(-1), scale, _scales(grouped, scale.dtype))
+    return _rounded(grouped, new, bits, values.shape[1]), new
+
+
+def _grouped(matrix: Tensor) -> Tensor:
+    """[n, ⌈m/64⌉, 64], with zeros behind the last column."""
+    n, m = matrix.shape
+    groups = groups_of(m)
+    return F.pad(matrix, (0, groups * GROUP - m)).view(n, groups, GROUP)
+
+
+def _scales(grouped: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded up, so that no entry has to be cut off."""
+    info = torch.finfo(dtype)
+    steps = grouped.abs().amax(-1) / LARGEST
+    scale = (steps * (1 + info.eps) + info.tiny * info.eps).to(dtype)
+    return torch.where(scale > 0, scale, 1)  # a group of zeros
+
+
+def _in_steps(grouped: Tensor, scale: Tensor) -> Tensor:
+    """Entries in parts of a step, int32. Those that are whole steps are so exactly."""
+    return (grouped / scale.to(grouped.dtype).unsqueeze(-1) * _STEPS).round().to(torch.int32)
+
+
+def _rounded(grouped: Tensor, scale: Tensor, bits: Tensor | int, columns: int) -> Tensor:
+    added = bits if isinstance(bits, int) else _grouped(bits).to(torch.int32)
+    whole = (_in_steps(grouped, scale) + added) >> 16
+    return whole.clamp(-LARGEST, LARGEST).to(torch.int8).flatten(1)[:, :columns].contiguous()
