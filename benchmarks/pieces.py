@@ -19,6 +19,7 @@ from benchmarks.rows import Row
 from benchmarks.tolerances import ORTHOGONALIZED
 from poetx_compile import ops
 from poetx_compile.layers.permutation import draw_permutation
+from poetx_compile.ops.newton_schulz import newton_schulz
 
 COLUMNS = (
     "op", "tokens", "in_features", "out_features", "block_size", "permutation", "tiling", "ms",
@@ -29,6 +30,19 @@ OPS = ("skew_block_products", "orthogonalize_skew", "turn_weight_")
 
 TILES = ((128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
 """Of a sweep over block products: two sides, a step of the sum, warps, steps in flight."""
+
+ORTHOGONALIZE_TILES = (
+    (128, 64, 8, 3, 2, 128),
+    (128, 64, 8, 4, 1, None),
+    (128, 64, 8, 3, 1, None),
+    (128, 32, 8, 5, 2, 128),
+    (128, 128, 8, 2, 1, None),
+    (128, 64, 4, 3, 2, None),
+    (64, 64, 4, 4, 3, None),
+    (64, 64, 4, 3, 4, 128),
+    (64, 128, 4, 3, 2, None),
+)
+"""Of a sweep over orthogonalisation: `Tiling` of its kernels."""
 
 Piece = tuple[str, Callable[[], Any], float, float]
 """Tiling, what is timed, floor in ms, error."""
@@ -110,7 +124,17 @@ class _Layer:
         error = gate.relative_error(run(), expected)
         if not error < ORTHOGONALIZED:
             raise gate.GateError(f"orthogonalize_skew is wrong: relative error {error:.3g}")
-        yield "default", run, self._floor(sizes, "orthogonalise"), error
+        floor = self._floor(sizes, "orthogonalise")
+        yield "default", run, floor, error
+        narrow = self.session.dtype == torch.bfloat16 and self.session.device.type == "cuda"
+        for tiling in ORTHOGONALIZE_TILES if self.sweep and narrow else ():
+            run = functools.partial(_orthogonalized, packed, self.b, tiling)
+            yield _name(tiling), run, floor, gate.relative_error(run(), expected)
+        square = self.session.normal(packed.shape[0], self.b, self.b)
+        square = square - square.mT
+        square /= torch.linalg.matrix_norm(square, keepdim=True)
+        run = functools.partial(newton_schulz, square)
+        yield "products of a library alone", run, floor, 0.0
 
     def _turn(self, sizes: floors.Layer) -> Iterator[Piece]:
         weight = self.session.normal(self.n, self.m)
@@ -138,7 +162,7 @@ class _Layer:
         return torch.randn(blocks, size, generator=generator, device=device)
 
 
-def _name(tiling: Sequence[int]) -> str:
+def _name(tiling: Sequence[int | None]) -> str:
     return "x".join(map(str, tiling))
 
 
@@ -153,6 +177,12 @@ def _products(first: Any, second: Any, tiling: Sequence[int], splits: int) -> li
         product = kernels._operands(*operands)
         made.append(kernels._skew_parts(kernels.planned_block_products([product], b, plan)))
     return made
+
+
+def _orthogonalized(packed: Tensor, block_size: int, tiling: Sequence[int | None]) -> Tensor:
+    from poetx_compile.ops.kernels import orthogonalize as kernels
+
+    return kernels.orthogonalize_skew(packed, block_size, tiling=kernels.Tiling._make(tiling))
 
 
 if __name__ == "__main__":

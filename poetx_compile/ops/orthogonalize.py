@@ -8,7 +8,7 @@ from torch import Tensor
 from poetx_compile.ops.cayley import check_skew
 from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.kernels.common import static
-from poetx_compile.ops.newton_schulz import newton_schulz
+from poetx_compile.ops.newton_schulz import SMALLEST, newton_schulz
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.ops.precision import without_autocast
 from poetx_compile.ops.registry import define
@@ -16,17 +16,18 @@ from poetx_compile.ops.registry import define
 
 @without_autocast
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Roughly the orthogonal polar factor, ``msign``, of each block, by five Newton-Schulz steps.
+    """Roughly the orthogonal polar factor, ``msign``, of each skew block (`newton_schulz`).
 
     Args:
-        matrix: [blocks, b, b]; fp32 is computed in bf16 on CUDA. Skew blocks give skew blocks.
+        matrix: skew [blocks, b, b]; fp32 is computed in bf16 on CUDA.
 
     Returns:
-        The same shape: singular values in 0.7 … 1.2, but for those that were below about 0.01 of
-        the Frobenius norm; a zero block stays zero.
+        The same shape: skew, with singular values in 0.7 … 1.1, but for those that were below about
+        0.003 of the Frobenius norm; a zero block stays zero.
     """
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    x = matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+    # Not by a mask: what is not finite has to stay so.
+    x = torch.where(norm < SMALLEST, 0, matrix) / norm.clamp_min(SMALLEST)
     if x.is_cuda and x.dtype == torch.float32:
         x = x.bfloat16()
     return newton_schulz(x)

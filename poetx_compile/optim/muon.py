@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from poetx_compile.distributed.shards import local
 from poetx_compile.errors import ConfigError
 from poetx_compile.optim import momentum as stored
 from poetx_compile.optim.adamw import adamw_step, fusible
-from poetx_compile.optim.blocks import by_kind, chunks, gather
+from poetx_compile.optim.blocks import BlockKind, by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
 
@@ -28,6 +29,11 @@ class POETXMuon(torch.optim.Optimizer):
     are orthogonalised in one batch, in bf16 on CUDA and in fp32 elsewhere. Sharded skew parameters
     hold whole blocks in each process, which turns its own; nothing is communicated.
 
+    With `alternate` both momenta of a layer go on in every step, and one of its sides turns, at
+    twice the rate: the inputs of every other layer and the outputs of the rest, then the others.
+    A step then orthogonalises half of the blocks, and turns a weight of the merged form from one
+    side, in one pass. Rotations grow as fast as without, on average.
+
     Args:
         model: prepared here, with `config`, if nobody has; compiled or not.
         lr: learning rate of the dense parameters.
@@ -37,6 +43,8 @@ class POETXMuon(torch.optim.Optimizer):
         momentum_dtype: in which the momentum of the rotations is kept: ``torch.float32`` (fp64
             where they are), ``torch.bfloat16``, or ``torch.int8`` with a scale for each 256 values;
             or their names. The narrow ones are rounded stochastically. A saved state is converted.
+        alternate: turn one side of each layer in a step, in turn, at ``2 · poetx_lr``. Whose turn
+            it is follows from the number of the step, which is saved.
         betas, eps, weight_decay: of AdamW; `weight_decay` for dense parameters with two dimensions
             or more.
         fused: default: AdamW's fused kernel where every dense parameter is on a CUDA device.
@@ -61,6 +69,7 @@ class POETXMuon(torch.optim.Optimizer):
         *,
         momentum: float = 0.95,
         momentum_dtype: torch.dtype | str = torch.float32,
+        alternate: bool = False,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -69,6 +78,7 @@ class POETXMuon(torch.optim.Optimizer):
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum = {momentum!r} is not allowed: use a number in [0, 1)")
         self.momentum_dtype = stored.parse_dtype(momentum_dtype)
+        self.alternate = alternate
         model = ensure_prepared(model, config)
         groups = param_groups(
             model, lr=lr, poetx_lr=poetx_lr, weight_decay=weight_decay, rule=self.poetx_rule
@@ -103,52 +113,68 @@ class POETXMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         schedule = getattr(self, "schedule", None)  # a copy for a trial has none
+        resting = schedule.resting() if self.alternate and schedule is not None else set()
         if schedule is None or schedule.turner is None:
-            self._update()
+            self._update(resting)
         else:
-            schedule.turn_by_batches(self, self._update)
+            schedule.turn_by_batches(self, partial(self._update, resting), resting)
         return loss
 
-    def _update(self) -> None:
+    def _update(self, resting: Collection[nn.Parameter] = ()) -> None:
+        """One step of all that is in the groups; of `resting` rotations the momentum alone."""
         for group in self.param_groups:
             if BLOCK in group:
-                self._turn(group)
+                self._turn(group, resting)
         self._adamw.param_groups = [g for g in self.param_groups if BLOCK not in g]
         self._adamw.state = self.state
         adamw_step(self._adamw)
 
-    def _turn(self, group: dict[str, Any]) -> None:
+    def _turn(self, group: dict[str, Any], resting: Collection[nn.Parameter]) -> None:
         skews = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
-        if not skews:
-            return
         for skew in skews:
             state = self.state[skew]
             if not state:
                 stored.create(state, skew, self.momentum_dtype)
         mu, b = group["momentum"], group[BLOCK]
-        for kind, alike in by_kind([(skew, b) for skew in skews]).items():
-            states = [self.state[p] for p in alike]
-            gradients = [local(p.grad) for p in alike if p.grad is not None]
-            turned = [local(p) for p in alike]
-            if group["weight_decay"]:
-                torch._foreach_mul_(turned, 1 - group["lr"] * group["weight_decay"])
-            # Gradients are bf16 where the user has set `Tensor.grad_dtype`.
-            narrow = self.momentum_dtype != torch.float32 or any(
-                g.dtype != kind.dtype for g in gradients
-            )
-            if not narrow:
-                momenta = [local(state[stored.BUFFER]) for state in states]
-                torch._foreach_lerp_(momenta, gradients, 1 - mu)
-                directions = torch._foreach_lerp(gradients, momenta, mu)
-            for batch in chunks(turned, b):
-                if narrow:
-                    gradient = gather(gradients, batch).to(kind.dtype)
-                    direction = self._narrow_direction(states, gradient, batch, mu)
-                else:
-                    direction = gather(directions, batch)
-                update = ops.orthogonalize_skew(direction, b).mul_(group["lr"])
-                counts = [rows.stop - rows.start for _, rows in batch]
-                torch._foreach_sub_([turned[i][rows] for i, rows in batch], update.split(counts))
+        rate = group["lr"] * (2 if resting else 1)  # a side turns in every other step
+        for turns in (False, True):
+            some = [skew for skew in skews if (skew not in resting) == turns]
+            for kind, alike in by_kind([(skew, b) for skew in some]).items():
+                turned = [local(p) for p in alike] if turns else []
+                if turned and group["weight_decay"]:
+                    torch._foreach_mul_(turned, 1 - rate * group["weight_decay"])
+                for batch, direction in self._directions(alike, kind, mu, turns):
+                    update = ops.orthogonalize_skew(direction, b).mul_(rate)
+                    counts = [rows.stop - rows.start for _, rows in batch]
+                    torch._foreach_sub_(
+                        [turned[i][rows] for i, rows in batch], update.split(counts)
+                    )
+
+    def _directions(
+        self, alike: Sequence[Tensor], kind: BlockKind, mu: float, wanted: bool
+    ) -> Iterator[tuple[stored.Batch, Tensor]]:
+        """Bring momenta up to date; the directions that follow, batch by batch, where `wanted`."""
+        states = [self.state[p] for p in alike]
+        gradients = [local(p.grad) for p in alike if p.grad is not None]
+        # Gradients are bf16 where the user has set `Tensor.grad_dtype`.
+        narrow = self.momentum_dtype != torch.float32 or any(
+            g.dtype != kind.dtype for g in gradients
+        )
+        directions: Sequence[Tensor] = ()
+        if not narrow:
+            momenta = [local(state[stored.BUFFER]) for state in states]
+            torch._foreach_lerp_(momenta, gradients, 1 - mu)
+            if not wanted:
+                return
+            directions = torch._foreach_lerp(gradients, momenta, mu)
+        for batch in chunks(gradients, kind.size):
+            if narrow:
+                gradient = gather(gradients, batch).to(kind.dtype)
+                direction = self._narrow_direction(states, gradient, batch, mu)
+            else:
+                direction = gather(directions, batch)
+            if wanted:
+                yield batch, direction
 
     def _narrow_direction(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -315,12 +315,18 @@ class MergeSchedule:
         return None if _by_batches(optimizer) else self.turner.before_step(args, kwargs)
 
     @_disable_dynamo  # where Dynamo compiles `optimizer.step`, this stays out of its graphs
-    def turn_by_batches(self, optimizer: Optimizer, update: Callable[[], Any]) -> None:
+    def turn_by_batches(
+        self,
+        optimizer: Optimizer,
+        update: Callable[[], Any],
+        resting: Collection[nn.Parameter] = (),
+    ) -> None:
         """The step of an optimiser of this package in the merged form (`Turner.step`).
 
         Args:
             update: one step of all that is in the groups. It is called for the dense parameters,
                 then for the rotations, a batch of layers at a time.
+            resting: rotations that `update` will not write.
         """
         assert self.turner is not None
 
@@ -330,7 +336,15 @@ class MergeSchedule:
 
         with only(optimizer, lambda p: p not in self._skews):
             update()
-        self.turner.step(self.step + 1, self._moving(optimizer), update_those)
+        moving = self._moving(optimizer).difference(resting)
+        self.turner.step(self.step + 1, moving, update_those, resting)
+
+    def resting(self) -> set[nn.Parameter]:
+        """The rotations that do not turn in the step under way, where sides take turns.
+
+        Neighbouring layers turn different sides, so that all steps cost the same.
+        """
+        return {e.skews[(self.step + n) % 2] for n, (_, e) in enumerate(self._layers)}
 
     def _moving(self, optimizer: Optimizer) -> set[Tensor]:
         """The parameters that the step under way can move."""

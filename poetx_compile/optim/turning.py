@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,9 @@ class Turner:
 
     # --- what an optimiser of this package does ---------------------------------------------------
 
-    def step(self, number: int, moving: set[Tensor], update: Update) -> None:
+    def step(
+        self, number: int, moving: set[Tensor], update: Update, resting: Collection[Tensor] = ()
+    ) -> None:
         """Update and turn by batches.
 
         Args:
@@ -80,12 +82,13 @@ class Turner:
             moving: parameters whose rate is not zero; the others are updated as well, for the
                 sake of the optimiser's state.
             update: called once for each batch.
+            resting: what `update` will not write: it stays at rest.
         """
         for batch in layer_batches(self._with_gradients()):
-            self.open(batch)
+            self.open(batch, resting)
             try:
                 update({skew for _, e in batch for skew in e.skews})
-                self._turn(self._moved(moving), number)
+                self._turn(number, moving)
             finally:
                 self.close()
         self._finish()
@@ -118,20 +121,21 @@ class Turner:
     def after_step(self, number: int, moving: set[Tensor]) -> None:
         """Turn the weights by what the parameters hold now; arguments as for `step`."""
         try:
-            self._turn(self._moved(moving), number)
+            self._turn(number, moving)
         finally:
             self.close()
         self._finish()
 
-    def open(self, layers: Sequence[Layer]) -> None:
-        """Give the skew parameters of `layers` memory of their own, zeros."""
+    def open(self, layers: Sequence[Layer], resting: Collection[Tensor] = ()) -> None:
+        """Give the skew parameters of `layers` memory of their own, zeros, but those `resting`."""
         self.close()
         self._open = list(layers)
+        skews: list[Tensor] = [s for _, e in layers for s in e.skews if s not in resting]
         with torch.no_grad():
-            for skew in (skew for _, e in layers for skew in e.skews):
+            for skew in skews:
                 skew.data = torch.empty_like(skew)
-            if layers:
-                torch._foreach_zero_([skew for _, e in layers for skew in e.skews])
+            if skews:
+                torch._foreach_zero_(skews)
 
     def close(self) -> None:
         """Let all parameters be at rest."""
@@ -144,14 +148,15 @@ class Turner:
     def _with_gradients(self) -> list[Layer]:
         return [(m, e) for m, e in self._layers if any(s.grad is not None for s in e.skews)]
 
-    def _moved(self, moving: set[Tensor]) -> list[Layer]:
-        """The open layers that a step may have moved: what has a rate of zero keeps its bits."""
-        return [(m, e) for m, e in self._open if not moving.isdisjoint(e.skews)]
-
     @torch.no_grad()
-    def _turn(self, layers: Sequence[Layer], number: int) -> None:
-        """Turn some weights; their layers are marked as interrupted until `_finish`."""
+    def _turn(self, number: int, moving: set[Tensor]) -> None:
+        """Turn the open layers by the sides that move: what has a rate of zero keeps its bits.
+
+        They are marked as interrupted until `_finish`.
+        """
+        layers = [(m, e) for m, e in self._open if not moving.isdisjoint(e.skews)]
         sides = [(s.skew, s.block) for _, e in layers for s in e.sides if s.blocks]
+        sides = [(skew, b) for skew, b in sides if skew in moving]
         self._look_at([skew for skew, _ in sides])
         if _measured(number):
             self._angles += largest_norms(sides)
@@ -162,7 +167,8 @@ class Turner:
             try:
                 ops.turn_weight_(
                     weight,
-                    *(e.skew_in, e.skew_out, e.perm_in.pair, e.perm_out.pair),
+                    *(skew if skew in moving else skew[:0] for skew in e.skews),
+                    *(e.perm_in.pair, e.perm_out.pair),
                     *(e.block_in, e.block_out, e.order),
                     *(e.config.seed, number, self._numbers[e]),
                     self._finite[weight.device],

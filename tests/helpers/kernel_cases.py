@@ -188,7 +188,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         (meta(512, 499, dtype=BF16), rounded(6, 77), None, pair(499), None, BF16),
     ),
     **{f"delta, b {b}": ("rotation_delta", (skew(b), b, 3, BF16, 2)) for b in (2, 77, 256)},
-    **{f"orthogonalize, b {b}": ("orthogonalize_skew", (skew(b), b)) for b in (2, 77, 256, 512)},
+    **{f"orthogonalize, b {b}": ("orthogonalize_skew", (skew(b), b)) for b in (2, 77, 320, 1024)},
     "permute, widest": ("permute_columns", (meta(4096, 32768, dtype=BF16), pair(32768), False)),
     "permute, chunks": ("permute_columns", (meta(4096, 53248, dtype=BF16), pair(3328), False)),
     "permute fp32, chunks of 8": ("permute_columns", (meta(4096, 1032), pair(129), True)),

@@ -50,8 +50,8 @@ def attached(kind: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.
     return make
 
 
-def ours(kind: Any) -> Callable[[nn.Module], Any]:
-    return lambda model: kind(model, lr=0.01, poetx_lr=0.02, weight_decay=0.0)
+def ours(kind: Any, **options: Any) -> Callable[[nn.Module], Any]:
+    return lambda model: kind(model, lr=0.01, poetx_lr=0.02, weight_decay=0.0, **options)
 
 
 OPTIMISERS = {
@@ -59,6 +59,7 @@ OPTIMISERS = {
     "AdamW": attached(torch.optim.AdamW),
     "POETXAdamW": ours(poetx.POETXAdamW),
     "POETXMuon": ours(poetx.POETXMuon),
+    "POETXMuon, alternate": ours(poetx.POETXMuon, alternate=True),
 }
 
 

@@ -71,6 +71,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         kernel: Any, programs: int, *args: Any, num_warps: int, num_stages: int, **constants: Any
     ) -> None:
         assert programs > 0
+        limits = {"maxnreg": constants.pop("maxnreg")} if "maxnreg" in constants else {}
         signature = dict.fromkeys(constants, "constexpr")
         aligned: dict[tuple[int], Any] = {}
         for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
@@ -79,7 +80,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
             if is_tensor or value % 16 == 0:
                 aligned[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        options = {"num_warps": num_warps, "num_stages": num_stages, **limits}
         results.append(triton.compile(source, GPUTarget("cuda", 90, 32), options))
 
     modules = (

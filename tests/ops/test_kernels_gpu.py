@@ -22,7 +22,7 @@ from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_n
 from poetx_compile.ops.fold import fold_weight_reference
 from poetx_compile.ops.kernels.common import MAX_PERMUTE_WIDTH
 from poetx_compile.ops.orthogonalize import orthogonalize_skew_reference
-from poetx_compile.ops.packing import pack
+from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
 from poetx_compile.ops.rotation_delta import rotation_delta_reference
@@ -504,16 +504,52 @@ def test_kernels_run_inside_cuda_graphs():
     assert torch.equal(captured, out)
 
 
-@pytest.mark.parametrize("b", [2, 77, 256, 320, 1024])
+SIZES = [2, 3, 5, 16, 33, 64, 77, 128, 192, 256, 320, 384, 512, 768, 1024]
+
+
+@pytest.mark.parametrize("b", SIZES)
 def test_orthogonalize_skew(b, poisoned):
-    """Five steps in fp64, but for rounding."""
-    packed = torch.randn(3, b * (b - 1) // 2, device=DEVICE)
+    """The steps in fp64, but for rounding."""
+    packed = torch.randn(5, b * (b - 1) // 2, device=DEVICE)
     assert OPS["orthogonalize_skew"].kernel.applies(packed, b)
     actual = torch.ops.poetx.orthogonalize_skew(packed, b)
     expected = orthogonalize_skew_reference(packed.double(), b)
     assert relative_error(actual, expected) < ORTHOGONALIZED
     assert torch.equal(actual, torch.ops.poetx.orthogonalize_skew(packed, b)), "not deterministic"
     assert not torch.ops.poetx.orthogonalize_skew(torch.zeros_like(packed), b).any()
+    packed[1, 0] = math.nan
+    broken = torch.ops.poetx.orthogonalize_skew(packed, b)
+    assert not broken[1].isfinite().any()
+    assert torch.equal(broken[[0, 2, 3, 4]], actual[[0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("b", [b for b in SIZES if b > 16])
+def test_products_of_orthogonalisation(b, poisoned):
+    """Every element of every product: ptxas has dropped some (docs/decisions.md)."""
+    from poetx_compile.ops.kernels import orthogonalize as kernels
+
+    blocks, coefficients = 9, (1.5, -0.75, 0.5)
+    packed = torch.randn(blocks, b * (b - 1) // 2, device=DEVICE)
+    matrices = kernels.unpacked(packed, b, kernels.tiling_of(b), torch.bfloat16)
+    x = matrices[0].double()
+    assert_close(x[:, :b, :b], unpack(packed.double(), b), torch.bfloat16)
+    assert not x[:, b:].any()
+    assert not x[:, :, b:].any()
+    norm = torch.linalg.vector_norm(packed, dim=1)
+    kernels.by_tiles(matrices, norm, kernels.tiling_of(b), [coefficients])
+    alpha, beta, gamma = coefficients
+    x /= (norm.double() * 2**0.5)[:, None, None]
+    square = x @ x.mT
+    bound = kernels.BOUND * (torch.linalg.matrix_norm(square) * 0.5**0.5).sqrt()[:, None, None]
+    square, x = square / bound**2, x / bound
+    polynomial = beta * square + gamma * square @ square
+    for actual, expected, what in (
+        (-matrices[2].double(), polynomial, "polynomial"),
+        (matrices[1].double(), alpha * x + polynomial @ x, "result"),
+    ):
+        error = (actual - expected).abs() / expected.abs().amax((1, 2), keepdim=True)
+        assert error.max() < 0.02, f"{what}: {error.max()} at {(error == error.max()).nonzero()}"
+        assert_close(actual, expected, torch.bfloat16, what)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -251,13 +251,21 @@ x, y = torch.randn(2, 4200, 16)
 check("skew_block_products", "skew_block_products", x, y, 2, 8, pair(2), None, None, 0, None)
 """,
     "orthogonalize": """
-from poetx_compile.ops.kernels.orthogonalize import orthogonalize_skew
+from poetx_compile.ops.kernels.orthogonalize import Tiling, orthogonalize_skew
+from poetx_compile.ops.newton_schulz import newton_schulz
+from poetx_compile.ops.packing import pack, unpack
 
-for b in (2, 5, 33, 70):
+# In one program each; by tiles: of several programs, with padding. The slopes of the steps that are
+# used would enlarge the errors of fp32.
+tiles = {"tiling": Tiling(16, 16, 1, 1, 3, None)}
+for b, given in ((2, {}), (5, {}), (33, {}), (70, {}), (5, tiles), (30, tiles)):
     packed = 3 * skew(2, b)
     packed[1] *= b > 2  # a block of zeros stays
-    expected = reference("orthogonalize_skew", "orthogonalize")(packed.double(), b)
-    actual = orthogonalize_skew(packed, b, operands=torch.float32)
+    given["coefficients"] = (1.9, -1.2, 0.3), (1.5, -0.75, 0.25), (1.2, -0.3, 0.1)
+    wide = unpack(packed.double(), b)
+    norm = torch.linalg.matrix_norm(wide, keepdim=True).clamp_min(1e-30)
+    expected = pack(newton_schulz(wide / norm, given["coefficients"]))
+    actual = orthogonalize_skew(packed, b, operands=torch.float32, **given)
     assert_close(actual, expected, torch.float32, f"b = {b}")
 """,
     "turn_weight": """

@@ -19,19 +19,23 @@ STEPS = 20
 
 
 class Muon:
-    """Orthogonalised Nesterov momentum on packed skew blocks."""
+    """Orthogonalised Nesterov momentum on packed skew blocks: outputs, inputs of each layer."""
 
-    def __init__(self, parameters: list[Tensor], lr: float):
-        self.parameters, self.lr = parameters, lr
+    def __init__(self, parameters: list[Tensor], lr: float, alternate: bool = False):
+        self.parameters, self.lr, self.alternate = parameters, lr, alternate
         self.momenta = [torch.zeros_like(p) for p in parameters]
+        self.steps = 0
 
     @torch.no_grad()
     def step(self) -> None:
         rows, columns = torch.triu_indices(B, B, 1)
-        for p, m in zip(self.parameters, self.momenta, strict=True):
+        self.steps += 1
+        for i, (p, m) in enumerate(zip(self.parameters, self.momenta, strict=True)):
             if not p.numel():
                 continue
             m += 0.05 * (p.grad - m)
+            if self.alternate and (i + i // 2 + self.steps) % 2 == 0:
+                continue
             packed = 0.05 * p.grad + 0.95 * m
             x = p.new_zeros(len(p), B, B)
             x[:, rows, columns] = packed
@@ -40,7 +44,7 @@ class Muon:
             for _ in range(5):
                 square = x @ x.mT
                 x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-            p -= self.lr * x[:, rows, columns]
+            p -= self.lr * (1 + self.alternate) * x[:, rows, columns]
 
 
 REFERENCES = {
@@ -48,6 +52,7 @@ REFERENCES = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.0),
     "POETXAdamW": lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.9, 0.95), weight_decay=0.0),
     "POETXMuon": lambda p: Muon(p, lr=0.02),
+    "POETXMuon, alternate": lambda p: Muon(p, lr=0.02, alternate=True),
 }
 DENSE = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
@@ -55,6 +60,7 @@ DENSE = {
     "POETXAdamW": lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
     "POETXMuon": lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
 }
+DENSE["POETXMuon, alternate"] = DENSE["POETXMuon"]
 
 
 def rotation(packed: Tensor, size: int) -> Tensor:

@@ -66,6 +66,44 @@ def test_two_steps_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
             assert set(optimizer.state[skew]) == {"momentum_buffer"}
 
 
+def test_sides_take_turns() -> None:
+    """All momenta go on as without; one side of each layer turns, twice as far."""
+    models = [nn.Sequential(nn.Linear(32, 40), nn.Linear(40, 24)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        poetx.prepare(model, poetx.POETXConfig(block_size=8, max_angle=None))
+    both, one = POETXMuon(models[0]), POETXMuon(models[1], alternate=True)
+    expected = [torch.zeros_like(skew) for skew in skews(models[0])]
+    for step in range(3):
+        before = [skew.detach().clone() for skew in skews(models[0])]
+        for i, skew in enumerate(skews(models[0])):
+            skew.grad = torch.randn_like(skew)
+            skews(models[1])[i].grad = skew.grad.clone()
+        both.step()
+        one.step()
+        for i, (skew, other) in enumerate(zip(skews(models[0]), skews(models[1]), strict=True)):
+            if (i + i // 2 + step) % 2:
+                expected[i] += 2 * (skew.detach() - before[i])
+            assert relative_error(other.detach() + 1, expected[i] + 1) < 1e-14, (step, i)
+            momenta = [o.state[p]["momentum_buffer"] for o, p in ((both, skew), (one, other))]
+            assert torch.equal(*momenta)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_narrow_momenta_of_resting_sides_go_on(dtype: str) -> None:
+    states = []
+    for alternate in (False, True):
+        torch.manual_seed(0)
+        model = TinyLM(layers=1)
+        poetx.prepare(model, poetx.POETXConfig(block_size=8))
+        optimizer = POETXMuon(model, momentum_dtype=dtype, alternate=alternate)
+        train_step(model, optimizer)
+        states.append([optimizer.state[skew]["momentum_buffer"] for skew in skews(model)])
+    for whole, half in zip(*states, strict=True):
+        assert whole.any()
+        assert torch.equal(whole, half)
+
+
 def test_every_plane_turns_by_about_the_learning_rate() -> None:
     model, optimizer = build(POETXMuon, poetx_lr=0.02)
     train_step(model, optimizer)
