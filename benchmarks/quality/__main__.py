@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.options import positive
-from benchmarks.quality import corpora, methods, page, results, tables
+from benchmarks.page import ROOT, Page
+from benchmarks.quality import corpora, methods, results, tables
 from benchmarks.quality.lines import best, lines
 from benchmarks.quality.queue import Machine, Queue, label, summary
 from benchmarks.quality.settings import PlanError, Settings, load
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.set_defaults(command=_plot)
 
     pages = commands.add_parser("page", help="write tables and figures into docs/quality.md")
-    pages.set_defaults(command=lambda args: page.write(main))
+    pages.set_defaults(command=lambda args: PAGE.write())
 
     reference = commands.add_parser(
         "reference", help="our losses beside the reference implementation's, step by step",
@@ -178,6 +179,16 @@ def _reference(args: argparse.Namespace) -> int:
     sizes = args.steps, args.merge_interval, args.block_size, args.seed
     return reference.compare(args.reference, *sizes, args.dtype)
 
+
+def _shown(words: Sequence[str]) -> str | None:
+    """The plans of a picture of the page, and its kind."""
+    plans = [word for word in words[1 : words.index("--kind")] if not word.startswith("-")]
+    if not results.load_all(plans):
+        return None
+    return f"{' '.join(plans)}: {words[words.index('--kind') + 1]}"
+
+
+PAGE = Page("quality", ROOT / "docs" / "quality.md", main, _shown)
 
 if __name__ == "__main__":
     sys.exit(main())

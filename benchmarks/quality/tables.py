@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from benchmarks.page import NONE
 from benchmarks.quality.lines import Line, best, lines, name
 from benchmarks.rows import Row
 
@@ -24,8 +25,6 @@ COLUMNS = (
     "name", "block_size", "lr", "poetx_lr", "changes", "trained_share", "gradient_mib",
     "state_mib", "seeds", "val_loss", "over",
 )  # fmt: skip
-
-NONE = "*No rows yet.*"
 
 
 def changes(row: Row) -> dict[str, Any]:

@@ -71,12 +71,24 @@ def test_activation_checkpointing_changes_no_gradient():
         assert torch.equal(a.grad, b.grad)
 
 
+def test_a_loss_in_chunks_is_the_loss_at_once():
+    whole, chunked = Llama(SMALL), Llama(SMALL, loss_chunk=5)
+    chunked.load_state_dict(whole.state_dict())
+    tokens = torch.randint(0, 256, (2, 12))  # four chunks of 5 and one of 4
+    losses = [model(tokens, tokens) for model in (whole, chunked)]
+    assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(chunked.parameters(), whole.parameters(), strict=True):
+        assert_close(a.grad, b.grad)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_about_the_parameters_they_are_named_after(preset: str):
     with torch.device("meta"):
         model = Llama(LlamaConfig(**PRESETS[preset]))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    named = {"tiny": 0.49, "1b": 1200, "3b": 2600, "8b": 7800}
+    named = {"tiny": 0.49, "1b": 1200, "3b": 2600, "8b": 7800, "13b": 12700}
     expected = named.get(preset) or float(preset.removesuffix("m"))
     assert millions == pytest.approx(expected, rel=0.06)
     assert not any(name.endswith("bias") for name, _ in model.named_parameters())

@@ -22,7 +22,6 @@ from benchmarks.quality import (
     figures,
     lines,
     methods,
-    page,
     queue,
     results,
     tables,
@@ -448,9 +447,9 @@ def test_what_most_runs_have_is_said_once(tmp_path: Path) -> None:
 
 
 def test_the_page_of_quality_has_the_tables_of_the_rows() -> None:
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert page.filled(text, command.main) == text, "run python -m benchmarks.quality page"
-    plans = {word for found in page._PART.finditer(text) for word in found["command"].split()}
+    text = command.PAGE.path.read_text(encoding="utf-8")
+    assert command.PAGE.filled(text) == text, "run python -m benchmarks.quality page"
+    plans = {word for words in command.PAGE.commands(text) for word in words}
     assert plans >= {path.stem for path in PLANS.glob("*.json")} - {"smoke"}
 
 

@@ -35,9 +35,7 @@ class Pair(torch.optim.Optimizer):
         ]
 
 
-def optimizer(
-    model: nn.Module, *, lr: float, weight_decay: float, **options: Any
-) -> torch.optim.Optimizer:
+def optimizer(model: nn.Module, *, lr: float, weight_decay: float, **options: Any) -> Pair:
     """Muon with ``match_rms_adamw``, so that AdamW's learning rates fit, and AdamW.
 
     Hidden matrices are the weights of `nn.Linear` but for the head, which like embeddings and
