@@ -282,7 +282,7 @@ def _spread(model: Any, case: Case) -> nn.Module:
 def _counted_allreduce(sent, bucket):  # type: ignore[no-untyped-def]  # DDP refuses strings
     """What DDP does without a hook, and the bytes of it."""
     sent.reduced += bucket.buffer().nbytes
-    return allreduce_hook(dist.group.WORLD, bucket)
+    return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
