@@ -144,15 +144,24 @@ class Llama(nn.Module):
         config: the shapes.
         activation_checkpointing: keep only the input of each block and recompute the rest in the
             backward.
+        loss_chunk: with targets, make the logits of so many tokens at a time, and again in the
+            backward: long sequences then need no room for all of them. ``None`` for all at once.
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: LlamaConfig, *, activation_checkpointing: bool = False):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        activation_checkpointing: bool = False,
+        loss_chunk: int | None = None,
+    ):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.loss_chunk = loss_chunk
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -186,10 +195,21 @@ class Llama(nn.Module):
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
-        logits = self.lm_head(self.norm(x))
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.lm_head(self.norm(x))
+        return self.loss(x, targets)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """The mean cross-entropy in nats of what the last block returns."""
+        x, targets = self.norm(x).flatten(0, 1), targets.flatten()
+        if self.loss_chunk is None:
+            return F.cross_entropy(self.lm_head(x).float(), targets)
+        chunks = zip(x.split(self.loss_chunk), targets.split(self.loss_chunk), strict=True)
+        losses = [checkpoint(self._summed_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum() / targets.numel()
+
+    def _summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.lm_head(x).float(), targets, reduction="sum")
 
 
 def rotary_table(config: LlamaConfig) -> tuple[Tensor, Tensor]:
