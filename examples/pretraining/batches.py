@@ -1,4 +1,4 @@
-"""Batches of byte windows, as a pure function of the seed and the position in the data."""
+"""Batches of windows of tokens, as a pure function of the seed and the position in the data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class TrainBatches:
     """Shuffled windows without replacement; every epoch has its own order and its own offset.
 
     The whole state is `position`: what is drawn follows from (seed, position), so a resumed run
-    continues with exactly the bytes it would have seen.
+    continues with exactly the tokens it would have seen.
 
     Args:
-        data: uint8 [bytes].
-        seq_len: tokens in a window; its targets are the same window moved by one byte.
+        data: integers [tokens].
+        seq_len: tokens in a window; its targets are the same window moved by one token.
         batch_size: windows in a batch.
         seed: seed of the order; the global generators are not touched.
         position: number of windows already drawn, by all processes.
@@ -87,7 +87,7 @@ def window_count(data: Tensor, seq_len: int, split: str) -> int:
     count = (len(data) - 1) // seq_len
     if count < 1:
         raise RunError(
-            f"the {split} split has {len(data)} bytes, one sequence needs {seq_len + 1}: "
+            f"the {split} split has {len(data)} tokens, one sequence needs {seq_len + 1}: "
             "give more data or a smaller --seq-len"
         )
     return count

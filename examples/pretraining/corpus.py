@@ -1,4 +1,4 @@
-"""Byte-level corpora: the standard library's own sources, or the user's files.
+"""Corpora: the standard library's own sources, or the user's files.
 
 A corpus is a list of documents (a file, or a line of a jsonl file), split into train and
 validation by the hash of their contents, so that the split is the same on every machine and a
@@ -25,27 +25,34 @@ from pretraining.failure import RunError
 END_OF_DOCUMENT = b"\0"
 VALIDATION_SHARE = 0.05
 _FEWEST_DOCUMENTS = 20
+_TEXT_NAMES = (".txt", ".md", ".rst", ".py", ".jsonl", ".jsonl.gz")
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Train and validation bytes.
+    """Train and validation bytes, or tokens of them.
 
     Attributes:
         name: where the bytes come from, for the log.
-        train, validation: uint8 [bytes]; documents end with a zero byte.
+        train, validation: uint8 [bytes]; documents end with a zero byte. Or int32 [tokens].
         documents: number of documents in (train, validation).
+        bytes_of: int64 [vocabulary], the bytes that each token stands for; ``None``: one each.
     """
 
     name: str
     train: Tensor
     validation: Tensor
     documents: tuple[int, int]
+    bytes_of: Tensor | None = None
+
+    def bytes_in(self, tokens: Tensor) -> int:
+        """How many bytes some tokens stand for."""
+        return tokens.numel() if self.bytes_of is None else int(self.bytes_of[tokens].sum())
 
     @property
     def fingerprint(self) -> str:
-        """Hash of both splits: a resumed run checks that it reads the same bytes."""
+        """Hash of both splits: a resumed run checks that it reads the same tokens."""
         digest = hashlib.sha256(self.train.numpy().tobytes())
         digest.update(self.validation.numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -63,15 +70,21 @@ class Corpus:
 
 
 def load_corpus(paths: Sequence[str] = ()) -> Corpus:
-    """The corpus of `paths` (text, .jsonl, .jsonl.gz), or the standard library's sources.
+    """The corpus of `paths` (text, .jsonl, .jsonl.gz, folders), or the standard library's sources.
+
+    Of a folder it takes the files named as text, sources or jsonl; those that are none are left
+    out and counted.
 
     Raises:
         RunError: a file is missing, empty, not text or not valid jsonl; or nothing is left for one
             of the splits.
     """
     if paths:
-        documents = [d for path in paths for d in read_documents(Path(path))]
-        return split_documents(", ".join(str(p) for p in paths), documents)
+        found = [_read(Path(path)) for path in paths]
+        documents = [d for documents, _ in found for d in documents]
+        left = sum(count for _, count in found)
+        name = ", ".join(str(p) for p in paths)
+        return split_documents(name + (f" ({left} files left out)" if left else ""), documents)
     folder = Path(sysconfig.get_path("stdlib"))
     files = standard_library_files(folder)
     if not files:
@@ -85,10 +98,25 @@ def standard_library_files(folder: Path) -> list[Path]:
     return sorted((f for f in files if f.is_file()), key=lambda f: f.relative_to(folder).as_posix())
 
 
+def _read(path: Path) -> tuple[list[bytes], int]:
+    """The documents of a file or of a folder, and how many files of it are no text."""
+    if not path.is_dir():
+        return read_documents(path), 0
+    files = (f for f in path.rglob("*") if f.name.lower().endswith(_TEXT_NAMES) and f.is_file())
+    documents: list[bytes] = []
+    left = 0
+    for file in sorted(files, key=lambda f: f.relative_to(path).as_posix()):
+        try:
+            documents += read_documents(file)
+        except RunError:
+            left += 1
+    if not documents:
+        raise RunError(f"{path} has no text: --data takes files named {', '.join(_TEXT_NAMES)}")
+    return documents, left
+
+
 def read_documents(path: Path) -> list[bytes]:
     """The documents of one file: the lines' "text" of a jsonl file, else the file as a whole."""
-    if path.is_dir():
-        raise RunError(f"{path} is a folder: --data takes files (.txt, .jsonl, .jsonl.gz)")
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -6,7 +6,9 @@ Everything else of a run is the same for both; what differs between them stands 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,20 +92,47 @@ def build(
         optimizer = _poetx_optimizer(model, options)
     else:
         optimizer = _dense_optimizer(model, options)
-    if not options.no_compile:
+    if options.compile_by == "block" and not options.no_compile:
+        for block in model.layers:
+            block.compile(backend=backend, options=compile_options)
+    elif not options.no_compile:
         forward = torch.compile(forward, backend=backend, options=compile_options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Method(label, model, forward, optimizer, 100 * trained / dense, summary)
 
 
 def _poetx_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    kind = poetx.POETXMuon if options.optimizer == "muon" else poetx.POETXAdamW
-    return kind(model, lr=options.lr, poetx_lr=options.poetx_lr, betas=BETAS, weight_decay=0.0)
+    rates: dict[str, Any] = {"lr": options.lr, "poetx_lr": options.poetx_lr, "betas": BETAS}
+    if options.optimizer == "muon":
+        dtype = options.momentum_dtype
+        return poetx.POETXMuon(model, **rates, weight_decay=0.0, momentum_dtype=dtype)
+    if options.momentum_dtype != "float32":
+        raise RunError("--momentum-dtype is of --optimizer muon: leave one of them out")
+    return poetx.POETXAdamW(model, **rates, weight_decay=0.0)
 
 
 def _dense_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     group = {"params": list(model.parameters()), "name": "dense"}
     return torch.optim.AdamW([group], lr=options.lr, betas=BETAS, weight_decay=0.0, fused=True)
+
+
+@contextmanager
+def built_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, parameters are made on `device` in `dtype`: there is never a copy in another one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def be_deterministic() -> None:
+    """Same input, same bits, on CUDA too; what cannot be raises. Before CUDA is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def pick_device(name: str) -> torch.device:

@@ -23,7 +23,9 @@ class Row:
 
     Attributes:
         step: optimiser steps done.
-        loss: mean training loss since the last row, nats per byte.
+        loss: mean training loss since the last row, nats per byte, so that runs with different
+            vocabularies compare.
+        loss_per_token: the same, nats per token.
         val_loss: validation loss, nats per byte; in the rows of evaluations.
         lr: the learning rate of the last step, for each parameter group.
         tokens_per_s: training tokens per second since the last row, without compilation and
@@ -36,6 +38,7 @@ class Row:
 
     step: int
     loss: float | None
+    loss_per_token: float | None
     val_loss: float | None
     lr: dict[str, float]
     tokens_per_s: float | None

@@ -23,8 +23,15 @@ class Options:
     preset: str = _option("tiny", "size of the model", choices=tuple(PRESETS))
     steps: int = _option(250, "optimiser steps", least=1, free=True)
     batch_size: int = _option(8, "sequences in a batch, of all processes together", least=1)
-    seq_len: int = _option(128, "bytes in a sequence", least=2)
-    vocab_size: int = _option(256, "size of the vocabulary; bytes use the first 256", least=256)
+    seq_len: int = _option(128, "tokens in a sequence", least=2)
+    tokenizer: str = _option(
+        "bytes",
+        "bytes, or a byte-level BPE, trained on the corpus and kept in the run folder",
+        choices=("bytes", "bpe"),
+    )
+    vocab_size: int | None = _option(
+        None, "tokens of the vocabulary (default: 256 for bytes, 32000 for bpe)", least=256
+    )
     seed: int = _option(0, "seed of the weights, the data order and the permutations", least=0)
     device: str = _option("auto", "cpu, cuda, cuda:1, …; auto: CUDA where there is one", free=True)
     dtype: str = _option(
@@ -33,12 +40,26 @@ class Options:
         "auto: autocast on CUDA, float32 elsewhere",
         choices=("auto", "float32", "autocast", "bfloat16"),
     )
+    gpu_memory: str | None = _option(
+        None,
+        "of the CUDA device, what one of this size has for tensors, such as 80GB",
+        metavar="SIZE",
+        free=True,
+    )
+    deterministic: bool = _option(
+        False, "on CUDA as well, the same bits each time; slower", free=True
+    )
     method: str = _option(
         "poetx",
         "POET-X, dense training, or one after the other with plots of both",
         choices=("poetx", "adamw", "both"),
     )
     optimizer: str = _option("muon", "optimiser of the rotations", choices=("muon", "adamw"))
+    momentum_dtype: str = _option(
+        "float32",
+        "in which muon keeps the momentum of the rotations",
+        choices=("float32", "bfloat16", "int8"),
+    )
     lr: float = _option(3e-3, "peak learning rate of everything that is not a rotation", above=0)
     poetx_lr: float | None = _option(
         None, "peak learning rate of the rotations (default: the optimiser's own)", above=0
@@ -61,6 +82,16 @@ class Options:
         "chunked", "of chunks of columns, or of single ones, slower", choices=("random", "chunked")
     )
     activation_checkpointing: bool = _option(False, "recompute each block in the backward")
+    loss_chunk: int | None = _option(
+        None, "tokens whose logits are made at a time (default: all)", least=1
+    )
+    compile_by: str = _option(
+        "model",
+        "the whole model as one graph, or each block by itself, with one code for all: it starts "
+        "sooner",
+        choices=("model", "block"),
+        free=True,
+    )
     stage: str = _option(
         "inductor",
         "what runs the compiled graphs",
@@ -77,9 +108,9 @@ class Options:
     no_compile: bool = _option(False, "run the model without torch.compile", free=True)
     data: tuple[str, ...] = _option(
         (),
-        'files to train on: text, .jsonl or .jsonl.gz with a "text" in each line '
-        "(default: the Python standard library's sources)",
-        metavar="FILE",
+        'files to train on: text, .jsonl or .jsonl.gz with a "text" in each line; or folders, '
+        "for the text files below them (default: the Python standard library's sources)",
+        metavar="PATH",
     )
     out: str | None = _option(
         None,
@@ -95,6 +126,10 @@ class Options:
     log_every: int = _option(10, "steps between rows of metrics.jsonl", least=1, free=True)
     eval_every: int = _option(50, "steps between validations", least=1, free=True)
     eval_batches: int = _option(16, "batches of a validation", least=1)
+    sample_tokens: int = _option(
+        128, "tokens that the trained model writes at the end", least=0, free=True
+    )
+    no_export: bool = _option(False, "leave out the plain model at the end", free=True)
     save_every: int = _option(100, "steps between checkpoints", least=1, free=True)
 
     def __post_init__(self) -> None:
@@ -105,6 +140,11 @@ class Options:
     def warmup_steps(self) -> int:
         return min(100, self.steps // 10) if self.warmup is None else min(self.warmup, self.steps)
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that the model knows."""
+        return self.vocab_size or {"bytes": 256, "bpe": 32000}[self.tokenizer]
+
     def to_dict(self) -> dict[str, Any]:
         """A dict of JSON values."""
         return {**dataclasses.asdict(self), "data": list(self.data)}
@@ -114,7 +154,7 @@ def parse(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """The options that were given on the command line, and only those."""
     parser = _Parser(
         prog="pretrain.py",
-        description="Pretrain a byte-level Llama with POET-X (or densely) on text.",
+        description="Pretrain a Llama with POET-X (or densely) on text.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

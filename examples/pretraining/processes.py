@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ import poetx_compile as poetx
 from llama import Llama
 from poetx_compile.distributed.shards import is_sharded, shard_like, whole
 from pretraining.failure import RunError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,13 @@ class Processes:
         flags = torch.tensor(int(flag))
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags)
+
+    def of_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the first process, in all of them."""
+        box: list[Any] = [make() if self.is_first else None]
+        if self.several:
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
 
     def wait(self) -> None:
         """Wait until every process is here."""

@@ -54,6 +54,7 @@ class Training:
         self.trained = [p for p in method.model.parameters() if p.requires_grad]
         self.step, self.val_loss = 0, math.nan
         self._tokens, self._seconds = 0, 0.0
+        self._bytes = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -134,12 +135,18 @@ class Training:
         pairs = validation_batches(
             self.corpus.validation, o.seq_len, o.batch_size, o.eval_batches, self.part
         )
-        losses = [self._loss(*pair, forward=self.method.model) for pair in pairs]
-        return self.group.mean(torch.stack(losses).double().mean())
+        losses, tokens, count = [], 0, 0
+        with torch.compiler.set_stance("force_eager"):  # blocks may be compiled in place
+            for pair in pairs:
+                losses.append(self._loss(*pair, forward=self.method.model))
+                tokens, count = tokens + pair[1].numel(), count + self.corpus.bytes_in(pair[1])
+        loss = self.group.mean(torch.stack(losses).double().mean())
+        return loss * tokens / self._share_of(count)
 
     def _window(self, bar: tqdm, stopped: Callable[[], bool]) -> Row:
         """The steps up to the next row of metrics.jsonl."""
         losses: list[Tensor] = []
+        self._bytes = 0
         begun = time.perf_counter()
         while True:
             losses.append(self._step())
@@ -151,10 +158,11 @@ class Training:
         seconds = time.perf_counter() - begun
         tokens = len(losses) * self.options.batch_size * self.options.seq_len
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
-        lr = self.method.learning_rates()
+        per_byte = loss * tokens / self.group.count / self._share_of(self._bytes)
+        lr, peak = self.method.learning_rates(), peak_memory_mib(self.device)
         bar.set_postfix_str(
             f"loss {loss:.3f}, lr {' '.join(f'{v:.1e}' for v in lr.values())}, "
-            f"{tokens / seconds:,.0f} tok/s"
+            f"{tokens / seconds:,.0f} tok/s, peak {peak / 1024:.2f} GiB"
         )
         angle = error = val_loss = None
         if self._is_due("eval_every"):
@@ -162,11 +170,12 @@ class Training:
             angle, error = self.method.angle_and_error()
         return Row(
             step=self.step,
-            loss=loss,
+            loss=per_byte,
+            loss_per_token=loss,
             val_loss=val_loss,
             lr=lr,
             tokens_per_s=tokens / seconds,
-            peak_memory_mib=peak_memory_mib(self.device),
+            peak_memory_mib=peak,
             max_angle=angle,
             orthogonality_error=error,
         )
@@ -177,13 +186,19 @@ class Training:
         factor = lr_factor(self.step, o.steps, o.warmup_steps)
         for group, peak in zip(optimizer.param_groups, self.peak_lr, strict=True):
             group["lr"] = peak * factor
-        loss = self._loss(*self.batches.next())
+        tokens, targets = self.batches.next()
+        self._bytes += self.corpus.bytes_in(targets)
+        loss = self._loss(tokens, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, o.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return loss.detach()
+
+    def _share_of(self, count: int) -> float:
+        """The mean of a count over the processes."""
+        return self.group.mean(torch.tensor(count)) if self.group.several else count
 
     def _loss(
         self,

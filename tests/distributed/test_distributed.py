@@ -37,3 +37,7 @@ def test_resume_on_another_number_of_processes(tmp_path: Path) -> None:
 
 def test_pipeline_stages(tmp_path: Path) -> None:
     run("stages", tmp_path)
+
+
+def test_the_benchmark_of_scaling(tmp_path: Path) -> None:
+    run("scaling", tmp_path)

@@ -27,7 +27,7 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 ARGUMENTS = (
     "--data text.txt --device cpu --seq-len 8 --batch-size 4 --block-size 32 --merge-interval 5 "
     f"--redraw-interval 5 --eval-every 6 --log-every 1 --save-every 4 --eval-batches 2 "
-    f"--no-compile --steps {STEPS}"
+    f"--no-compile --sample-tokens 2 --steps {STEPS}"
 ).split()
 
 

@@ -13,6 +13,7 @@ import torch
 from pretraining.batches import TrainBatches, validation_batches
 from pretraining.corpus import load_corpus, split_documents, standard_library_files
 from pretraining.failure import RunError
+from pretraining.tokenizer import BPE, train_bpe
 
 
 def texts(tensor: torch.Tensor) -> list[bytes]:
@@ -101,8 +102,38 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
 def test_missing_files_and_folders_are_named(tmp_path: Path):
     with pytest.raises(RunError, match=r"cannot read .*gone.txt"):
         load_corpus([str(tmp_path / "gone.txt")])
-    with pytest.raises(RunError, match="is a folder"):
+    with pytest.raises(RunError, match=r"has no text: --data takes files named \.txt"):
         load_corpus([str(tmp_path)])
+
+
+def test_of_a_folder_the_texts_are_taken_and_what_is_none_is_counted(tmp_path: Path):
+    for i in range(30):
+        (tmp_path / f"{i % 3}").mkdir(exist_ok=True)
+        (tmp_path / f"{i % 3}" / f"{i}.py").write_text(f"document {i}")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "model.bin").write_bytes(b"\0")
+    corpus = load_corpus([str(tmp_path)])
+    assert corpus.name == f"{tmp_path} (1 files left out)"
+    assert sum(corpus.documents) == 30
+    assert set(texts(corpus.train) + texts(corpus.validation)) == {
+        f"document {i}".encode() for i in range(30)
+    }
+
+
+def test_tokens_of_a_bpe_stand_for_the_bytes_of_the_corpus():
+    documents = [f"déjà vu, {i} times\n\tthe same\r\n".encode() for i in range(40)]
+    corpus = split_documents("test", [*documents, b"not utf-8: \xff"])
+    tokenizer = BPE(train_bpe(corpus, 300))
+    tokens = tokenizer.tokenized(corpus)
+    assert len(tokens.train) < len(corpus.train) / 2
+    for split in ("train", "validation"):
+        found, expected = getattr(tokens, split), getattr(corpus, split)
+        text = tokenizer.decode(found.tolist())
+        assert text == expected.numpy().tobytes().replace(b"\0", b"").decode(errors="replace")
+        replaced = 2 * text.count("\ufffd")  # three bytes for one
+        assert tokens.bytes_in(found) == len(expected) + replaced
+    assert tokens.fingerprint == BPE(tokenizer.text).tokenized(corpus).fingerprint
+    assert tokens.fingerprint != corpus.fingerprint
 
 
 def test_an_epoch_shows_every_window_once_and_targets_are_one_ahead():

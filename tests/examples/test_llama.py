@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama import PRESETS, Llama, LlamaConfig, load
 from pretrain import export
+from pretraining.methods import built_in
 from pretraining.schedule import lr_factor
 from tests.helpers.tolerances import assert_close
 
@@ -108,6 +110,30 @@ def test_schedule_warms_up_and_ends_at_one_per_cent():
     assert factors[-1] == pytest.approx(0.01)
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert lr_factor(0, 1, 0) == 1.0
+
+
+def test_weights_are_made_in_their_dtype_and_the_rotary_table_in_fp32():
+    made = []
+    with built_in(torch.device("cpu"), torch.bfloat16), Made(made):
+        model = Llama(SMALL)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.cos.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+    assert max(t.numel() for t in made if t.dtype == torch.float32) <= model.cos.numel()
+
+
+class Made(TorchDispatchMode):
+    """Lists the tensors that are made inside."""
+
+    def __init__(self, made: list[torch.Tensor]):
+        super().__init__()
+        self.made = made
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.made.append(result)
+        return result
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])

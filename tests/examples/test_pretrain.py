@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ FINAL = re.compile(
 FIELDS = {
     "step",
     "loss",
+    "loss_per_token",
     "val_loss",
     "lr",
     "tokens_per_s",
@@ -42,12 +44,14 @@ WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 2}
     monkeypatch.setitem(llama.PRESETS, "tiny", shape)
     monkeypatch.chdir(tmp_path)
     text = " ".join(WORDS[(i * i + i // 7) % 10] for i in range(2000))
     (tmp_path / "text.txt").write_text(text)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def run(out: str, *more: str, code: int = 0, steps: int = 8) -> None:
     arguments = ["--data", "text.txt", "--out", out, "--device", "cpu", "--seq-len", "16"]
     arguments += ["--batch-size", "4", "--block-size", "8", "--steps", str(steps)]
     arguments += ["--eval-every", "4", "--log-every", "1", "--save-every", "4"]
-    arguments += ["--eval-batches", "2"]
+    arguments += ["--eval-batches", "2", "--sample-tokens", "4"]
     if "--stage" not in more:
         arguments.append("--no-compile")
     assert main([*arguments, *more]) == code
@@ -98,6 +102,7 @@ def test_a_run_leaves_a_complete_folder(more: tuple[str, ...], groups: set[str],
         "spectrum.json",
         "loss.png",
         "spectrum.png",
+        "sample.txt",
         "export",
     }
     rows = read_rows(Path("out/metrics.jsonl"))
@@ -105,6 +110,7 @@ def test_a_run_leaves_a_complete_folder(more: tuple[str, ...], groups: set[str],
     for row in rows:
         assert set(row) == FIELDS
         assert set(row["lr"]) == groups
+        assert row["loss_per_token"] == row["loss"]  # tokens are bytes
         assert row["tokens_per_s"] > 0
         assert row["peak_memory_mib"] > 0
         evaluated = row["step"] % 4 == 0
@@ -142,11 +148,22 @@ def test_poetx_keeps_the_spectrum_and_dense_training_does_not():
     assert moved["dense"] > 0.05
 
 
+AS_8B = "--tokenizer bpe --vocab-size 300 --dtype bfloat16 --merge-interval 1 --momentum-dtype int8"
+AS_8B += " --loss-chunk 20 --deterministic"
+
+
 @quick
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("method", ["poetx", "adamw"])
-def test_resume_continues_bit_for_bit(method: str, optimizer: str, monkeypatch: pytest.MonkeyPatch):
-    more = ("--method", method, "--optimizer", optimizer, "--merge-interval", "3")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--merge-interval 3",
+        "--merge-interval 3 --optimizer adamw",
+        "--method adamw",
+        AS_8B,
+    ],
+)
+def test_resume_continues_bit_for_bit(options: str, monkeypatch: pytest.MonkeyPatch):
+    more = options.split()
     run("whole", *more, steps=12)
 
     step = Training._step
@@ -167,6 +184,62 @@ def test_resume_continues_bit_for_bit(method: str, optimizer: str, monkeypatch: 
     assert whole["extra"]["position"] == cut["extra"]["position"] == 12 * 4
     for name, tensor in whole["model"].items():
         assert torch.equal(tensor, cut["model"][name]), name
+    kept = ["sample.txt", *(["tokenizer.json"] if "bpe" in more else [])]
+    for name in kept:
+        assert Path("cut", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+@quick
+def test_a_tokenizer_is_trained_once_and_losses_per_byte_compare(monkeypatch: pytest.MonkeyPatch):
+    from transformers import AutoTokenizer
+
+    run("out", "--tokenizer", "bpe", "--vocab-size", "400", "--seq-len", "8")
+    rows = read_rows(Path("out/metrics.jsonl"))
+    ratios = [row["loss_per_token"] / row["loss"] for row in rows]  # bytes a token
+    assert min(ratios) > 2
+    assert max(ratios) < 8
+    assert rows[-1]["val_loss"] < 0.6 * rows[-1]["loss_per_token"]
+    tokenizer = AutoTokenizer.from_pretrained("out/export")
+    text = "alpha βeta\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    monkeypatch.setattr(pretrain, "train_bpe", None)
+    assert main(["--out", "out", "--resume", "--steps", "9"]) == 0
+    Path("out/tokenizer.json").write_text("{}")
+    assert main(["--out", "out", "--resume", "--steps", "10"]) == 2
+
+
+@quick
+def test_what_is_saved_is_the_model_and_no_copy_of_it(monkeypatch: pytest.MonkeyPatch):
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(pretrain, "save_checkpoint", lambda _, state: seen.update(state))
+    window = Training._window
+
+    def spy(self: Training, *rest: Any) -> Any:
+        seen["training"] = self
+        return window(self, *rest)
+
+    monkeypatch.setattr(Training, "_window", spy)
+    run("out", steps=1)
+    model = seen["training"].method.model
+    held = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    assert {t.data_ptr() for t in seen["model"].values()} <= held
+
+
+@quick
+def test_out_of_memory_is_told_with_what_is_needed(monkeypatch: pytest.MonkeyPatch, capsys):
+    def full(self: Training) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(Training, "_step", full)
+    run("out", "--method", "adamw", code=2)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory in step 1: AdamW needs " in error
+    assert "use a smaller --batch-size" in error
+    failure = json.loads(Path("out/failure.json").read_text())
+    assert failure["step"] == 0
+    weights, gradients, state = (failure[f"{n}_gib"] for n in ("weights", "gradients", "state"))
+    assert gradients < weights < 1.1 * gradients  # and the rotary table
+    assert state == 2 * gradients
 
 
 @quick
@@ -239,8 +312,10 @@ def test_a_line_tells_how_long_it_has_been_going_on(capsys):
 def test_compiled_through_the_backend_as_in_eager():
     run("eager", "--permutation", "chunked")
     run("compiled", "--stage", "aot_eager", "--permutation", "chunked")
-    for (_, a, _), (_, b, _) in zip(losses("eager"), losses("compiled"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+    run("blocks", "--stage", "aot_eager", "--permutation", "chunked", "--compile-by", "block")
+    for compiled in ("compiled", "blocks"):
+        for (_, a, _), (_, b, _) in zip(losses("eager"), losses(compiled), strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
 
 
 @quick
@@ -310,6 +385,10 @@ def snapshot(folder: str) -> dict[str, bytes]:
         (["--vocab-size", "100"], "--vocab-size 100: use a whole number of at least 256"),
         (["--device", "toaster"], "--device toaster"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
+        (["--gpu-memory", "much"], "gpu_memory = 'much' is not allowed: use a size such as"),
+        (["--gpu-memory", "80GB", "--device", "cpu"], "--gpu-memory caps a CUDA device"),
+        (["--data", "text.txt", "--tokenizer", "bpe", "--vocab-size", "256"], "at least 258"),
+        (["--optimizer", "adamw", "--momentum-dtype", "int8"], "--momentum-dtype is of"),
         (["--data", "gone.txt"], "cannot read gone.txt"),
         (["--data", "empty.txt"], "empty.txt is empty"),
         (["--data", "text.txt", "--seq-len", "100000"], "smaller --seq-len"),
