@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--optimizers", type=list_of(str), default=("adamw",), help="of POET-X: adamw,muon")
     add("--preset", default="1b", help="shapes of examples/llama.py")
+    add("--layers", type=positive, help="decoder layers, in place of the preset's number")
     add("--vocabulary", type=positive, default=32000)
     add("--batch", type=positive, default=8)
     add("--length", type=positive, default=1024)

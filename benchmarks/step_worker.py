@@ -45,6 +45,7 @@ class StepCase:
         method: ``"dense"`` (fused AdamW), ``"poetx"``, or ``"peer"``.
         optimizer: of POET-X, a key of `OPTIMIZERS`.
         preset: shapes of `examples/llama.py`.
+        layers: how many decoder layers; ``None`` for as many as the preset has.
         accumulation: batches whose gradients are added before a step of the optimiser.
         keep_folded: the backend's option, of POET-X.
         memory_budget: the field of `POETXConfig`.
@@ -61,6 +62,7 @@ class StepCase:
     block_size: int = 256
     optimizer: str = "adamw"
     preset: str = "1b"
+    layers: int | None = None
     vocabulary: int = 32000
     batch: int = 8
     length: int = 1024
@@ -208,6 +210,8 @@ def untrained(case: StepCase) -> nn.Module:
         "vocab_size": case.vocabulary,
         "max_seq_len": case.length,
     }
+    if case.layers is not None:
+        shapes["num_layers"] = case.layers
     return Llama(LlamaConfig(**shapes))
 
 
