@@ -170,22 +170,29 @@ def poetx_of(layer: Layer, variant: str, formulation: str, ceilings: Ceilings) -
     return min(schedules, key=lambda costs: total_ms(costs, ceilings))
 
 
-def merged(layer: Layer) -> list[Cost]:
+def merged(layer: Layer, alternate: bool = False) -> list[Cost]:
     """Forward, backward and a step of `POETXMuon` of a layer that is merged every step.
 
     ``4·T·m·n + 2·T·b·(m+n)`` FLOPs; once a step, the turn of the weight: ``4·b·m·n``, every element
     read and written once.
+
+    Args:
+        alternate: of two steps that turn one side each, the mean.
     """
-    costs = [_gemm(layer, "forward"), _gemm(layer, "dx"), _fold(layer, True, True)]
+    turns = 2 if alternate else 1
+    fold = _fold(layer, True, True)
+    fold = dataclasses.replace(fold, flops=fold.flops // turns)
+    costs = [_gemm(layer, "forward"), _gemm(layer, "dx"), fold]
     for side in layer.sides:
         cube, packed = side.blocks * side.b**3, _packed_bytes(side)
         costs.append(_on_blocks(layer, side, "block product", result=packed))
         costs.append(Cost("momentum", 0, 4 * packed))
         # Each product has a symmetric or a skew result: half of 2·b³.
-        costs.append(Cost("orthogonalise", _ORTHOGONALISING * cube, 2 * packed))
+        costs.append(Cost("orthogonalise", _ORTHOGONALISING * cube // turns, 2 * packed // turns))
         expansion = cayley(side, layer.order, precise=layer.precise)[0]
         moved = packed + layer.element_size * side.blocks * side.b**2
-        costs.append(dataclasses.replace(expansion, bytes=moved))
+        made = dataclasses.replace(expansion, flops=expansion.flops // turns, bytes=moved // turns)
+        costs.append(made)
     return costs
 
 

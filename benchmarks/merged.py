@@ -3,14 +3,16 @@
 The time of a POET-X layer holds all that a training step pays for it with ``merge_interval=1``:
 forward, backward with dX and the packed gradients, momentum, orthogonalisation, the rotations of
 the step, and the turn of the weight. It is compared with a trained `nn.Linear` and its share of
-fused AdamW.
+fused AdamW. Where sides take turns (``--sides one``) both steps are timed; a row has their mean.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +29,7 @@ from poetx_compile.layers.prepared import equivalence_of, stored_weight
 from poetx_compile.optim.adamw import adamw_step
 
 COLUMNS = (
-    "tokens", "in_features", "out_features", "block_size", "variant", "permutation", "ms",
+    "tokens", "in_features", "out_features", "block_size", "sides", "variant", "permutation", "ms",
     "step_ms", "linear_ms", "adamw_ms", "ratio", "floor_ratio", "layer_ratio", "saved_mib",
     "saved_output_mib", "linear_saved_mib", "gradient_error", "step_error",
 )  # fmt: skip
@@ -36,6 +38,9 @@ STEP_TOLERANCE = 0.05
 """Of the component of a step along that in float64. Orthogonalisation in bf16 alone moves it by a
 few thousandths; a wrong side, sign or factor by a quarter and more."""
 
+
+SIDES = {"both": (None,), "one": (0, 1)}
+"""Sides that turn in a step, and which of them rests: in a step, or in one after another."""
 
 RATE = 5e-3
 """A step of POETXMuon turns by about four times as much: many times what rounding moves."""
@@ -51,6 +56,7 @@ class Case:
     block_size: int
     variant: str
     permutation: str
+    sides: str = "both"
 
     def config(self) -> poetx.POETXConfig:
         """The configuration of the layer."""
@@ -68,15 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     options.add_timing(parser)
     options.add_shapes(parser)
     options.add_poetx(parser, (256, 512, 1024))
+    parser.add_argument("--sides", type=options.list_of(str), default=("both",), help="both,one")
     parser.set_defaults(variants=("fast",), permutations=("chunked",))
     args = parser.parse_args(arguments)
     session = Session.start(args, COLUMNS)
     for (m, n), tokens in itertools.product(args.shapes, args.tokens):
         dense = measure_dense(session, tokens, m, n, args.stage)
-        for block_size, variant, permutation in itertools.product(
-            args.block_sizes, args.variants, args.permutations
+        for block_size, variant, permutation, sides in itertools.product(
+            args.block_sizes, args.variants, args.permutations, args.sides
         ):
-            case = Case(tokens, m, n, block_size, variant, permutation)
+            case = Case(tokens, m, n, block_size, variant, permutation, sides)
             measure(session, case, args.stage, dense)
     return session.finish()
 
@@ -114,16 +121,19 @@ def measure(session: Session, case: Case, stage: str, dense: Dense) -> Row:
     contenders.drop_compiled()  # the dense layer is compiled again, from Inductor's cache
     layer = contenders.linear(session, case.in_features, case.out_features)
     poetx.prepare(layer, case.config())
-    optimizer = poetx.POETXMuon(layer, lr=RATE)
+    optimizer = poetx.POETXMuon(layer, lr=RATE, alternate=case.sides == "one")
     fast = contenders.compiled(layer, stage)
     x, dy = _data(session, case.tokens, case.in_features, case.out_features)
     errors = gate.check_layer(fast, layer, x, dy)
     alone = training_step(fast, layer, x, dy)
-    step = step_of(optimizer)
     alone()
-    errors["step_error"] = check_step(layer, step)
+    steps = []
+    for rests in SIDES[case.sides]:
+        steps.append(step_of(optimizer, rests))
+        error = check_step(layer, steps[-1], rests)
+        errors["step_error"] = max(error, errors.get("step_error", 0.0))
 
-    def trained() -> None:
+    def trained(step: Callable[[], None]) -> None:
         alone()
         step()
 
@@ -133,15 +143,17 @@ def measure(session: Session, case: Case, stage: str, dense: Dense) -> Row:
             "linear alone": dense.alone,
             "linear": dense.trained,
             "layer alone": alone,
-            "layer": trained,
+            **{f"layer {i}": functools.partial(trained, step) for i, step in enumerate(steps)},
         }
     )
     ms = {name: time.ms for name, time in times.items()}
+    layer_times = [times[f"layer {i}"] for i in range(len(steps))]
+    ms["layer"] = statistics.mean(time.ms for time in layer_times)
     return session.add(
         **dataclasses.asdict(case),
         ms=ms["layer"],
-        ms_p20=times["layer"].low,
-        ms_p80=times["layer"].high,
+        ms_p20=min(time.low for time in layer_times),
+        ms_p80=max(time.high for time in layer_times),
         step_ms=ms["layer"] - ms["layer alone"],
         linear_ms=ms["linear"],
         adamw_ms=ms["linear"] - ms["linear alone"],
@@ -155,20 +167,26 @@ def measure(session: Session, case: Case, stage: str, dense: Dense) -> Row:
     )
 
 
-def step_of(optimizer: Any) -> Callable[[], None]:
+def step_of(optimizer: Any, rests: int | None = None) -> Callable[[], None]:
     """What a step of `POETXMuon` does to the device.
 
     Without hooks, and without telling the host whether the step was finite: that waits for an event
     in the step after, which CUDA graphs cannot hold.
+
+    Args:
+        rests: the side whose turn it is not: 0, the inputs, or 1, the outputs.
     """
     turner = optimizer.schedule.turner
     layers = turner._with_gradients
+    equivalences = optimizer.schedule.equivalences
+    resting = set() if rests is None else {e.skews[rests] for e in equivalences}
+    moving = {skew for e in equivalences for skew in e.skews} - resting
 
     @torch.no_grad()
     def step() -> None:
-        turner.open(layers())
-        optimizer._update()
-        turner._turn(turner._open, 3)  # the angle of steps 1, 2, 4 … is measured, of most it is not
+        turner.open(layers(), resting)
+        optimizer._update(resting)
+        turner._turn(3, moving)  # the angle of steps 1, 2, 4 … is measured, of most it is not
         for _, equivalence in turner._open:
             equivalence.interrupted = False
         turner._finite = {}
@@ -177,7 +195,7 @@ def step_of(optimizer: Any) -> Callable[[], None]:
     return step
 
 
-def check_step(layer: nn.Module, step: Callable[[], None]) -> float:
+def check_step(layer: nn.Module, step: Callable[[], None], rests: int | None = None) -> float:
     """One step beside the same in float64: how far its component along that is from 1.
 
     Rounding is as large as a step, at random, and averages out.
@@ -190,7 +208,8 @@ def check_step(layer: nn.Module, step: Callable[[], None]) -> float:
     for mine, theirs in zip(equivalence.skews, wide.skews, strict=True):
         assert mine.grad is not None
         theirs.grad = mine.grad.double()
-    wide_step = step_of(poetx.POETXMuon(reference, lr=RATE))
+    alternate = rests is not None
+    wide_step = step_of(poetx.POETXMuon(reference, lr=RATE, alternate=alternate), rests)
     moved = []
     for module, take in ((layer, step), (reference, wide_step)):
         before = stored_weight(module).detach().double()
@@ -212,7 +231,7 @@ def _floors(session: Session, case: Case) -> Row:
     sizes = floors.Layer.of(
         case.tokens, case.in_features, case.out_features, case.block_size, session.dtype.itemsize
     )
-    layer = floors.total_ms(floors.merged(sizes), session.ceilings)
+    layer = floors.total_ms(floors.merged(sizes, case.sides == "one"), session.ceilings)
     plain = floors.total_ms([*floors.linear(sizes), floors.adamw(sizes)], session.ceilings)
     return {"floor_ms": layer, "linear_floor_ms": plain, "floor_ratio": layer / plain}
 

@@ -26,7 +26,7 @@ COLUMNS = (
     "floor_ms", "ratio", "error",
 )  # fmt: skip
 
-OPS = ("skew_block_products", "orthogonalize_skew", "turn_weight_")
+OPS = ("skew_block_products", "orthogonalize_skew", "turn_weights_")
 
 TILES = ((128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
 """Of a sweep over block products: two sides, a step of the sum, warps, steps in flight."""
@@ -139,18 +139,21 @@ class _Layer:
     def _turn(self, sizes: floors.Layer) -> Iterator[Piece]:
         weight = self.session.normal(self.n, self.m)
         steps = [0.01 / self.b**0.5 * self._packed(side.blocks) for side in sizes.sides]
-        given = *steps, self.perm_in, self.perm_out, self.b, self.b, 3, 0, 1, 0
-        wide = weight.double()
-        ops.turn_weight_(wide, *(t.double() for t in steps), *given[2:])
-        wanted = wide - weight.double()
-        turned = weight.clone()
-        ops.turn_weight_(turned, *given)
-        moved = turned.double() - weight.double()
-        error = abs(float((moved * wanted).sum() / wanted.square().sum()) - 1)
-        if not error < 0.02:
-            raise gate.GateError(f"turn_weight_ moves a weight by 1 + {error:.3g} of a step")
-        run = functools.partial(ops.turn_weight_, turned, *given)
-        yield "default", run, self._floor(sizes, "fold", "cayley forward"), error
+        floor = self._floor(sizes, "fold", "cayley forward")
+        for name, turns in (("both", (1, 1)), ("inputs", (1, 0)), ("outputs", (0, 1))):
+            q_in, q_out = (s[: len(s) * turn] for s, turn in zip(steps, turns, strict=True))
+            given = self.perm_in, self.perm_out, self.b, self.b, 3, 0
+            wide, turned = weight.double(), weight.clone()
+            ops.turn_weights_([ops.Turn(wide, q_in.double(), q_out.double(), *given)], 0, 1)
+            wanted = wide - weight.double()
+            turn = ops.Turn(turned, q_in, q_out, *given)
+            run = functools.partial(ops.turn_weights_, [turn], 0, 1)
+            run()
+            moved = turned.double() - weight.double()
+            error = abs(float((moved * wanted).sum() / wanted.square().sum()) - 1)
+            if not error < 0.02:
+                raise gate.GateError(f"turn_weights_ moves a weight by 1 + {error:.3g} of a step")
+            yield name, run, floor, error
 
     def _floor(self, sizes: floors.Layer, *names: str) -> float:
         costs = [cost for cost in floors.merged(sizes) if cost.name in names]

@@ -1,7 +1,8 @@
 """A training step of a whole model, POET-X against the same model with fused AdamW.
 
 Each method runs in a process of its own with empty compiler caches: tokens/s (merges spread over
-their interval), the time of the first step, and memory by part.
+their interval), the time of the first step, and memory by part. With ``--together`` all compile at
+once and are timed one after another: minutes less of a GPU, and no times of first steps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import options, peer
@@ -24,11 +26,13 @@ from benchmarks.step_worker import DENSE, OPTIMIZERS, PEER, POETX, StepCase
 from poetx_compile.compile.options import CHOICES
 
 GAINS = ("none", "rows", "both")
+SIDES = ("both", "one")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 COLUMNS = (
-    "method", "optimizer", "variant", "formulation", "permutation", "block_size", "accumulation",
+    "preset", "method", "optimizer", "sides", "variant", "formulation", "permutation",
+    "block_size", "accumulation",
     "merge_interval", "gains", "keep_folded", "memory_budget", "ms", "linear_ms", "ratio",
     "tokens_per_s", "speed_ratio", "first_step_s", "first_step_ratio", "weights_mib",
     "gradients_mib", "optimizer_mib", "activations_mib", "peak_mib", "peak_ratio", "merge_share",
@@ -43,14 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         parser.error("--cuda-graphs needs --stage inductor")
     if args.memory_budgets and "step" in args.keep_folded:
         parser.error("--memory-budgets keep less, --keep-folded step keeps more: give one")
-    for option, known in (("optimizers", OPTIMIZERS), ("keep_folded", CHOICES["keep_folded"])):
+    named = ("optimizers", OPTIMIZERS), ("keep_folded", CHOICES["keep_folded"]), ("sides", SIDES)
+    for option, known in named:
         if unknown := sorted(set(getattr(args, option)) - set(known)):
             name = option.replace("_", "-")
             parser.error(f"--{name} {','.join(unknown)}: use some of {','.join(known)}")
+    if "one" in args.sides and tuple(args.optimizers) != ("muon",):
+        parser.error("--sides one: only POETXMuon takes turns, add --optimizers muon")
     rows: list[Row] = []
-    for case in cases(args):
-        row = in_process(case)
-        rows.append(compared(row, rows[0] if rows else row))
+    for row in (all_together if args.together else one_by_one)(list(cases(args))):
+        of_preset = [r for r in (*rows, row) if r["method"] == DENSE]
+        rows.append(compared(row, of_preset[-1]))
         path = result_path(args.output, args.name, row["gpu"])
         write(path, rows)
         print(f"{len(rows)}: {line(rows[-1], COLUMNS)}", file=sys.stderr, flush=True)
@@ -64,11 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     peer.add_option(parser)
     add = parser.add_argument
     add("--optimizers", type=list_of(str), default=("adamw",), help="of POET-X: adamw,muon")
-    add("--preset", default="1b", help="shapes of examples/llama.py")
+    add(
+        "--presets", "--preset", type=list_of(str), default=("1b",),
+        help="shapes of examples/llama.py",
+    )  # fmt: skip
     add("--layers", type=positive, help="decoder layers, in place of the preset's number")
     add("--vocabulary", type=positive, default=32000)
-    add("--batch", type=positive, default=8)
+    add("--batch", type=positive, help="default: 8, of 8b 1")
     add("--length", type=positive, default=1024)
+    add("--sides", type=list_of(str), default=("both",), help="that turn in a step: both,one")
+    add("--together", action="store_true", help="compile all at once")
     add("--accumulation", type=positive, default=1, help="batches in a step of the optimiser")
     add("--keep-folded", type=list_of(str), default=("call",), help="of POET-X: call,step")
     add(
@@ -91,20 +103,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def cases(args: argparse.Namespace) -> Iterator[StepCase]:
-    """The dense model, all choices of POET-X, and the peer's two variants where there is one."""
+    """Of each preset the dense model, all choices of POET-X, and a peer's two variants."""
     fields = {field.name for field in dataclasses.fields(StepCase)}
     common = {name: value for name, value in vars(args).items() if name in fields}
     device = options.pick_device(args.device)
     common["dtype"] = str(options.pick_dtype(args.dtype, device)).removeprefix("torch.")
     common["peer"], common["keep_folded"] = None, "call"
-    dense = StepCase(method=DENSE, **common)
+    common["sides"] = "both"
+    for preset in args.presets:
+        common["preset"], common["batch"] = preset, args.batch or (1 if preset == "8b" else 8)
+        yield from _cases_of(StepCase(method=DENSE, **common), args)
+
+
+def _cases_of(dense: StepCase, args: argparse.Namespace) -> Iterator[StepCase]:
     yield dense
     for block_size, optimizer, variant in itertools.product(
         args.block_sizes, args.optimizers, args.variants
     ):
         budgets = (None, *args.memory_budgets) if variant == "fast" else (None,)
-        for formulation, permutation, keep_folded, memory_budget in itertools.product(
-            args.formulations, args.permutations, args.keep_folded, budgets
+        for formulation, permutation, keep_folded, memory_budget, sides in itertools.product(
+            args.formulations, args.permutations, args.keep_folded, budgets, args.sides
         ):
             yield dataclasses.replace(
                 dense,
@@ -116,6 +134,7 @@ def cases(args: argparse.Namespace) -> Iterator[StepCase]:
                 permutation=permutation,
                 keep_folded=keep_folded,
                 memory_budget=memory_budget,
+                sides=sides,
             )
         if args.peer is not None:
             yield dataclasses.replace(
@@ -133,15 +152,27 @@ def compared(row: Row, dense: Row) -> Row:
         "linear_ms": dense["ms"],
         "ratio": row["ms"] / dense["ms"],
         "speed_ratio": row["tokens_per_s"] / dense["tokens_per_s"],
-        "first_step_ratio": row["first_step_s"] / dense["first_step_s"],
+        "first_step_ratio": row["first_step_s"] and row["first_step_s"] / dense["first_step_s"],
         "peak_ratio": row["peak_mib"] / dense["peak_mib"] if row["peak_mib"] else None,
     }
     if row["method"] == POETX:
         return row | ratios
     unused = ["formulation", "permutation", "optimizer", "keep_folded", "memory_budget"]
-    unused += ["merge_interval", "gains"]
+    unused += ["merge_interval", "gains", "sides"]
     unused += ["variant", "block_size"] if row["method"] == DENSE else []
     return row | ratios | dict.fromkeys(unused)
+
+
+def one_by_one(cases: Sequence[StepCase]) -> Iterator[Row]:
+    """The rows of workers that have the machine to themselves."""
+    yield from map(in_process, cases)
+
+
+def all_together(cases: Sequence[StepCase]) -> Iterator[Row]:
+    """The rows of workers that compile at once. The GPU holds all models; a turn is a lock."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(cases)) as pool:
+        waiting = [dataclasses.replace(c, room=f"{folder}:{len(cases)}") for c in cases]
+        yield from pool.map(in_process, waiting)
 
 
 def in_process(case: StepCase) -> Row:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import gc
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from poetx_compile.optim.merge import merge
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
-OPTIMIZERS: dict[str, type[poetx.POETXAdamW] | type[poetx.POETXMuon]] = {
+OPTIMIZERS: dict[str, Any] = {
     "adamw": poetx.POETXAdamW,
     "muon": poetx.POETXMuon,
 }
@@ -52,7 +54,9 @@ class StepCase:
         gains: the field of `POETXConfig`.
         cuda_graphs: replay forward and backward as CUDA graphs.
         steps, rounds, warmup: `rounds` times `steps` steps are timed, after `warmup` steps.
+        sides: ``"both"`` turn in a step, or ``"one"``.
         peer: folder of the peer.
+        room: ``"folder:workers"`` where several workers wait for each other to compile.
     """
 
     method: str
@@ -70,6 +74,7 @@ class StepCase:
     keep_folded: str = "call"
     memory_budget: float | None = None
     gains: str = "none"
+    sides: str = "both"
     lr: float = 1e-4
     device: str = "cuda"
     dtype: str = "bfloat16"
@@ -81,6 +86,7 @@ class StepCase:
     merge_interval: int = 200
     seed: int = 0
     peer: str | None = None
+    room: str | None = None
 
 
 @dataclasses.dataclass
@@ -123,6 +129,22 @@ def run(case: StepCase) -> Row:
     first_loss, first_s = _seconds(step, device)
     for _ in range(case.warmup):
         step()
+    if case.room and device.type == "cuda":
+        torch.cuda.empty_cache()
+    with turn_of(case.room):
+        return _measured(case, trained, step, batch, first_loss, None if case.room else first_s)
+
+
+def _measured(
+    case: StepCase,
+    trained: Trained,
+    step: Callable[[], Tensor],
+    batch: tuple[Tensor, Tensor],
+    first_loss: Tensor,
+    first_s: float | None,
+) -> Row:
+    """The row of a model whose steps are compiled."""
+    device, dtype = pick_device(case.device), getattr(torch, case.dtype)
     if device.type == "cuda" and not case.cuda_graphs:  # a replay allocates nothing
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -144,6 +166,7 @@ def run(case: StepCase) -> Row:
         | dataclasses.asdict(case)
         | {
             "peer": peer.PACKAGE if case.method == PEER else None,  # not where it is
+            "room": None if case.room is None else "together",
             "tokens": tokens_a_step,
             "ms": amortised_ms,
             "step_ms": step_ms,
@@ -192,11 +215,27 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         merge_interval=1 if case.merge_interval == 1 else 10**9,
     )
     poetx.prepare(model, config)
-    ours = OPTIMIZERS[case.optimizer](model, lr=case.lr)
+    sides: dict[str, Any] = {"alternate": True} if case.sides == "one" else {}
+    ours: Any = OPTIMIZERS[case.optimizer](model, lr=case.lr, **sides)
     compile_kwargs.setdefault("options", {}).update(stage=case.stage, keep_folded=case.keep_folded)
     forward = torch.compile(model, backend=poetx.poetx_backend, **compile_kwargs)
     merging = None if config.merged else lambda: merge(model, redraw=True)
     return Trained(model, forward, ours, merging, lambda: ours.schedule.merges)
+
+
+@contextlib.contextmanager
+def turn_of(room: str | None) -> Iterator[None]:
+    """Wait until all workers of a room are ready, then for the others' turns to end."""
+    if room is None:
+        yield
+        return
+    folder, workers = room.rsplit(":", 1)
+    Path(folder, f"ready-{os.getpid()}").touch()
+    while len(list(Path(folder).glob("ready-*"))) < int(workers):
+        time.sleep(0.2)
+    with Path(folder, "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def untrained(case: StepCase) -> nn.Module:
@@ -304,8 +343,13 @@ def _merge_ms(trained: Trained, device: torch.device) -> float:
 
 def main(case: str, output: str) -> None:
     """Run the case given as JSON, and write its row as JSON into `output`."""
-    with contextlib.redirect_stdout(sys.stderr):
-        row = run(StepCase(**json.loads(case)))
+    asked = StepCase(**json.loads(case))
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            row = run(asked)
+    finally:  # the others need not wait for one that fails
+        if asked.room is not None:
+            Path(asked.room.rsplit(":", 1)[0], f"ready-{os.getpid()}").touch()
     Path(output).write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
 
 

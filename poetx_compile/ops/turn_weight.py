@@ -6,6 +6,9 @@ become rotations R, and ``W ← R_outᵀ W R_inᵀ`` in the coordinates of the p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -118,9 +121,7 @@ def _check(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, or
     )
 
 
-def _kernel_takes(
-    weight, skew_in, skew_out, perm_in, perm_out, b_in, b_out, order, seed, step, layer, apply
-) -> bool:
+def _kernel_takes(weight, skew_in, skew_out, perm_in, perm_out, b_in, b_out, order, *_) -> bool:
     floats = weight.dtype in (torch.bfloat16, torch.float32) and skew_in.dtype == torch.float32
     return floats and order == 3 and weight.is_contiguous() and permutable(weight, perm_in)
 
@@ -130,6 +131,54 @@ turn_weight_ = define_in_place(
     turn_weight_reference,
     check=_check,
     written="weight",
-    kernel=Kernel("turn_weight.turn_weight_", _kernel_takes),
+    kernel=Kernel("turn_layers.turn_weight_", _kernel_takes),
     ieee=True,
 )
+
+
+class Turn(NamedTuple):
+    """Arguments of `turn_weight_` for one of several weights."""
+
+    weight: Tensor
+    skew_in: Tensor
+    skew_out: Tensor
+    perm_in: Tensor
+    perm_out: Tensor
+    block_in: int
+    block_out: int
+    order: int | None
+    layer: int
+
+    @property
+    def steps(self) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        """(packed step, b) of the input and of the output side; a step of no blocks turns none."""
+        return (self.skew_in, self.block_in), (self.skew_out, self.block_out)
+
+
+_LAYERS = Kernel(
+    "turn_layers.turn_layers", lambda turn, *_: _kernel_takes(*turn[:8], 0, 0, 0, None)
+)
+
+
+def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | None = None) -> None:
+    """`turn_weight_` of several weights of one device; on a GPU in few launches.
+
+    Not an op: optimisers call it between steps, and no graph does.
+
+    Args:
+        turns: the weights and their steps; a side without blocks stays.
+        seed, step, apply: those of `turn_weight_`.
+    """
+    together = []
+    for turn in turns:
+        steps = [skew for skew, _ in turn.steps if skew.numel()]
+        if _LAYERS.applies(turn, turn.weight, *steps, turn.perm_in, turn.perm_out):
+            if steps:
+                together.append(turn)
+        else:
+            turn_weight_(*turn[:8], seed, step, turn.layer, apply)
+    if together:
+        weights = [turn.weight for turn in together]
+        with torch.cuda.device(weights[0].device):
+            _LAYERS.load()(together, seed, step, apply)
+        torch.autograd.graph.increment_version(weights)

@@ -2,13 +2,13 @@
 
 Between steps the skew parameters are zeros that take no bytes (`OrthogonalEquivalence.rest`). In a
 step they are given memory, and the optimiser's update of a zero parameter *is* the step Q: it
-becomes a rotation R, ``W ← R_outᵀ W R_inᵀ`` is written in place (`ops.turn_weight_`), and the
+becomes a rotation R, ``W ← R_outᵀ W R_inᵀ`` is written in place (`ops.turn_weights_`), and the
 parameters are at rest again. Any optimiser does so for all layers at once, between the hooks of
 `attach`; `POETXAdamW` and `POETXMuon` do it by batches of layers (`Turner.step`), so that no more
 than a batch of steps is ever alive.
 
 A step that is NaN or infinite is written into no weight: a flag on the device says so to
-`turn_weight_`, and to the host before the next step, which has not to wait for it by then.
+`turn_weights_`, and to the host before the next step, which has not to wait for it by then.
 """
 
 from __future__ import annotations
@@ -160,22 +160,22 @@ class Turner:
         self._look_at([skew for skew, _ in sides])
         if _measured(number):
             self._angles += largest_norms(sides)
+        turns: dict[torch.device, list[ops.Turn]] = defaultdict(list)
         for module, e in layers:
             weight = stored_weight(module)
             e.note_norm(weight)
+            step_in, step_out = (skew if skew in moving else skew[:0] for skew in e.skews)
+            of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
+            turn = ops.Turn(weight, step_in, step_out, *of_sides, e.order, self._numbers[e])
+            turns[weight.device].append(turn)
             e.interrupted = True
-            try:
-                ops.turn_weight_(
-                    weight,
-                    *(skew if skew in moving else skew[:0] for skew in e.skews),
-                    *(e.perm_in.pair, e.perm_out.pair),
-                    *(e.block_in, e.block_out, e.order),
-                    *(e.config.seed, number, self._numbers[e]),
-                    self._finite[weight.device],
-                )
-            except BaseException as error:
-                error.add_note(f"poetx: {INTERRUPTED}")
-                raise
+        try:
+            for device, several in turns.items():
+                seed = layers[0][1].config.seed
+                ops.turn_weights_(several, seed, number, self._finite[device])
+        except BaseException as error:
+            error.add_note(f"poetx: {INTERRUPTED}")
+            raise
 
     def _look_at(self, steps: Sequence[Tensor]) -> None:
         """Bring the flags of the devices up to date: 0 where a step is not finite."""

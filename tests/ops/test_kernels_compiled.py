@@ -61,6 +61,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         permute,
         rotate,
         tangent,
+        turn_layers,
         turn_panels,
         turn_weight,
     )
@@ -93,6 +94,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         permute,
         rotate,
         tangent,
+        turn_layers,
         turn_panels,
         turn_weight,
     )
@@ -161,16 +163,38 @@ def test_a_weight_is_turned_in_two_launches(dtype, n, m, b, chunk, compiled_laun
 
 @pytest.mark.parametrize(("b_in", "b_out"), [(256, 256), (128, 192)])
 def test_blocks_of_middle_size_are_turned_in_one_launch(b_in, b_out, compiled_launches):
-    from poetx_compile.ops.kernels import turn_weight
+    from poetx_compile.ops.kernels import turn_layers
 
     weight, perms = meta(1024, 2048, dtype=BF16), (pair(32), pair(16))
     steps = [meta(size // b, b * (b - 1) // 2) for size, b in ((2048, b_in), (1024, b_out))]
-    turn_weight.turn_weight_(weight, *steps, *perms, b_in, b_out, 3, 5, 3, 1, None)
+    turn_layers.turn_weight_(weight, *steps, *perms, b_in, b_out, 3, 5, 3, 1, None)
     turn = compiled_launches[-1]
     assert turn.metadata.name == "turn_panels_kernel"
     assert turn.metadata.shared <= SHARED_MEMORY
     assert turn.asm["ttgir"].count("ttng.warp_group_dot ") == 2
     assert re.search(r"st\.global\S*\.v4", turn.asm["ptx"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "b", "chunk", "kind"),
+    [(BF16, 256, 64, "resident"), (BF16, 1024, 64, "tiled"), (torch.float32, 256, 64, "tiled")],
+)
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_one_side_is_turned_in_one_launch(side, dtype, b, chunk, kind, compiled_launches, tmp_path):
+    from poetx_compile.ops.kernels import turn_layers
+
+    weight = meta(2048, 2048, dtype=dtype)
+    steps = [meta(2 * (side == name), b * (b - 1) // 2) for name in ("columns", "rows")]
+    perms = pair(2048 // chunk), pair(2048 // chunk)
+    apply = torch.empty((), dtype=torch.int32, device="meta")
+    turn_layers.turn_weight_(weight, *steps, *perms, b, b, 3, 5, 3, 1, apply)
+    turn = compiled_launches[-1]
+    assert turn.metadata.name == f"turn_{side}_{kind}_kernel"
+    assert turn.metadata.shared <= SHARED_MEMORY
+    assert turn.asm["ttgir"].count("ttng.warp_group_dot ") == (1 if dtype == BF16 else 3)
+    assert stack_bytes(turn.asm["cubin"], tmp_path) == 0
+    assert re.search(r"st\.global\S*\.v4", turn.asm["ptx"])
+    assert "cp.async.cg.shared.global" in turn.asm["ptx"]
 
 
 @pytest.mark.parametrize("b", [320, 1024])

@@ -29,7 +29,7 @@ from poetx_compile.ops.rotation_delta import rotation_delta_reference
 from poetx_compile.ops.skew_block_products import skew_block_products_reference
 from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
 from poetx_compile.ops.tangent import rotation_tangent_backward_reference
-from poetx_compile.ops.turn_weight import turn_weight_reference
+from poetx_compile.ops.turn_weight import Turn, turn_weight_reference, turn_weights_
 from tests.helpers.tolerances import assert_close, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -590,3 +590,37 @@ def test_turn_weight(dtype, n, m, b_out, b_in, chunk, poisoned):
         assert (plain == turned).float().mean() > 0.9
     torch.ops.poetx.turn_weight_(again, *args, torch.tensor(0, device=DEVICE))
     assert torch.equal(again, turned), "written where apply is zero"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("n", "m", "b", "chunk"),
+    [(520, 1040, 256, 8), (1040, 1536, 512, 16), (2080, 1024, 1024, 16), (999, 515, 77, 1)],
+)
+@pytest.mark.parametrize("side", ["in", "out", "both"])
+def test_turn_weights(dtype, n, m, b, chunk, side, poisoned):
+    """Three layers in one call, beside each alone in fp64, and with the reference's bits."""
+    chunks = [chunk if size % chunk == 0 else 1 for size in (m, n)]
+    turns = []
+    for layer in (5, 2, 9):
+        weight = torch.randn(n, m, device=DEVICE).to(dtype)
+        steps = skew(m // b * (side != "out"), b, 0.02), skew(n // b * (side != "in"), b, 0.02)
+        turns.append(Turn(weight, *steps, *map(pair, (m, n), chunks), b, b, 3, layer))
+    before = [turn.weight.clone() for turn in turns]
+    versions = [turn.weight._version for turn in turns]
+    turn_weights_(turns, 2**63 - 5, 17, torch.tensor(0, device=DEVICE))
+    assert all(map(torch.equal, before, [turn.weight for turn in turns])), "apply is zero"
+    turn_weights_(turns, 2**63 - 5, 17)
+    assert all(turn.weight._version > old for turn, old in zip(turns, versions, strict=True))
+    for turn, old in zip(turns, before, strict=True):
+        given = *turn[1:8], 2**63 - 5, 17, turn.layer
+        target, plain = old.double(), old.clone()
+        turn_weight_reference(target, *wide(*given))
+        moved, expected = turn.weight.double() - old.double(), target - old.double()
+        if dtype == torch.float32:
+            assert_close(moved, expected, dtype)
+            continue
+        along = (moved * expected).sum() / expected.square().sum()
+        assert abs(along - 1) < 5e-3, "a step is not what it should be on average"
+        turn_weight_reference(plain, *given)
+        assert (plain == turn.weight).float().mean() > 0.9, "other bits"

@@ -271,15 +271,15 @@ for b, given in ((2, {}), (5, {}), (33, {}), (70, {}), (5, tiles), (30, tiles)):
     "turn_weight": """
 import triton
 import triton.language as tl
-from poetx_compile.ops.kernels import rounding, turn_panels, turn_weight
-from poetx_compile.ops.turn_weight import rotate_weight
+from poetx_compile.ops.kernels import rounding, turn_layers, turn_side
+from poetx_compile.ops.turn_weight import Turn, rotate_weight
 from poetx_compile.ops import random
 
 def turned(weight, b_in, b_out, perm_in, perm_out, apply=None):
     (n, m), given = weight.shape, (b_in, b_out, 3, 5, 2, 1)
     steps = skew(m // b_in, b_in) / 20, skew(n // b_out, b_out) / 20
     actual, expected = weight.clone(), weight.double()
-    turn_weight.turn_weight_(actual, *steps, perm_in, perm_out, *given, apply)
+    turn_layers.turn_weight_(actual, *steps, perm_in, perm_out, *given, apply)
     wide = [s.double() for s in steps]
     reference("turn_weight", "turn_weight")(expected, *wide, perm_in, perm_out, *given)
     assert_close(actual - weight, expected - weight, what="what a step adds")
@@ -288,23 +288,47 @@ for n, m, b_in, b_out in ((7, 10, 3, 2), (75, 66, 33, 70), (130, 20, 4, 65)):
     turned(torch.randn(n, m), b_in, b_out, pair(m), pair(n))
 turned(torch.randn(96, 144), 72, 80, pair(18), pair(6))  # chunks: in the kernels
 turned(torch.randn(96, 128), 64, 96, pair(8), pair(96), torch.tensor(1.0))
-# In one launch: one panel of rows and two, tails, columns in chunks. fp16 in place of bf16.
-for n, m, b_out, b_in in ((300, 160, 136, 72), (80, 288, 72, 136)):
-    weight, perms = torch.randn(n, m).half(), (pair(m // 8), pair(n // 4))
-    deltas = [0.05 * torch.randn(s // b, b, b).half() for s, b in ((m, b_in), (n, b_out))]
-    wide = [d.double() for d in deltas]
-    columns, rows = ((p[0][:, None] * c + torch.arange(c)).flatten() for p, c in zip(perms, (8, 4)))
-    before = weight.double()[rows][:, columns]
-    expected = rotate_weight(before, wide[0], wide[1].mT)
-    actual = weight.clone()
-    turn_panels.turn_panels(actual, *deltas, *perms, 5, 2, 1, None)
-    after = actual.double()[rows][:, columns]
-    assert_close(after - before, expected - before, torch.float16, "in one launch")
+# Two layers in one launch, and what a step adds to them. fp16 in place of bf16.
+def together(n, m, b_out, b_in, chunks, sides):
+    made, before, expected = [], [], []
+    stacks = []
+    for size, b, turns in ((m, b_in, "in" in sides), (n, b_out, "out" in sides)):
+        blocks = size // b if turns else 0
+        stacks.append((0.4 / b**0.5 * torch.randn(1 + 2 * blocks, b, b).half(), blocks))
+    for layer in range(2):
+        weight, perms = torch.randn(n, m).half(), (pair(m // chunks[0]), pair(n // chunks[1]))
+        of_sides = [turn_layers.Side(s, 1 + layer * blocks, blocks) for s, blocks in stacks]
+        columns, rows = (
+            (p[0][:, None] * c + torch.arange(c)).flatten() for p, c in zip(perms, chunks)
+        )
+        delta_in, delta_out = (s.deltas.double() for s in of_sides)
+        old = weight.double()[rows][:, columns]
+        expected.append(rotate_weight(old, delta_in, delta_out.mT) - old)
+        turn = Turn(weight, None, None, *perms, b_in, b_out, 3, layer)
+        made.append(turn_layers.Layer(turn, *of_sides))
+        before.append((old, rows, columns))
+    if sides == "in out":
+        turn_layers.turn_panels.fits = lambda *_: True
+    turn_layers._turn_group(made, 5, 2, None)
+    for layer, change, (old, rows, columns) in zip(made, expected, before):
+        after = layer.turn.weight.double()[rows][:, columns]
+        assert_close(after - old, change, torch.float16, f"{sides}, {n}x{m}")
+
+# One panel of rows and two, tails, columns in chunks.
+together(300, 160, 136, 72, (8, 4), "in out")
+together(80, 288, 72, 136, (8, 4), "in out")
+# Resident blocks; tiles; blocks of several tiles, single columns and rows.
+for sides in ("in", "out"):
+    together(300, 160, 136, 72, (8, 4), sides)
+    together(80, 66, 33, 30, (2, 1), sides)
+    together(600, 640, 300, 320, (16, 4), sides)
+    together(290, 10, 280, 5, (1, 1), sides)
+    together(10, 290, 5, 280, (1, 1), sides)
 
 weight = torch.randn(4, 6)
 given = skew(2, 3), skew(2, 2), pair(6), pair(4), 3, 2, 3, 5, 2, 1
 still = weight.clone()
-turn_weight.turn_weight_(still, *given, torch.tensor(0))
+turn_layers.turn_weight_(still, *given, torch.tensor(0))
 assert torch.equal(still, weight)
 
 @triton.jit
@@ -324,6 +348,21 @@ for grouped in (True, False):
     words = rounding.signed(seed), rounding.signed(seed >> 32)
     rounding_kernel[(1,)](x, out, *words, B=48, GROUPED=grouped)
     assert torch.equal(out[3:, 16:].nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+@triton.jit
+def natural_kernel(out, order, low, high, CHUNK: tl.constexpr):
+    rows, columns = tl.arange(0, 16), 16 + tl.arange(0, 32)
+    found = turn_side.bits_of_natural_columns(
+        rows, 16, 48, order + 48 // CHUNK, low, high, 9, 4, CHUNK, 32
+    )
+    tl.store(out + rows[:, None] * 48 + columns[None, :], found)
+
+for chunk in (8, 2):
+    order = pair(48 // chunk)
+    out = torch.zeros(16, 48, dtype=torch.int32)
+    natural_kernel[(1,)](out, order, *words, CHUNK=chunk)
+    where = (order[1][:, None] * chunk + torch.arange(chunk)).flatten()
+    assert torch.equal(out[:, 16:].long(), bits[:16, where][:, 16:])
 """,
     "permute": """
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32):

@@ -20,7 +20,7 @@ from poetx_compile.errors import (
     UnownedRotationsError,
 )
 from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
-from poetx_compile.optim import turning
+from poetx_compile.ops import turn_weight
 from poetx_compile.optim.merge import merge
 from tests.helpers.merged import OPTIMISERS, Net, data, net, step, weights
 
@@ -158,7 +158,7 @@ def test_an_interrupted_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> Non
     optimizer = OPTIMISERS["SGD"](model)
     step(model, optimizer)
     state = copy.deepcopy(model.state_dict())
-    real = turning.ops.turn_weight_
+    real = turn_weight.turn_weight_
     calls = []
 
     def fails(*args: Any) -> None:
@@ -167,7 +167,7 @@ def test_an_interrupted_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> Non
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(turning.ops, "turn_weight_", fails)
+    monkeypatch.setattr(turn_weight, "turn_weight_", fails)
     with pytest.raises(KeyboardInterrupt):
         step(model, optimizer)
     monkeypatch.undo()

@@ -103,15 +103,17 @@ def test_layers_through_inductor(tmp_path: Path) -> None:
 
 
 def test_merged(tmp_path: Path) -> None:
-    (row,) = found = merged.main(
+    found = merged.main(
         [
             *("--device", "cpu", "--shapes", "48x80", "--tokens", "40", "--block-sizes", "16"),
-            *("--stage", "eager", "--output", str(tmp_path), *FAST),
+            *("--sides", "both,one", "--stage", "eager", "--output", str(tmp_path), *FAST),
         ]
     )
     keys = {"linear_ms", "step_ms", "adamw_ms", "layer_ratio", "floor_ratio", "step_error"}
     read_back(tmp_path, "merged", found, keys | {"saved_mib", "gradient_error"})
-    assert row["step_error"] < 1e-3
+    assert [row["sides"] for row in found] == ["both", "one"]
+    assert all(row["step_error"] < 1e-3 for row in found)
+    assert found[1]["floor_ms"] < found[0]["floor_ms"]
     costs = floors.merged(floors.Layer.of(8192, 4096, 4096, 512, 2))
     plain = floors.linear(floors.Layer.of(8192, 4096, 4096, 512, 2))
     assert floors.total_flops(costs) / floors.total_flops(plain) == pytest.approx(0.8, abs=0.05)
@@ -122,9 +124,9 @@ def test_pieces(tmp_path: Path) -> None:
     found = pieces.main(["--device", "cpu", *small, "--output", str(tmp_path), *FAST])
     read_back(tmp_path, "pieces", found, {"op", "tiling", "floor_ms", "error"})
     products = ["skew_block_products"] * 2
-    orthogonalised = ["orthogonalize_skew"] * 2
-    assert [row["op"] for row in found] == [*products, *orthogonalised, "turn_weight_"]
-    assert [row["tokens"] for row in found] == [40, 40, None, None, None]
+    expected = [*products, *["orthogonalize_skew"] * 2, *["turn_weights_"] * 3]
+    assert [row["op"] for row in found] == expected
+    assert [row["tokens"] for row in found] == [40, 40, *[None] * 5]
 
 
 def test_cayley(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_merge_is_not_timed_where_it_loses_the_permutations(
 
 
 STEP = (
-    *("--device", "cpu", "--preset", "tiny", "--vocabulary", "32", "--batch", "1"),
+    *("--device", "cpu", "--presets", "tiny", "--vocabulary", "32", "--batch", "1"),
     *("--length", "8", "--block-sizes", "32", "--permutations", "random", "--variants", "fast"),
     *("--stage", "eager", "--warmup", "0", "--steps", "1", "--rounds", "1", "--lr", "1e-3"),
 )
@@ -261,8 +263,9 @@ def test_step(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_this_process")
 def test_step_of_the_merged_form(tmp_path: Path) -> None:
     arguments = ["--merge-interval", "1", "--optimizers", "muon", "--gains", "rows"]
-    arguments += ["--output", str(tmp_path)]
-    dense, ours = step.main([*STEP, *arguments])
+    arguments += ["--sides", "both,one", "--output", str(tmp_path)]
+    dense, ours, one = step.main([*STEP, *arguments])
+    assert (dense["sides"], ours["sides"], one["sides"]) == (None, "both", "one")
     assert (dense["merge_interval"], ours["merge_interval"], ours["merge_ms"]) == (None, 1, 0)
     assert (dense["gains"], ours["gains"]) == (None, "rows")
     assert ours["ms"] == ours["step_ms"]
@@ -297,6 +300,7 @@ def test_step_has_a_row_for_each_memory_budget(tmp_path: Path) -> None:
     [
         (["--cuda-graphs"], "--cuda-graphs needs --stage inductor"),
         (["--optimizers", "sgd,muon"], "--optimizers sgd: use some of adamw,muon"),
+        (["--sides", "one"], "--sides one: only POETXMuon takes turns"),
         (["--keep-folded", "call,ever"], "--keep-folded ever: use some of call,step"),
         (["--memory-budgets", "0.5,2"], "argument --memory-budgets: invalid list of fraction"),
         (["--memory-budgets", "0.5", "--keep-folded", "step"], "--memory-budgets keep less"),

@@ -12,30 +12,41 @@ def matrix_bits(rows, columns, seed_low, seed_high, step, layer, GROUPED: tl.con
 
     GROUPED: the columns begin at a multiple of 8; otherwise each element computes its own words.
     """
-    low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
-    high = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64)
-    seed = (high << 32) | low
     if GROUPED:
-        # One call for eight neighbours, whose number is that of the first.
         groups: tl.constexpr = columns.shape[0] // 8
         first = tl.min(columns, axis=0) // 8 + tl.arange(0, groups)
-        c = first[None, :] + tl.zeros_like(rows)[:, None]
-        r = rows[:, None] + tl.zeros_like(first)[None, :]
-        w0, w1, w2, w3 = tl.philox(seed, c, r, step, layer)
-        # 16-bit numbers from here on: they change threads through shared memory.
-        low02 = tl.interleave(w0.to(tl.uint16), w2.to(tl.uint16))
-        low13 = tl.interleave(w1.to(tl.uint16), w3.to(tl.uint16))
-        high02 = tl.interleave((w0 >> 16).to(tl.uint16), (w2 >> 16).to(tl.uint16))
-        high13 = tl.interleave((w1 >> 16).to(tl.uint16), (w3 >> 16).to(tl.uint16))
-        bits = tl.interleave(tl.interleave(low02, low13), tl.interleave(high02, high13))
+        bits = group_bits(rows, first, seed_low, seed_high, step, layer)
     else:
         c = (columns // 8)[None, :] + tl.zeros_like(rows)[:, None]
         r = rows[:, None] + tl.zeros_like(columns)[None, :]
-        w0, w1, w2, w3 = tl.philox(seed, c, r, step, layer)
+        w0, w1, w2, w3 = tl.philox(_seed(seed_low, seed_high), c, r, step, layer)
         word = (columns % 8 // 2)[None, :]
         chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-        bits = tl.where((columns % 2)[None, :] == 0, chosen & 0xFFFF, chosen >> 16).to(tl.uint16)
+        bits = tl.where((columns % 2)[None, :] == 0, chosen & 0xFFFF, chosen >> 16)
+        bits = bits.to(tl.uint16).to(tl.int32)
+    return bits
+
+
+@triton.jit
+def group_bits(rows, groups, seed_low, seed_high, step, layer):
+    """`matrix_bits` of columns that come in groups of eight, by the numbers of the groups."""
+    c = groups[None, :] + tl.zeros_like(rows)[:, None]
+    r = rows[:, None] + tl.zeros_like(groups)[None, :]
+    w0, w1, w2, w3 = tl.philox(_seed(seed_low, seed_high), c, r, step, layer)
+    # 16-bit numbers from here on: they change threads through shared memory.
+    low02 = tl.interleave(w0.to(tl.uint16), w2.to(tl.uint16))
+    low13 = tl.interleave(w1.to(tl.uint16), w3.to(tl.uint16))
+    high02 = tl.interleave((w0 >> 16).to(tl.uint16), (w2 >> 16).to(tl.uint16))
+    high13 = tl.interleave((w1 >> 16).to(tl.uint16), (w3 >> 16).to(tl.uint16))
+    bits = tl.interleave(tl.interleave(low02, low13), tl.interleave(high02, high13))
     return bits.to(tl.int32)
+
+
+@triton.jit
+def _seed(low, high):
+    low = low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = high.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return (high << 32) | low
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Triton kernels of `turn_weight_`: a weight turned from both sides in place.
+"""Triton kernels that turn one weight from both sides in place.
 
 With S the weight in permuted coordinates, L and R the deltas ``Rᵀ_out − I`` and ``R_in − I``::
 
@@ -9,9 +9,8 @@ A weight stays in its natural order: rows are gathered and scattered for nothing
 they come in runs (`common.is_fused`). A delta is rounded once, which a small rotation can afford
 (`rotation_delta`), U is rounded as an operand alone, and bf16 results stochastically.
 
-*One launch* up to b = 256: `turn_panels`.
-
-*Two launches* elsewhere, through a scratch of the weight's size: U, in bf16 as two numbers. All
+Where a weight is turned by both sides, and by blocks that `turn_panels` does not take, it takes two
+launches, through a scratch of the weight's size: U, in bf16 as two numbers. All
 rows are read before the second launch writes any.
 """
 
@@ -24,8 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from poetx_compile.ops.kernels import turn_panels
-from poetx_compile.ops.kernels.cayley import delta
 from poetx_compile.ops.kernels.common import (
     chunk_length,
     input_precision,
@@ -35,9 +32,9 @@ from poetx_compile.ops.kernels.common import (
     row_or,
     run_length,
 )
+from poetx_compile.ops.kernels.layers import natural_rows
 from poetx_compile.ops.kernels.permute import chunk_columns, permute_columns, source_columns
 from poetx_compile.ops.kernels.rounding import matrix_bits, signed, stochastic_bf16
-from poetx_compile.ops.kernels.turn_panels import natural_rows
 
 
 @triton.jit
@@ -173,52 +170,6 @@ NARROW = Tiling(128, 128, 64, 8, 5), Tiling(128, 128, 64, 8, 3)
 """Of bf16, for rows and columns."""
 WIDE = Tiling(64, 64, 32, 4, 3), Tiling(64, 64, 32, 4, 3)
 """Of fp32."""
-
-
-def turn_weight_(
-    weight: Tensor,
-    skew_in: Tensor,
-    skew_out: Tensor,
-    perm_in: Tensor,
-    perm_out: Tensor,
-    block_in: int,
-    block_out: int,
-    order: int | None,
-    seed: int,
-    step: int,
-    layer: int,
-    apply: Tensor | None,
-) -> None:
-    """`ops.turn_weight_` of bf16 and fp32 weights, order 3, contiguous.
-
-    Args:
-        weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, seed, step, layer,
-            apply: those of the op.
-    """
-    assert order == 3, order
-    delta_in, delta_out = deltas(skew_in, skew_out, block_in, block_out, weight.dtype)
-    given = delta_in, delta_out, perm_in, perm_out, seed, step, layer, apply
-    if turn_panels.fits(weight, delta_in, delta_out, perm_in):
-        turn_panels.turn_panels(weight, *given)
-    else:
-        turn_by_deltas(weight, *given)
-
-
-def deltas(
-    skew_in: Tensor, skew_out: Tensor, block_in: int, block_out: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``R_in − I`` and ``R_outᵀ − I``, in the same launches where their blocks have one size."""
-    blocks, others = skew_in.shape[0], skew_out.shape[0]
-    if block_in == block_out and blocks and others:
-        both = delta(torch.cat([skew_in, skew_out]), block_in, dtype, others)
-        return both[:blocks], both[blocks:]
-
-    def alone(skew: Tensor, b: int, flipped: int) -> Tensor:
-        if skew.numel() == 0:
-            return skew.new_empty(0, b, b, dtype=dtype)
-        return delta(skew.contiguous(), b, dtype, flipped)
-
-    return alone(skew_in, block_in, 0), alone(skew_out, block_out, others)
 
 
 def turn_by_deltas(

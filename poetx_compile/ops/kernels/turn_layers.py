@@ -1,0 +1,259 @@
+"""`turn_weights_` by Triton kernels: the weights of several layers, in as few launches as there are
+kinds of them.
+
+The packed steps of one block size become ``R_in − I`` and ``R_outᵀ − I`` in the same launches. Then
+weights of one shape are turned together: by one side, by `turn_side`; by both, in one launch up to
+b = 256, by `turn_panels`. Both sides of larger blocks take two launches a layer, by `turn_weight`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from poetx_compile.ops.kernels import turn_panels, turn_weight
+from poetx_compile.ops.kernels.cayley import delta
+from poetx_compile.ops.kernels.common import (
+    MULTIPROCESSORS,
+    ceil_div,
+    chunk_length,
+    input_precision,
+    is_fused,
+    launch,
+    power_of_two,
+    run_length,
+    shared_memory,
+)
+from poetx_compile.ops.kernels.layers import table_of, together
+from poetx_compile.ops.kernels.permute import permute_columns
+from poetx_compile.ops.kernels.rotate import resident_bytes
+from poetx_compile.ops.kernels.rounding import signed
+from poetx_compile.ops.kernels.turn_side import (
+    turn_columns_resident_kernel,
+    turn_columns_tiled_kernel,
+    turn_rows_resident_kernel,
+    turn_rows_tiled_kernel,
+)
+from poetx_compile.ops.turn_weight import Turn
+
+RESIDENT_TILE = 64
+"""Rows (columns) of a step of the resident kernels, as in `rotate` and `fold`."""
+
+NARROW = 128, 128, 64, 8
+"""Of the tiled kernels on bf16: a tile along the side that stays, along the blocks; a step of a
+sum; warps."""
+WIDE = 64, 64, 32, 4
+"""On fp32."""
+TILED_STAGES = 4
+"""Of the sums: one of them waits for what a gather finds."""
+
+
+class Side(NamedTuple):
+    """The deltas of one side of a layer: `blocks` of `stack`, from `first` on."""
+
+    stack: Tensor  # [all blocks, b, b]
+    first: int
+    blocks: int
+
+    @property
+    def deltas(self) -> Tensor:
+        return self.stack[self.first : self.first + self.blocks]
+
+
+class Layer(NamedTuple):
+    """A weight and what it is turned by; without blocks a side stays."""
+
+    turn: Turn
+    side_in: Side
+    side_out: Side
+
+
+def turn_weight_(
+    weight: Tensor,
+    skew_in: Tensor,
+    skew_out: Tensor,
+    perm_in: Tensor,
+    perm_out: Tensor,
+    block_in: int,
+    block_out: int,
+    order: int | None,
+    seed: int,
+    step: int,
+    layer: int,
+    apply: Tensor | None,
+) -> None:
+    """`ops.turn_weight_` of one weight; the arguments are those of the op."""
+    given = weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, layer
+    turn_layers([Turn(*given)], seed, step, apply)
+
+
+def turn_layers(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | None) -> None:
+    """`ops.turn_weights_` of bf16 and fp32 weights, order 3, contiguous."""
+    groups: dict[Any, list[list[Layer]]] = defaultdict(list)
+    for layer in with_deltas(turns):
+        alike = groups[_kind(layer)]
+        for group in alike:
+            if together(group[0].turn.weight, layer.turn.weight):
+                group.append(layer)
+                break
+        else:
+            alike.append([layer])
+    for alike in groups.values():
+        for group in alike:
+            _turn_group(group, seed, step, apply)
+
+
+def with_deltas(turns: Sequence[Turn]) -> list[Layer]:
+    """The layers with their R − I, made of all steps of one block size and dtype at once."""
+    stacks: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for turn in turns:
+        for flipped, (skew, b) in enumerate(turn.steps):
+            if skew.numel():
+                stacks[b, turn.weight.dtype][flipped].append(skew)
+    made, counts = {}, {}
+    for (b, dtype), (plain, transposed) in stacks.items():
+        several = [*plain, *transposed]
+        packed = several[0] if len(several) == 1 else torch.cat(several)
+        last = sum(len(skew) for skew in transposed)
+        made[b, dtype] = delta(packed.contiguous(), b, dtype, last)
+        counts[b, dtype] = [0, len(packed) - last]
+    layers = []
+    for turn in turns:
+        sides = []
+        for flipped, (skew, b) in enumerate(turn.steps):
+            key = b, turn.weight.dtype
+            if not skew.numel():
+                sides.append(Side(turn.weight.new_empty(0, b, b), 0, 0))
+                continue
+            sides.append(Side(made[key], counts[key][flipped], len(skew)))
+            counts[key][flipped] += len(skew)
+        layers.append(Layer(turn, *sides))
+    return layers
+
+
+def _kind(layer: Layer) -> tuple[Any, ...]:
+    """What layers must share to be turned in one launch."""
+    turn, *sides = layer
+    weight = turn.weight
+    return (
+        weight.shape,
+        weight.dtype,
+        turn.perm_in.shape,
+        turn.perm_out.shape,
+        *((side.stack.shape[1], side.blocks, side.stack.data_ptr()) for side in sides),
+    )
+
+
+def _turn_group(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
+    turn, side_in, side_out = group[0]
+    if side_in.blocks and side_out.blocks:
+        if turn_panels.fits(turn.weight, side_in.stack, side_out.stack, turn.perm_in):
+            turn_panels.turn_panels(
+                *(turn.weight, side_in.stack, side_out.stack, turn.perm_in, turn.perm_out),
+                *(_table(group), (side_in.blocks, side_out.blocks), seed, step, apply),
+            )
+            return
+        for turn, side_in, side_out in group:
+            turn_weight.turn_by_deltas(
+                turn.weight,
+                *(side_in.deltas, side_out.deltas, turn.perm_in, turn.perm_out),
+                *(seed, step, turn.layer, apply),
+            )
+    elif side_out.blocks:
+        _turn_side(group, seed, step, apply, columns=False)
+    elif side_in.blocks:
+        b, width = side_in.stack.shape[1], turn.weight.shape[1]
+        if is_fused(turn.perm_in, width, b):
+            _turn_side(group, seed, step, apply, columns=True)
+            return
+        whole = turn.perm_in.new_zeros(2, 1)  # the order that a weight is in already
+        for turn, *sides in group:  # single columns: a pass of their own, there and back
+            matrix = permute_columns(turn.weight, turn.perm_in, False)
+            there = Layer(turn._replace(weight=matrix, perm_in=whole), *sides)
+            _turn_side([there], seed, step, apply, columns=True)
+            turn.weight.copy_(permute_columns(matrix, turn.perm_in, True))
+
+
+def _turn_side(
+    group: Sequence[Layer], seed: int, step: int, apply: Tensor | None, *, columns: bool
+) -> None:
+    """Turn weights from one side in one launch: their columns, or their rows."""
+    turn, side_in, side_out = group[0]
+    weight, side = turn.weight, side_in if columns else side_out
+    table = _table(group)
+    (rows, width), b = weight.shape, side.stack.shape[1]
+    length = rows if columns else width
+    narrow = weight.element_size() == 2
+    fixed = {
+        "B": b,
+        "ROW_CHUNK": chunk_length(turn.perm_out, rows),
+        "CHUNK": chunk_length(turn.perm_in, width),
+        "RUN": run_length(width, b, turn.perm_in) if columns else 1,
+        "HAS_APPLY": apply is not None,
+        "STOCHASTIC": weight.dtype == torch.bfloat16,
+    }
+    pointers = weight, side.stack, turn.perm_out, turn.perm_in, table
+    apply = table if apply is None else apply.to(torch.int32)
+    sizes = rows, width, side.blocks, len(group)
+    counters = signed(seed), signed(seed >> 32), signed(step)
+    if narrow and _resident(b, width):
+        padded = power_of_two(b, 128, 256)
+        units = side.blocks * len(group)
+        # One wave of programs; of many blocks, pieces that are long enough for theirs to be read.
+        wave = MULTIPROCESSORS * (256 // padded) // units
+        splits = max(1, wave, min(4, length // 512))
+        launch(
+            turn_columns_resident_kernel if columns else turn_rows_resident_kernel,
+            units * splits,
+            *(*pointers, apply, *sizes, splits),
+            ceil_div(length, splits * RESIDENT_TILE) * RESIDENT_TILE,
+            *counters,
+            **fixed,
+            PADDED=padded,
+            TILE=RESIDENT_TILE,
+            num_warps=8 if padded == 256 else 4,
+            num_stages=3,
+        )
+        return
+    along, across, tile_k, warps = NARROW if narrow else WIDE
+    tile = power_of_two(b, 16, across)
+    tiles = -(-b // tile)
+    items = -(-length // along) * side.blocks * len(group)
+    programs = items if tiles == 1 else min(items, MULTIPROCESSORS)
+    saved = weight.new_empty(programs, tiles, along, tile) if tiles > 1 else weight
+    launch(
+        turn_columns_tiled_kernel if columns else turn_rows_tiled_kernel,
+        programs,
+        *(*pointers, apply, saved, *sizes, programs, *counters),
+        **fixed,
+        TILES=tiles,
+        TILE_M=along if columns else tile,
+        TILE_N=tile if columns else along,
+        TILE_K=power_of_two(b, 16, tile_k),
+        STAGES=TILED_STAGES,
+        PRECISION=input_precision(),
+        num_warps=warps,
+        num_stages=3,
+    )
+
+
+def _resident(b: int, width: int) -> bool:
+    """Whether blocks of b stay in shared memory while the weight streams by."""
+    aligned = b % 8 == 0 and width % 16 == 0
+    return 64 < b <= 256 and aligned and resident_bytes(b) <= shared_memory()
+
+
+def _table(group: Sequence[Layer]) -> Tensor:
+    turns, sides_in, sides_out = zip(*group, strict=True)
+    return table_of(
+        [turn.weight for turn in turns],
+        [turn.perm_out for turn in turns],
+        [turn.perm_in for turn in turns],
+        [turn.layer for turn in turns],
+        [side.first for side in sides_out],
+        [side.first for side in sides_in],
+    )

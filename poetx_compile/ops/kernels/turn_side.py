@@ -1,0 +1,343 @@
+"""Triton kernels that turn weights in place from one side, several weights in one launch.
+
+A weight stays in its natural order. Of rows any order is as good as another; columns are gathered
+in runs, or permuted by a pass of their own. Random bits follow the permuted order, so that they are
+those of every other kernel: ``row_pair`` and ``column_pair`` say both ways what is where.
+
+*Resident*, bf16 and 64 < b ≤ 256: a block of R − I stays in shared memory while the weight streams
+by, read once and written once.
+
+*Tiled*, all others: a program takes whole blocks, by tiles of the result. Where a block has more
+than one they go through a scratch until all of it has been read; a program uses its scratch again
+for each of its blocks, so that it stays in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from poetx_compile.ops.kernels.layers import first_blocks, layer_of, natural_rows
+from poetx_compile.ops.kernels.permute import source_columns
+from poetx_compile.ops.kernels.rounding import group_bits, matrix_bits, stochastic_bf16
+
+
+@triton.jit
+def bits_of_natural_columns(
+    rows, start, width, inverse, seed_low, seed_high, step, number, CHUNK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """The bits of permuted `rows` and of TILE columns in their natural order, from `start` on."""
+    if CHUNK % 8 == 0:
+        firsts = start + 8 * tl.arange(0, TILE // 8)
+        groups = natural_rows(inverse, firsts, firsts < width, CHUNK).to(tl.int32) // 8
+        bits = group_bits(rows, groups, seed_low, seed_high, step, number)
+    else:
+        columns = start + tl.arange(0, TILE)
+        columns = natural_rows(inverse, columns, columns < width, CHUNK).to(tl.int32)
+        bits = matrix_bits(rows, columns, seed_low, seed_high, step, number, False)
+    return bits
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+def turn_columns_resident_kernel(
+    weight,  # [rows, width], 2-byte elements; of the first layer
+    delta,  # [all blocks, B, B], like weight
+    row_pair,  # int64 [2, rows / ROW_CHUNK]
+    column_pair,  # int64 [2, width / CHUNK]
+    table,  # int64 [6, layers]
+    apply,  # int32: nothing is written where it is zero; HAS_APPLY = False: not read
+    rows,
+    width,
+    blocks,  # of a layer
+    layers,
+    splits,  # of the rows
+    rows_a_split,  # a multiple of TILE
+    seed_low,  # all of these are 32 bits
+    seed_high,
+    step,
+    B: tl.constexpr,
+    PADDED: tl.constexpr,  # a power of two >= B
+    ROW_CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_APPLY: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """W = W + W delta^T on a block of columns, of a split of the rows."""
+    if HAS_APPLY and tl.load(apply) == 0:
+        return
+    program = tl.program_id(0)
+    block = program % blocks
+    split = program // blocks % splits
+    index = program // (blocks * splits)
+    weight, row_pair, column_pair, number = layer_of(
+        table, layers, index, weight, row_pair, column_pair
+    )
+    _, first_block = first_blocks(table, layers, index)
+    ns = tl.arange(0, PADDED)
+    there = ns < B
+    columns = block * B + ns
+    source = source_columns(column_pair, columns, there, CHUNK, RUN)[None, :]
+    stored = there[:, None] & there[None, :]
+    delta += (first_block + block) * (B * B)
+    right = tl.trans(tl.load(delta + ns[:, None] * B + ns[None, :], mask=stored, other=0.0))
+    last = tl.minimum((split + 1) * rows_a_split, rows)
+    for start in range(split * rows_a_split, last, TILE):
+        row = start + tl.arange(0, TILE)
+        inside = (row < last)[:, None] & there[None, :]
+        at = weight + (row.to(tl.int64) * width)[:, None] + source
+        tile = tl.load(at, mask=inside, other=0.0)
+        total = tile.to(tl.float32) + tl.dot(tile, right)
+        if STOCHASTIC:
+            row = natural_rows(row_pair + rows // ROW_CHUNK, row, row < last, ROW_CHUNK)
+            bits = matrix_bits(
+                row.to(tl.int32), columns, seed_low, seed_high, step, number, B % 8 == 0
+            )
+            tl.store(at, stochastic_bf16(total, bits), mask=inside)
+        else:
+            tl.store(at, total.to(weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+def turn_rows_resident_kernel(
+    weight,  # all of these as in `turn_columns_resident_kernel`
+    delta,
+    row_pair,
+    column_pair,
+    table,
+    apply,
+    rows,
+    width,
+    blocks,
+    layers,
+    splits,  # of the columns
+    columns_a_split,  # a multiple of TILE
+    seed_low,
+    seed_high,
+    step,
+    B: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROW_CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_APPLY: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """W = W + delta W on a block of rows, of a split of the columns."""
+    if HAS_APPLY and tl.load(apply) == 0:
+        return
+    program = tl.program_id(0)
+    block = program % blocks
+    split = program // blocks % splits
+    index = program // (blocks * splits)
+    weight, row_pair, column_pair, number = layer_of(
+        table, layers, index, weight, row_pair, column_pair
+    )
+    first_block, _ = first_blocks(table, layers, index)
+    ks = tl.arange(0, PADDED)
+    there = ks < B
+    row = block * B + ks
+    weight += (natural_rows(row_pair, row, there, ROW_CHUNK) * width)[:, None]
+    stored = there[:, None] & there[None, :]
+    delta += (first_block + block) * (B * B)
+    left = tl.load(delta + ks[:, None] * B + ks[None, :], mask=stored, other=0.0)
+    last = tl.minimum((split + 1) * columns_a_split, width)
+    for start in range(split * columns_a_split, last, TILE):
+        columns = start + tl.arange(0, TILE)
+        inside = there[:, None] & (columns < last)[None, :]
+        at = weight + columns[None, :]
+        tile = tl.load(at, mask=inside, other=0.0)
+        total = tile.to(tl.float32) + tl.dot(left, tile)
+        if STOCHASTIC:
+            bits = bits_of_natural_columns(
+                row, start, width, column_pair + width // CHUNK, seed_low, seed_high, step,
+                number, CHUNK, TILE,
+            )  # fmt: skip
+            tl.store(at, stochastic_bf16(total, bits), mask=inside)
+        else:
+            tl.store(at, total.to(tile.dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+def turn_columns_tiled_kernel(
+    weight,  # [rows, width]; the first of these as in `turn_columns_resident_kernel`
+    delta,
+    row_pair,
+    column_pair,
+    table,
+    apply,
+    saved,  # [programs, TILES, TILE_M, TILE_N], like weight; TILES = 1: not used
+    rows,
+    width,
+    blocks,
+    layers,
+    programs,
+    seed_low,
+    seed_high,
+    step,
+    B: tl.constexpr,
+    ROW_CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RUN: tl.constexpr,
+    TILES: tl.constexpr,  # of a block
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_APPLY: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """W = W + W delta^T by panels of rows, whole blocks of columns."""
+    if HAS_APPLY and tl.load(apply) == 0:
+        return
+    program = tl.program_id(0)
+    local = tl.arange(0, TILE_M)
+    within = tl.arange(0, TILE_N)
+    in_tile = local[:, None] * TILE_N + within[None, :]
+    saved += program.to(tl.int64) * (TILES * TILE_M * TILE_N)
+    panels = tl.cdiv(rows, TILE_M)
+    # Neighbouring programs share rows: what they read of a row is one piece of memory.
+    for item in range(program, layers * panels * blocks, programs):
+        block = item % blocks
+        index = item // (blocks * panels)
+        out, own_rows, own_columns, number = layer_of(
+            table, layers, index, weight, row_pair, column_pair
+        )
+        _, first_block = first_blocks(table, layers, index)
+        matrix = delta + (first_block + block) * (B * B)
+        row = item // blocks % panels * TILE_M + local
+        row_there = row < rows
+        out += (row.to(tl.int64) * width)[:, None]
+        for tile in range(TILES):
+            ns = tile * TILE_N + within
+            there = ns < B
+            columns = block * B + ns
+            source = source_columns(own_columns, columns, there, CHUNK, RUN)
+            inside = row_there[:, None] & there[None, :]
+            total = tl.load(out + source[None, :], mask=inside, other=0.0).to(tl.float32)
+            for start in tl.range(0, B, TILE_K, num_stages=STAGES):
+                ks = start + tl.arange(0, TILE_K)
+                read = row_there[:, None] & (ks < B)[None, :]
+                stream = source_columns(own_columns, block * B + ks, ks < B, CHUNK, RUN)
+                left = tl.load(out + stream[None, :], mask=read, other=0.0)
+                stored = there[:, None] & (ks < B)[None, :]
+                right = tl.load(matrix + ns[:, None] * B + ks[None, :], mask=stored, other=0.0)
+                total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+            if STOCHASTIC:
+                permuted = natural_rows(own_rows + rows // ROW_CHUNK, row, row_there, ROW_CHUNK)
+                bits = matrix_bits(
+                    permuted.to(tl.int32), columns, seed_low, seed_high, step, number, B % 8 == 0
+                )
+                result = stochastic_bf16(total, bits)
+            else:
+                result = total.to(weight.dtype.element_ty)
+            if TILES == 1:
+                tl.debug_barrier()  # all have read the block
+                tl.store(out + source[None, :], result, mask=inside)
+            else:
+                tl.store(saved + tile * (TILE_M * TILE_N) + in_tile, result)
+        if TILES > 1:
+            tl.debug_barrier()  # what other threads have saved; and all have read the block by now
+            for tile in range(TILES):
+                ns = tile * TILE_N + within
+                there = ns < B
+                source = source_columns(own_columns, block * B + ns, there, CHUNK, RUN)
+                inside = row_there[:, None] & there[None, :]
+                result = tl.load(saved + tile * (TILE_M * TILE_N) + in_tile)
+                tl.store(out + source[None, :], result, mask=inside)
+            tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+def turn_rows_tiled_kernel(
+    weight,  # all of these as in `turn_columns_tiled_kernel`
+    delta,
+    row_pair,
+    column_pair,
+    table,
+    apply,
+    saved,
+    rows,
+    width,
+    blocks,
+    layers,
+    programs,
+    seed_low,
+    seed_high,
+    step,
+    B: tl.constexpr,
+    ROW_CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RUN: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_APPLY: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """W = W + delta W by panels of columns, whole blocks of rows."""
+    if HAS_APPLY and tl.load(apply) == 0:
+        return
+    program = tl.program_id(0)
+    local = tl.arange(0, TILE_M)
+    within = tl.arange(0, TILE_N)
+    in_tile = local[:, None] * TILE_N + within[None, :]
+    saved += program.to(tl.int64) * (TILES * TILE_M * TILE_N)
+    panels = tl.cdiv(width, TILE_N)
+    for item in range(program, layers * panels * blocks, programs):
+        first_column = item % panels * TILE_N
+        block = item // panels % blocks
+        index = item // (blocks * panels)
+        out, own_rows, own_columns, number = layer_of(
+            table, layers, index, weight, row_pair, column_pair
+        )
+        first_block, _ = first_blocks(table, layers, index)
+        matrix = delta + (first_block + block) * (B * B)
+        columns = first_column + within
+        column_there = columns < width
+        out += columns[None, :]
+        for tile in range(TILES):
+            ms = tile * TILE_M + local
+            there = ms < B
+            row = block * B + ms
+            at = out + (natural_rows(own_rows, row, there, ROW_CHUNK) * width)[:, None]
+            inside = there[:, None] & column_there[None, :]
+            total = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            for start in tl.range(0, B, TILE_K, num_stages=STAGES):
+                ks = start + tl.arange(0, TILE_K)
+                stored = there[:, None] & (ks < B)[None, :]
+                left = tl.load(matrix + ms[:, None] * B + ks[None, :], mask=stored, other=0.0)
+                stream = natural_rows(own_rows, block * B + ks, ks < B, ROW_CHUNK) * width
+                read = (ks < B)[:, None] & column_there[None, :]
+                right = tl.load(out + stream[:, None], mask=read, other=0.0)
+                total = tl.dot(left, right, total, input_precision=PRECISION)
+            if STOCHASTIC:
+                bits = bits_of_natural_columns(
+                    row, first_column, width, own_columns + width // CHUNK, seed_low, seed_high,
+                    step, number, CHUNK, TILE_N,
+                )  # fmt: skip
+                result = stochastic_bf16(total, bits)
+            else:
+                result = total.to(weight.dtype.element_ty)
+            if TILES == 1:
+                tl.debug_barrier()  # all have read the block
+                tl.store(at, result, mask=inside)
+            else:
+                tl.store(saved + tile * (TILE_M * TILE_N) + in_tile, result)
+        if TILES > 1:
+            tl.debug_barrier()  # as for columns
+            for tile in range(TILES):
+                ms = tile * TILE_M + local
+                there = ms < B
+                at = natural_rows(own_rows, block * B + ms, there, ROW_CHUNK) * width
+                inside = there[:, None] & column_there[None, :]
+                result = tl.load(saved + tile * (TILE_M * TILE_N) + in_tile)
+                tl.store(out + at[:, None], result, mask=inside)
+            tl.debug_barrier()
