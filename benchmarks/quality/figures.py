@@ -33,7 +33,8 @@ def draw(rows: Sequence[Row], kind: str, path: Path, known: Sequence[Row] | None
     for panel in axes:
         panel.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
-    figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}, {rows[0]['dtype']}", fontsize=9)
+    where = [" and ".join(sorted({row[key] for row in rows})) for key in ("gpu", "torch", "dtype")]
+    figure.suptitle("{}, torch {}, {}".format(*where), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
-LAW = ((0.05, 10.0), (0.10, 5.0), (0.19, 1.0), (0.385, -3.0), (0.77, -6.0))
+LAW = ((0.05, 9.5), (0.10, 5.0), (0.19, 1.0), (0.385, -3.0), (0.77, -5.5))
 """Parameters of rotations over those of their weights → final loss over tuned AdamW's, in %.
 
 `POETXMuon` from scratch, equal tokens, 20M parameters (docs/quality.md).
