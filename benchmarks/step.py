@@ -25,15 +25,15 @@ from benchmarks.rows import Row, line, result_path, table, write
 from benchmarks.step_worker import DENSE, OPTIMIZERS, PEER, POETX, StepCase
 from poetx_compile.compile.options import CHOICES
 
-GAINS = ("none", "rows", "both")
+GAINS, BASES = ("none", "rows", "both"), ("dense", "int8")
 SIDES = ("both", "one")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 COLUMNS = (
     "preset", "method", "optimizer", "sides", "variant", "formulation", "permutation",
-    "block_size", "accumulation",
-    "merge_interval", "gains", "keep_folded", "memory_budget", "ms", "linear_ms", "ratio",
+    "block_size", "accumulation", "merge_interval", "gains", "base",
+    "keep_folded", "memory_budget", "ms", "linear_ms", "ratio",
     "tokens_per_s", "speed_ratio", "first_step_s", "first_step_ratio", "weights_mib",
     "gradients_mib", "optimizer_mib", "activations_mib", "peak_mib", "peak_ratio", "merge_share",
 )  # fmt: skip
@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of POET-X, variant fast: a row for each, beside the one without",
     )  # fmt: skip
     add("--gains", choices=GAINS, default="none", help="of POET-X")
+    add("--base", choices=BASES, default="dense", help="of POET-X")
     add("--lr", type=float, default=1e-4)
     add("--cuda-graphs", action="store_true", help="of forward and backward")
     add("--warmup", type=int, default=5, help="steps after the first that are not timed")
@@ -158,7 +159,7 @@ def compared(row: Row, dense: Row) -> Row:
     if row["method"] == POETX:
         return row | ratios
     unused = ["formulation", "permutation", "optimizer", "keep_folded", "memory_budget"]
-    unused += ["merge_interval", "gains", "sides"]
+    unused += ["merge_interval", "gains", "base", "sides"]
     unused += ["variant", "block_size"] if row["method"] == DENSE else []
     return row | ratios | dict.fromkeys(unused)
 

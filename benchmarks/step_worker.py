@@ -51,7 +51,7 @@ class StepCase:
         accumulation: batches whose gradients are added before a step of the optimiser.
         keep_folded: the backend's option, of POET-X.
         memory_budget: the field of `POETXConfig`.
-        gains: the field of `POETXConfig`.
+        gains, base: the fields of `POETXConfig`.
         cuda_graphs: replay forward and backward as CUDA graphs.
         steps, rounds, warmup: `rounds` times `steps` steps are timed, after `warmup` steps.
         sides: ``"both"`` turn in a step, or ``"one"``.
@@ -75,6 +75,7 @@ class StepCase:
     memory_budget: float | None = None
     gains: str = "none"
     sides: str = "both"
+    base: str = "dense"
     lr: float = 1e-4
     device: str = "cuda"
     dtype: str = "bfloat16"
@@ -211,6 +212,7 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         permutation=case.permutation,
         memory_budget=case.memory_budget,
         gains=case.gains,
+        base=case.base,
         # Merges are timed by themselves, but where each step is one.
         merge_interval=1 if case.merge_interval == 1 else 10**9,
     )

@@ -91,10 +91,14 @@ def fold_both_kernel(
         block_rows = weight + row_block.to(tl.int64) * B_LEFT * width
         own = tl.load(block_rows + (ms * width)[:, None] + columns[None, :], inside, other=0.0)
         total = own.to(tl.float32)
-        block_scales = scale + row_block.to(tl.int64) * B_LEFT * groups
         if GROUP > 0:
-            at = (ms * groups)[:, None] + (columns // GROUP)[None, :]
-            total *= tl.load(block_scales + at, inside, other=0.0).to(tl.float32)
+            block_scales = scale + row_block.to(tl.int64) * B_LEFT * groups
+            block_scales += (columns // GROUP)[None, :]
+            own_steps = tl.load(block_scales + (ms * groups)[:, None], inside, other=0.0)
+            total *= own_steps.to(tl.float32)
+            js = tl.arange(0, TILE_K)
+            read = (js < B_LEFT)[:, None] & there[None, :] & (row_block < blocks_left)
+            steps = tl.load(block_scales + (js * groups)[:, None], mask=read, other=0.0)
         left_rows = left_delta + row_block.to(tl.int64) * (B_LEFT * B_LEFT)
         left_rows += (ms * B_LEFT)[:, None]
         for start in range(0, tl.where(row_block < blocks_left, B_LEFT, 0), TILE_K):
@@ -105,9 +109,11 @@ def fold_both_kernel(
             read = (js < B_LEFT)[:, None] & there[None, :]
             stream = tl.load(source, mask=read, other=0.0)
             if GROUP > 0:
-                at = (js * groups)[:, None] + (columns // GROUP)[None, :]
-                steps = tl.load(block_scales + at, mask=read, other=0.0).to(tl.float32)
-                stream = (stream.to(tl.float32) * steps).to(out.dtype.element_ty)
+                stream = (stream.to(tl.float32) * steps.to(tl.float32)).to(out.dtype.element_ty)
+                # Those of the next rows: a load that is not waited for.
+                read = (js < B_LEFT - TILE_K)[:, None] & there[None, :]
+                ahead = block_scales + ((js + TILE_K) * groups)[:, None]
+                steps = tl.load(ahead, mask=read, other=0.0)
             total = tl.dot(left, stream, total)
         result = tl.dot(total.to(out.dtype.element_ty), right, total)
         to_row = row
