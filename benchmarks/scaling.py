@@ -37,7 +37,7 @@ from benchmarks.distributed import EXAMPLES, synchronize
 from benchmarks.options import list_of, positive
 from benchmarks.rows import RESULTS, Row, environment, line, result_path, table, write
 from poetx_compile.distributed.shards import local
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.optim.merge import merge
 
 GIB, MIB = 2**30, 2**20

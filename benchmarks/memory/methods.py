@@ -14,7 +14,7 @@ import poetx_compile as poetx
 from benchmarks.memory.cases import IN_BACKWARD, POETX, Case
 from benchmarks.quality.baselines import muon
 from llama import PRESETS, Llama, LlamaConfig
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.optim.merge import merge
 
 VOCABULARY = 32000
