@@ -177,14 +177,13 @@ def step_of(optimizer: Any, rests: int | None = None) -> Callable[[], None]:
         rests: the side whose turn it is not: 0, the inputs, or 1, the outputs.
     """
     turner = optimizer.schedule.turner
-    layers = turner._with_gradients
     equivalences = optimizer.schedule.equivalences
     resting = set() if rests is None else {e.skews[rests] for e in equivalences}
     moving = {skew for e in equivalences for skew in e.skews} - resting
 
     @torch.no_grad()
     def step() -> None:
-        turner.open(layers(), resting)
+        turner.open(turner._layers, resting)
         optimizer._update(resting)
         turner._turn(3, moving)  # the angle of steps 1, 2, 4 … is measured, of most it is not
         for _, equivalence in turner._open:

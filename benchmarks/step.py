@@ -31,9 +31,9 @@ SIDES = ("both", "one")
 ROOT = Path(__file__).resolve().parent.parent
 
 COLUMNS = (
-    "preset", "method", "optimizer", "sides", "variant", "formulation", "permutation",
-    "block_size", "accumulation", "merge_interval", "gains", "base",
-    "keep_folded", "memory_budget", "ms", "linear_ms", "ratio",
+    "preset", "layers", "method", "optimizer", "sides", "variant", "formulation", "permutation",
+    "block_size", "accumulation", "merge_interval", "gains", "base", "keep_folded",
+    "memory_budget", "ms", "linear_ms", "ratio",
     "tokens_per_s", "speed_ratio", "first_step_s", "first_step_ratio", "weights_mib",
     "gradients_mib", "optimizer_mib", "activations_mib", "peak_mib", "peak_ratio", "merge_share",
 )  # fmt: skip
@@ -55,9 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     if "one" in args.sides and tuple(args.optimizers) != ("muon",):
         parser.error("--sides one: only POETXMuon takes turns, add --optimizers muon")
     rows: list[Row] = []
-    for row in (all_together if args.together else one_by_one)(list(cases(args))):
-        of_preset = [r for r in (*rows, row) if r["method"] == DENSE]
-        rows.append(compared(row, of_preset[-1]))
+    asked = list(cases(args))
+    made = map(in_process, asked) if args.together is None else all_together(asked, args.together)
+    for row in made:
+        same = row["preset"], row["layers"]
+        alike = (r for r in (*rows, row) if (r["preset"], r["layers"]) == same)
+        dense = next((r for r in alike if r["method"] == DENSE), None)
+        rows.append(row if dense is None else compared(row, dense))
         path = result_path(args.output, args.name, row["gpu"])
         write(path, rows)
         print(f"{len(rows)}: {line(rows[-1], COLUMNS)}", file=sys.stderr, flush=True)
@@ -73,14 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--optimizers", type=list_of(str), default=("adamw",), help="of POET-X: adamw,muon")
     add(
         "--presets", "--preset", type=list_of(str), default=("1b",),
-        help="shapes of examples/llama.py",
+        help="shapes of examples/llama.py; 8b:4 has 4 decoder layers",
     )  # fmt: skip
-    add("--layers", type=positive, help="decoder layers, in place of the preset's number")
+    add("--layers", type=positive, help="decoder layers, in place of the presets' numbers")
     add("--vocabulary", type=positive, default=32000)
     add("--batch", type=positive, help="default: 8, of 8b 1")
     add("--length", type=positive, default=1024)
     add("--sides", type=list_of(str), default=("both",), help="that turn in a step: both,one")
-    add("--together", action="store_true", help="compile all at once")
+    add(
+        "--together", nargs="?", const="", metavar="FILE",
+        help="compile all at once; time when the file, if one is given, exists",
+    )  # fmt: skip
     add("--accumulation", type=positive, default=1, help="batches in a step of the optimiser")
     add("--keep-folded", type=list_of(str), default=("call",), help="of POET-X: call,step")
     add(
@@ -111,8 +118,10 @@ def cases(args: argparse.Namespace) -> Iterator[StepCase]:
     common["dtype"] = str(options.pick_dtype(args.dtype, device)).removeprefix("torch.")
     common["peer"], common["keep_folded"] = None, "call"
     common["sides"] = "both"
-    for preset in args.presets:
+    for given in args.presets:
+        preset, _, layers = given.partition(":")
         common["preset"], common["batch"] = preset, args.batch or (1 if preset == "8b" else 8)
+        common["layers"] = int(layers) if layers else args.layers
         yield from _cases_of(StepCase(method=DENSE, **common), args)
 
 
@@ -164,16 +173,23 @@ def compared(row: Row, dense: Row) -> Row:
     return row | ratios | dict.fromkeys(unused)
 
 
-def one_by_one(cases: Sequence[StepCase]) -> Iterator[Row]:
-    """The rows of workers that have the machine to themselves."""
-    yield from map(in_process, cases)
+def all_together(cases: Sequence[StepCase], after: str) -> Iterator[Row]:
+    """The rows of workers that compile at once. The GPU holds all models; a turn is a lock.
 
-
-def all_together(cases: Sequence[StepCase]) -> Iterator[Row]:
-    """The rows of workers that compile at once. The GPU holds all models; a turn is a lock."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(cases)) as pool:
-        waiting = [dataclasses.replace(c, room=f"{folder}:{len(cases)}") for c in cases]
-        yield from pool.map(in_process, waiting)
+    Args:
+        after: the file that nobody is timed before, or empty.
+    """
+    failed = []
+    with tempfile.TemporaryDirectory() as room, ThreadPoolExecutor(len(cases)) as pool:
+        Path(room, "waits").write_text(json.dumps([len(cases), after]), encoding="utf-8")
+        running = [pool.submit(in_process, dataclasses.replace(c, room=room)) for c in cases]
+        for worker in running:
+            try:
+                yield worker.result()
+            except subprocess.CalledProcessError as error:  # of the others there are rows
+                failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def in_process(case: StepCase) -> Row:

@@ -56,7 +56,7 @@ class StepCase:
         steps, rounds, warmup: `rounds` times `steps` steps are timed, after `warmup` steps.
         sides: ``"both"`` turn in a step, or ``"one"``.
         peer: folder of the peer.
-        room: ``"folder:workers"`` where several workers wait for each other to compile.
+        room: a folder, where several workers wait for each other to compile.
     """
 
     method: str
@@ -231,9 +231,10 @@ def turn_of(room: str | None) -> Iterator[None]:
     if room is None:
         yield
         return
-    folder, workers = room.rsplit(":", 1)
+    folder = Path(room)
+    workers, after = json.loads((folder / "waits").read_text(encoding="utf-8"))
     Path(folder, f"ready-{os.getpid()}").touch()
-    while len(list(Path(folder).glob("ready-*"))) < int(workers):
+    while len(list(folder.glob("ready-*"))) < workers or (after and not Path(after).exists()):
         time.sleep(0.2)
     with Path(folder, "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -351,7 +352,7 @@ def main(case: str, output: str) -> None:
             row = run(asked)
     finally:  # the others need not wait for one that fails
         if asked.room is not None:
-            Path(asked.room.rsplit(":", 1)[0], f"ready-{os.getpid()}").touch()
+            Path(asked.room, f"ready-{os.getpid()}").touch()
     Path(output).write_text(json.dumps(row, allow_nan=False), encoding="utf-8")
 
 

@@ -116,6 +116,7 @@ class OrthogonalEquivalence(nn.Module):
         self._layout_version: int | None = None
         self._seal: Seal | None = None
         self._zeros: Tensor | None = None
+        self._rests: list[Tensor] | None = None  # the views of it that the parameters are at rest
         self._has_norm = False
         dtype = rotation_dtype(weight.dtype)
         sizes = [
@@ -173,16 +174,18 @@ class OrthogonalEquivalence(nn.Module):
 
     def rest(self) -> None:
         """Let the skew parameters be zeros: in the merged form those that take no bytes."""
-        if is_sharded(*self.skews):
+        skews = self.skews
+        if is_sharded(*skews):
             return
-        sizes = [skew.shape for skew in self.skews]
-        dtype, device = self.skew_in.dtype, self.skew_in.device
-        with torch.no_grad():
+        dtype, device = skews[0].dtype, skews[0].device
+        zeros = self._rests
+        if zeros is None or not self.merged or (zeros[0].dtype, zeros[0].device) != (dtype, device):
             zeros, self._zeros = zero_skews(
-                sizes, dtype, device, rest=self.merged, kept=self._zeros
+                [skew.shape for skew in skews], dtype, device, rest=self.merged, kept=self._zeros
             )
-            for skew, zero in zip(self.skews, zeros, strict=True):
-                skew.data = zero
+            self._rests = None if self._zeros is None else zeros
+        for skew, zero in zip(skews, zeros, strict=True):
+            skew.data = zero
 
     def _announce(self) -> None:
         """Be found, and let those who look after layers look again."""
@@ -191,7 +194,7 @@ class OrthogonalEquivalence(nn.Module):
         registry.announce(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_zeros": None}
+        return vars(self) | {"_zeros": None, "_rests": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

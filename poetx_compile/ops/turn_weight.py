@@ -19,7 +19,7 @@ from poetx_compile.ops.kernels.common import permutable
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype, without_autocast
 from poetx_compile.ops.random import matrix_bits, round_stochastically
-from poetx_compile.ops.registry import define_in_place
+from poetx_compile.ops.registry import OPS, define_in_place
 from poetx_compile.ops.rotation_delta import minus_identity
 
 
@@ -155,11 +155,6 @@ class Turn(NamedTuple):
         return (self.skew_in, self.block_in), (self.skew_out, self.block_out)
 
 
-_LAYERS = Kernel(
-    "turn_layers.turn_layers", lambda turn, *_: _kernel_takes(*turn[:8], 0, 0, 0, None)
-)
-
-
 def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | None = None) -> None:
     """`turn_weight_` of several weights of one device; on a GPU in few launches.
 
@@ -169,16 +164,21 @@ def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | N
         turns: the weights and their steps; a side without blocks stays.
         seed, step, apply: those of `turn_weight_`.
     """
+    kernel = OPS["turn_weight_"].kernel
+    assert kernel is not None
     together = []
     for turn in turns:
         steps = [skew for skew, _ in turn.steps if skew.numel()]
-        if _LAYERS.applies(turn, turn.weight, *steps, turn.perm_in, turn.perm_out):
-            if steps:
-                together.append(turn)
-        else:
+        # The kernels of layers, unlike the op's, take a side without blocks.
+        asked = turn._replace(skew_in=steps[0], skew_out=steps[-1]) if steps else turn
+        if kernel.applies(*asked):
+            together.append(turn)
+        elif steps:
             turn_weight_(*turn[:8], seed, step, turn.layer, apply)
     if together:
+        from poetx_compile.ops.kernels.turn_layers import turn_layers  # loads Triton
+
         weights = [turn.weight for turn in together]
         with torch.cuda.device(weights[0].device):
-            _LAYERS.load()(together, seed, step, apply)
+            turn_layers(together, seed, step, apply)
         torch.autograd.graph.increment_version(weights)

@@ -63,6 +63,7 @@ class Turner:
     def __init__(self, layers: Sequence[Layer]):
         self._numbers = {e: number for number, (_, e) in enumerate(layers)}
         self._layers = list(layers)
+        self._batches = list(layer_batches(layers))
         self._open: list[Layer] = []
         self._finite: dict[torch.device, Tensor] = {}
         self._angles: list[Tensor] = []
@@ -84,10 +85,12 @@ class Turner:
             update: called once for each batch.
             resting: what `update` will not write: it stays at rest.
         """
-        for batch in layer_batches(self._with_gradients()):
-            self.open(batch, resting)
+        for batch in self._batches:
+            self.open(_with_gradients(batch), resting)
+            if not self._open:
+                continue
             try:
-                update({skew for _, e in batch for skew in e.skews})
+                update({skew for _, e in self._open for skew in e.skews})
                 self._turn(number, moving)
             finally:
                 self.close()
@@ -104,7 +107,7 @@ class Turner:
         _, *given = args
         closure = given[0] if given else kwargs.get("closure")
         if closure is None:
-            self.open(self._with_gradients())
+            self.open(_with_gradients(self._layers))
             return None
         ran = False
 
@@ -113,7 +116,7 @@ class Turner:
             if ran:
                 raise AdoptionError(_ONE_CLOSURE)
             loss, ran = closure(), True
-            self.open(self._with_gradients())
+            self.open(_with_gradients(self._layers))
             return loss
 
         return (args[0], then_open), {k: v for k, v in kwargs.items() if k != "closure"}
@@ -145,26 +148,22 @@ class Turner:
 
     # --- the weights ------------------------------------------------------------------------------
 
-    def _with_gradients(self) -> list[Layer]:
-        return [(m, e) for m, e in self._layers if any(s.grad is not None for s in e.skews)]
-
     @torch.no_grad()
     def _turn(self, number: int, moving: set[Tensor]) -> None:
         """Turn the open layers by the sides that move: what has a rate of zero keeps its bits.
 
         They are marked as interrupted until `_finish`.
         """
-        layers = [(m, e) for m, e in self._open if not moving.isdisjoint(e.skews)]
-        sides = [(s.skew, s.block) for _, e in layers for s in e.sides if s.blocks]
-        sides = [(skew, b) for skew, b in sides if skew in moving]
-        self._look_at([skew for skew, _ in sides])
+        layers = [(m, e, skews) for m, e in self._open if not moving.isdisjoint(skews := e.skews)]
+        self._look_at([s for *_, skews in layers for s in skews if s in moving and s.numel()])
         if _measured(number):
-            self._angles += largest_norms(sides)
+            sides = [side for _, e, _ in layers for side in e.sides if side.blocks]
+            self._angles += largest_norms([(s.skew, s.block) for s in sides if s.skew in moving])
         turns: dict[torch.device, list[ops.Turn]] = defaultdict(list)
-        for module, e in layers:
+        for module, e, skews in layers:
             weight = stored_weight(module)
             e.note_norm(weight)
-            step_in, step_out = (skew if skew in moving else skew[:0] for skew in e.skews)
+            step_in, step_out = (skew if skew in moving else skew[:0] for skew in skews)
             of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
             turn = ops.Turn(weight, step_in, step_out, *of_sides, e.order, self._numbers[e])
             turns[weight.device].append(turn)
@@ -231,6 +230,10 @@ class Turner:
     def forget(self) -> None:
         """Another state has been loaded: what was told of steps before it says nothing."""
         self._told = []
+
+
+def _with_gradients(layers: Sequence[Layer]) -> list[Layer]:
+    return [(m, e) for m, e in layers if any(skew.grad is not None for skew in e.skews)]
 
 
 def _measured(number: int) -> bool:

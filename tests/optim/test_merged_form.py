@@ -18,6 +18,14 @@ STEPS = 20
 # --- the reference: plain torch, merged by hand --------------------------------------------------
 
 
+POLYNOMIALS = (
+    (8.3410, -24.5974, 18.2230),
+    (3.9124, -2.8065, 0.5135),
+    (3.3214, -2.4056, 0.4725),
+    (2.1672, -1.5473, 0.3702),
+)
+
+
 class Muon:
     """Orthogonalised Nesterov momentum on packed skew blocks: outputs, inputs of each layer."""
 
@@ -40,10 +48,11 @@ class Muon:
             x = p.new_zeros(len(p), B, B)
             x[:, rows, columns] = packed
             x = x - x.mT
-            x = x / x.flatten(1).norm(dim=1)[:, None, None]
-            for _ in range(5):
+            length = ((x @ x.mT).flatten(1).norm(dim=1) / 2**0.5).sqrt()
+            x = x / (1.08 * length[:, None, None])
+            for a, b, c in POLYNOMIALS:
                 square = x @ x.mT
-                x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+                x = a * x + (b * square + c * square @ square) @ x
             p -= self.lr * (1 + self.alternate) * x[:, rows, columns]
 
 

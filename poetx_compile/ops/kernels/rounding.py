@@ -5,6 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+COUNTERS = ("seed_low", "seed_high", "step")
+"""Arguments of kernels that no kernel is to be compiled for again."""
+
 
 @triton.jit
 def matrix_bits(rows, columns, seed_low, seed_high, step, layer, GROUPED: tl.constexpr):

@@ -29,10 +29,14 @@ from poetx_compile.ops.kernels.common import (
 )
 from poetx_compile.ops.kernels.layers import first_blocks, layer_of, natural_rows
 from poetx_compile.ops.kernels.permute import source_columns
-from poetx_compile.ops.kernels.rounding import matrix_bits, signed, stochastic_bf16
+from poetx_compile.ops.kernels.rounding import COUNTERS, matrix_bits, signed, stochastic_bf16
+
+SIZES = (
+    "blocks_left", "blocks_right", "column_blocks", "row_blocks", "layers", "programs",
+)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+@triton.jit(do_not_specialize=[*SIZES, *COUNTERS])
 def turn_panels_kernel(
     weight,  # [rows, width], 2-byte elements: of the first layer, read and written
     left_delta,  # [all blocks, B_LEFT, B_LEFT], like the weight

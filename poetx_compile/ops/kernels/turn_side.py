@@ -19,7 +19,7 @@ import triton.language as tl
 
 from poetx_compile.ops.kernels.layers import first_blocks, layer_of, natural_rows
 from poetx_compile.ops.kernels.permute import source_columns
-from poetx_compile.ops.kernels.rounding import group_bits, matrix_bits, stochastic_bf16
+from poetx_compile.ops.kernels.rounding import COUNTERS, group_bits, matrix_bits, stochastic_bf16
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def bits_of_natural_columns(
     return bits
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+@triton.jit(do_not_specialize=["blocks", "layers", "splits", *COUNTERS])
 def turn_columns_resident_kernel(
     weight,  # [rows, width], 2-byte elements; of the first layer
     delta,  # [all blocks, B, B], like weight
@@ -100,7 +100,7 @@ def turn_columns_resident_kernel(
             tl.store(at, total.to(weight.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+@triton.jit(do_not_specialize=["blocks", "layers", "splits", *COUNTERS])
 def turn_rows_resident_kernel(
     weight,  # all of these as in `turn_columns_resident_kernel`
     delta,
@@ -161,7 +161,7 @@ def turn_rows_resident_kernel(
             tl.store(at, total.to(tile.dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+@triton.jit(do_not_specialize=["blocks", "layers", "programs", *COUNTERS])
 def turn_columns_tiled_kernel(
     weight,  # [rows, width]; the first of these as in `turn_columns_resident_kernel`
     delta,
@@ -252,7 +252,7 @@ def turn_columns_tiled_kernel(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step"])
+@triton.jit(do_not_specialize=["blocks", "layers", "programs", *COUNTERS])
 def turn_rows_tiled_kernel(
     weight,  # all of these as in `turn_columns_tiled_kernel`
     delta,
