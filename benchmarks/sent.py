@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from poetx_compile.layers.parametrization import prepared_linears
+from poetx_compile.layers.prepared import prepared_linears
 
 _GATHERS = ("all_gather_into_tensor", "all_gather_single")
 _REDUCTIONS = ("reduce_scatter_tensor", "reduce_scatter_single", "all_reduce")
