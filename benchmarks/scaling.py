@@ -3,31 +3,30 @@
     torchrun --nproc-per-node 2 -m benchmarks.scaling --preset 8b
 
 POET-X is trained for a few steps in each process by itself, with the others beside it, then on the
-same batches under DDP; the efficiency is the tokens/s of all processes under DDP over those of as
-many that do not communicate. POET-X and AdamW under FSDP2 stand beside it. Blocks are compiled one
-by one, all with the same code. No time is shown of a run whose first loss is not that of the
-processes by themselves, whose loss does not fall on its one batch, whose processes disagree
-afterwards, or that reduced other bytes than the formula says.
+same batches under DDP. The efficiency is the tokens/s of all processes under DDP over those of as
+many that do not communicate; `of_slowest`, if all were as the slowest, for which DDP waits. POET-X
+and AdamW under FSDP2 stand beside it. Blocks are compiled one by one, all with the same code. No
+time is shown of a run whose first loss is not that of the processes by themselves, whose loss does
+not fall on its one batch, whose processes disagree afterwards, or that reduced other bytes than the
+formula says.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,20 +35,17 @@ from benchmarks import gate
 from benchmarks.distributed import EXAMPLES, synchronize
 from benchmarks.options import list_of, positive
 from benchmarks.rows import RESULTS, Row, environment, line, result_path, table, write
+from benchmarks.sent import Sent, by_formula, counted_allreduce, counting
 from poetx_compile.distributed.shards import local
-from poetx_compile.layers.prepared import prepared_linears
 from poetx_compile.optim.merge import merge
 
 GIB, MIB = 2**30, 2**20
 ALONE, DDP, FSDP2 = "alone", "DDP", "FSDP2"
 COLUMNS = (
-    "method", "parallel", "step_ms", "tokens_per_s", "efficiency", "over_adamw", "peak_gib",
-    "merge_ms", "reduced_mib", "reduced_formula_mib", "gathered_mib", "gathered_formula_mib",
+    "method", "parallel", "step_ms", "tokens_per_s", "efficiency", "of_slowest", "over_adamw",
+    "peak_gib", "merge_ms", "reduced_mib", "reduced_formula_mib", "gathered_mib",
+    "gathered_formula_mib",
 )  # fmt: skip
-
-_GATHERS = ("all_gather_into_tensor", "all_gather_single")
-_REDUCTIONS = ("reduce_scatter_tensor", "reduce_scatter_single", "all_reduce")
-"""What FSDP2 calls of `torch.distributed`; the names differ between versions of torch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +69,6 @@ CASES = (
     Case("adamw", FSDP2),
 )
 """A sharded weight would be gathered in each step of the merged form, which refuses it."""
-
-
-@dataclasses.dataclass
-class Sent:
-    """Bytes that one process gives to collectives: to be reduced, and of whole gathered tensors."""
-
-    reduced: int = 0
-    gathered: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
@@ -109,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--length", type=positive, default=1024)
     add("--block-size", type=positive, default=256)
     add("--momentum-dtype", default="float32")
+    add("--bucket-mib", type=positive, default=25, help="of DDP")
     add("--warmup", type=positive, default=3, help="steps that are not timed")
     add("--steps", type=positive, default=5)
     add("--lr", type=float, default=1e-4)
@@ -156,6 +145,7 @@ def _compared(row: Row, rows: Sequence[Row]) -> Row:
     speed = row["tokens_per_s"]
     return row | {
         "efficiency": None if alone is None else speed / alone["tokens_per_s"],
+        "of_slowest": None if alone is None else alone["slowest_ms"] / row["slowest_ms"],
         "over_adamw": None if dense is None else speed / dense["tokens_per_s"],
     }
 
@@ -164,7 +154,7 @@ def measure(args: argparse.Namespace, case: Case) -> Row:
     """The row of a case, the same in every process. Raises `gate.GateError`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = dist.get_world_size()
-    model, step, sent = start(args, case, device)
+    model, step = start(args, case, device)
     seconds: list[float] = []
     losses: list[Tensor] = []
     for _ in range(args.warmup):
@@ -178,13 +168,15 @@ def measure(args: argparse.Namespace, case: Case) -> Row:
         synchronize(device)
         seconds.append(time.perf_counter() - begun)
     peak = torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else None
-    sent.reduced = 0
-    with counting(sent) if case.parallel == FSDP2 else contextlib.nullcontext():
-        step()
-    first, last, own_ms = _mean([losses[0], losses[-1], 1e3 * statistics.median(seconds)])
+    own_ms = 1e3 * statistics.median(seconds)
+    first, last, step_ms = _over_processes([losses[0], losses[-1], own_ms])
+    (slowest_ms,) = _over_processes([own_ms], dist.ReduceOp.MAX)
     if not last < first:
         raise gate.GateError(f"{case}: the loss went from {first:.4g} to {last:.4g}")
-    formula = sent_by_formula(model, args, case)
+    sent, formula = (
+        sent_in(step, case),
+        by_formula(model, args.block_size, sharded=case.parallel == FSDP2),
+    )
     _check_sent(case, sent, formula)
     if case.parallel == DDP:
         _check_alike(case, model)
@@ -194,8 +186,9 @@ def measure(args: argparse.Namespace, case: Case) -> Row:
         "processes": world,
         "method": case.method,
         "parallel": case.parallel,
-        "step_ms": own_ms,
-        "tokens_per_s": world * args.batch * args.length / (own_ms / 1e3),
+        "step_ms": step_ms,
+        "slowest_ms": slowest_ms,
+        "tokens_per_s": world * args.batch * args.length / (step_ms / 1e3),
         "peak_gib": peak,
         "merge_ms": _merge_ms(model, device) if case.method == "interval" else None,
         "first_loss": first,
@@ -211,10 +204,28 @@ def measure(args: argparse.Namespace, case: Case) -> Row:
     return row
 
 
-def start(
-    args: argparse.Namespace, case: Case, device: torch.device
-) -> tuple[nn.Module, Callable[[], Tensor], Sent]:
-    """The model of a case, one step on the batch of this process, and what a DDP step reduces."""
+@dataclasses.dataclass
+class Step:
+    """One step on the batch of this process.
+
+    Attributes:
+        forward: the model, or what wraps it.
+    """
+
+    forward: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: tuple[Tensor, Tensor]
+
+    def __call__(self) -> Tensor:
+        loss = self.forward(*self.batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def start(args: argparse.Namespace, case: Case, device: torch.device) -> tuple[nn.Module, Step]:
+    """The model of a case, and its step."""
     sys.path.insert(0, str(EXAMPLES))
     try:
         from llama import PRESETS, Llama, LlamaConfig
@@ -237,9 +248,7 @@ def start(
         interval = 1 if case.method == "merged" else 10**9  # a merge is timed by itself
         config = poetx.POETXConfig(block_size=args.block_size, merge_interval=interval)
         poetx.prepare(model, config)
-    sent, forward = Sent(), _spread(model, case)
-    if isinstance(forward, DistributedDataParallel):
-        forward.register_comm_hook(sent, _counted_allreduce)
+    forward = _spread(model, case, args.bucket_mib)
     for block in model.layers:
         backend: Any = args.stage if case.method == "adamw" else poetx.poetx_backend
         options = None if case.method == "adamw" else {"stage": args.stage}
@@ -254,21 +263,17 @@ def start(
     size = (args.batch, args.length + 1)
     tokens = torch.randint(args.vocabulary, size, generator=generator).to(device)
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> Tensor:
-        loss = forward(*batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return model, step, sent
+    return model, Step(forward, optimizer, batch)
 
 
-def _spread(model: Any, case: Case) -> nn.Module:
+def _spread(model: Any, case: Case, bucket_mib: int) -> nn.Module:
     if case.parallel == DDP:  # the processes have the same weights already
         return DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
+            model,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            init_sync=False,
+            bucket_cap_mb=bucket_mib,
         )
     if case.parallel == FSDP2:
         for block in model.layers:
@@ -279,63 +284,20 @@ def _spread(model: Any, case: Case) -> nn.Module:
     return model
 
 
-def _counted_allreduce(sent, bucket):  # type: ignore[no-untyped-def]  # DDP refuses strings
-    """What DDP does without a hook, and the bytes of it."""
-    sent.reduced += bucket.buffer().nbytes
-    return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def counting(sent: Sent) -> Iterator[None]:
-    """Inside, add up the bytes of the collectives that FSDP2 calls."""
-
-    def counted(real: Callable[..., Any], field: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            setattr(sent, field, getattr(sent, field) + max(t.nbytes for t in tensors))
-            return real(*args, **kwargs)
-
-        return call
-
-    real = {name: getattr(dist, name, None) for name in (*_GATHERS, *_REDUCTIONS)}
-    for name, function in real.items():
-        if function is not None:
-            setattr(dist, name, counted(function, "gathered" if name in _GATHERS else "reduced"))
-    try:
-        yield
-    finally:
-        for name, function in real.items():
-            if function is not None:
-                setattr(dist, name, function)
-
-
-def sent_by_formula(model: nn.Module, args: argparse.Namespace, case: Case) -> Sent:
-    """What a step has to send, from shapes alone.
-
-    Reduced: the gradients of what trains; of a prepared weight [n, m] these are b(b − 1)/2 fp32
-    values for each block of its two sides. Gathered, by FSDP2: what is in blocks once for the
-    forward and once for the backward, and the rest once.
-    """
+def sent_in(step: Step, case: Case) -> Sent:
+    """What one more step sends; under DDP one with a hook, which the timed ones are without."""
     sent = Sent()
-    prepared = {name for name, _, _ in prepared_linears(model)}
-    for name, parameter in model.named_parameters():
-        if name.removesuffix(".parametrizations.weight.original") in prepared:
-            n, m = parameter.shape
-            rotations = 4 * (_packed(n, args.block_size) + _packed(m, args.block_size))
-            trained, held = rotations, rotations + n * m * parameter.element_size()
-        elif ".parametrizations." in name:
-            continue  # the rotations, counted with their weight
-        else:
-            trained = held = parameter.numel() * parameter.element_size()
-        sent.reduced += trained
-        if case.parallel == FSDP2:
-            sent.gathered += held * (2 if name.startswith("layers.") else 1)
+    if case.parallel == FSDP2:
+        with counting(sent):
+            step()
+    elif isinstance(step.forward, DistributedDataParallel):
+        model = step.forward.module
+        step.forward = model  # the hooks of DDP go with it
+        gc.collect()
+        step.forward = DistributedDataParallel(model, init_sync=False)
+        step.forward.register_comm_hook(sent, counted_allreduce)
+        step()
     return sent
-
-
-def _packed(size: int, block: int) -> int:
-    block = min(block, size)
-    return size // block * (block * (block - 1) // 2)
 
 
 def _check_sent(case: Case, sent: Sent, formula: Sent) -> None:
@@ -366,11 +328,13 @@ def _check_alike(case: Case, model: nn.Module) -> None:
         raise gate.GateError(f"{case}: the processes have different models")
 
 
-def _mean(values: Sequence[Tensor | float]) -> list[float]:
-    """The means of some numbers over the processes."""
+def _over_processes(
+    values: Sequence[Tensor | float], op: dist.ReduceOp.RedOpType | None = None
+) -> list[float]:
+    """Some numbers over the processes: their means, or another reduction."""
     own = torch.tensor([float(value) for value in values], dtype=torch.float64)
-    dist.all_reduce(own)
-    return (own / dist.get_world_size()).tolist()
+    dist.all_reduce(own, op=op or dist.ReduceOp.SUM)
+    return (own if op else own / dist.get_world_size()).tolist()
 
 
 def _merge_ms(model: nn.Module, device: torch.device) -> float:

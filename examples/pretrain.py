@@ -140,7 +140,9 @@ def pretrain(given: dict[str, Any], group: Processes) -> int:
     try:
         if not options.no_compile:
             _compile(training, folder if new and group.is_first else None)
-        spectra: dict[str, Any] = {"layer": WATCHED, "before": _spectrum(model), "after": []}
+        spectra: dict[str, Any] = {"layer": WATCHED, "before": [], "after": []}
+        if not options.no_figures:
+            spectra["before"] = _spectrum(model)
         if not new:
             set_random_state(random)
             spectra = read_json(folder / "spectrum.json")
@@ -160,7 +162,8 @@ def pretrain(given: dict[str, Any], group: Processes) -> int:
             print(f"stopped at step {training.step}; go on with --out {folder} --resume")
         return INTERRUPTED
 
-    spectra["after"] = _spectrum(model)
+    if spectra["before"]:
+        spectra["after"] = _spectrum(model)
     if group.is_first:
         write_json(folder / "spectrum.json", spectra)
         draw(folder, None if options.compare is None else Path(options.compare))

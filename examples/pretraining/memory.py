@@ -66,10 +66,10 @@ def out_of_memory(
     total = sum(parts.values())
     names = ("weights", "gradients", "moments of the optimiser")
     shown = " + ".join(f"{v:.1f} {n}" for v, n in zip(parts.values(), names, strict=True))
-    most = "of the device" if limit is None else f"of {limit:.1f} GiB"
+    most = "the device has less" if limit is None else f"the run may use {limit:.1f} GiB"
     message = (
-        f"out of memory in step {step + 1}: {method.label} needs {total:.1f} GiB ({shown}) and "
-        f"activations {most}: use a smaller --batch-size, --activation-checkpointing, "
+        f"out of memory in step {step + 1}: {method.label} needs {total:.1f} GiB ({shown}) beside "
+        f"its activations, and {most}: use a smaller --batch-size, --activation-checkpointing, "
         "--dtype bfloat16 or --method poetx"
     )
     if folder.is_dir():

@@ -45,10 +45,22 @@ class Method:
     trainable: float
     summary: str = ""
 
-    def angle_and_error(self) -> tuple[float | None, float | None]:
-        """(largest angle θ in radians, largest ‖GᵀG − I‖); None, None without rotations."""
-        if not self.summary:
+    @property
+    def last_merge(self) -> int | None:
+        """The step of the last merge, 0 before the first; None without rotations."""
+        schedule = getattr(self.optimizer, "schedule", None)
+        return None if schedule is None else schedule.last_merge
+
+    def angle_and_error(self, exact: bool) -> tuple[float | None, float | None]:
+        """(largest angle θ in radians, largest ‖GᵀG − I‖); None, None without rotations.
+
+        Unless `exact`, the first one as the angle guard has estimated it, and None.
+        """
+        schedule = getattr(self.optimizer, "schedule", None)
+        if schedule is None:
             return None, None
+        if not exact:
+            return schedule.angle, None
         figures = diagnostics(self.model)
         return figures["angle_max"], figures["orthogonality_error"]
 

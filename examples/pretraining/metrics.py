@@ -31,8 +31,9 @@ class Row:
         tokens_per_s: training tokens per second since the last row, without compilation and
             evaluation.
         peak_memory_mib: peak so far: allocated on the CUDA device, else resident in the process.
+        last_merge: step of the last merge, 0 before the first; of a POET-X run.
         max_angle: largest angle θ (spectral norm of Q) since the last merge, in radians; in the
-            rows of evaluations of a POET-X run.
+            rows of evaluations of a POET-X run. With --no-figures as the angle guard estimates it.
         orthogonality_error: largest ‖GᵀG − I‖ of a rotation, in the same rows.
     """
 
@@ -43,6 +44,7 @@ class Row:
     lr: dict[str, float]
     tokens_per_s: float | None
     peak_memory_mib: float
+    last_merge: int | None = None
     max_angle: float | None = None
     orthogonality_error: float | None = None
 

@@ -129,6 +129,11 @@ class Options:
     sample_tokens: int = _option(
         128, "tokens that the trained model writes at the end", least=0, free=True
     )
+    no_figures: bool = _option(
+        False,
+        "leave out singular values and exact angles, which take minutes for large models",
+        free=True,
+    )
     no_export: bool = _option(False, "leave out the plain model at the end", free=True)
     save_every: int = _option(100, "steps between checkpoints", least=1, free=True)
 

@@ -30,7 +30,7 @@ class FinishedRun:
         label: the method.
         rows: the rows of metrics.jsonl.
         unigram_bpb: bits per byte without context.
-        spectrum: ``layer``, ``before`` and ``after``.
+        spectrum: ``layer``, ``before`` and ``after``, which are empty without figures.
     """
 
     label: str
@@ -45,7 +45,7 @@ def read_run(folder: Path) -> FinishedRun:
     rows = read_rows(folder / "metrics.jsonl")
     try:
         run = FinishedRun(config["label"], rows, config["corpus"]["unigram_bpb"], spectrum)
-        finished = bool(rows) and bool(spectrum["before"]) and bool(spectrum["after"])
+        finished = bool(rows) and rows[-1]["step"] >= config["options"]["steps"]
     except (KeyError, TypeError) as error:
         raise RunError(f"{folder} is no run folder of this script") from error
     if not finished:
@@ -59,7 +59,9 @@ def draw(folder: Path, other: Path | None = None) -> None:
     if other is not None:
         runs.append(read_run(other))
     _save(_loss_figure(runs), folder / "loss.png")
-    _save(_spectrum_figure(runs), folder / "spectrum.png")
+    runs = [run for run in runs if run.spectrum["after"]]  # not those without figures
+    if runs:
+        _save(_spectrum_figure(runs), folder / "spectrum.png")
 
 
 def _loss_figure(runs: list[FinishedRun]) -> Figure:

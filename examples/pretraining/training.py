@@ -167,7 +167,7 @@ class Training:
         angle = error = val_loss = None
         if self._is_due("eval_every"):
             self.val_loss = val_loss = self.evaluate()
-            angle, error = self.method.angle_and_error()
+            angle, error = self.method.angle_and_error(not self.options.no_figures)
         return Row(
             step=self.step,
             loss=per_byte,
@@ -176,6 +176,7 @@ class Training:
             lr=lr,
             tokens_per_s=tokens / seconds,
             peak_memory_mib=peak,
+            last_merge=self.method.last_merge,
             max_angle=angle,
             orthogonality_error=error,
         )

@@ -21,7 +21,7 @@ def test_metrics_drop_the_rows_after_a_resumed_step_and_a_cut_line(tmp_path: Pat
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
     for step in (1, 2, 3):
-        metrics.append(Row(step, 1.0, float("nan"), {"dense": 0.1}, 5.0, 7.0))
+        metrics.append(Row(step, 1.0, 1.0, float("nan"), {"dense": 0.1}, 5.0, 7.0))
     with path.open("a") as handle:
         handle.write('{"step": 4, "lo')
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]

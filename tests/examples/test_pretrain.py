@@ -31,6 +31,7 @@ FINAL = re.compile(
 )
 FIELDS = {
     "step",
+    "last_merge",
     "loss",
     "loss_per_token",
     "val_loss",
@@ -115,6 +116,7 @@ def test_a_run_leaves_a_complete_folder(more: tuple[str, ...], groups: set[str],
         assert row["peak_memory_mib"] > 0
         evaluated = row["step"] % 4 == 0
         assert (row["val_loss"] is not None) == evaluated
+        assert (row["last_merge"] is None) == dense
         assert (row["max_angle"] is not None) == (evaluated and not dense)
         assert (row["orthogonality_error"] is not None) == (evaluated and not dense)
     assert rows[-1]["lr"]["dense"] == pytest.approx(3e-5)
@@ -149,7 +151,7 @@ def test_poetx_keeps_the_spectrum_and_dense_training_does_not():
 
 
 AS_8B = "--tokenizer bpe --vocab-size 300 --dtype bfloat16 --merge-interval 1 --momentum-dtype int8"
-AS_8B += " --loss-chunk 20 --deterministic"
+AS_8B += " --loss-chunk 20 --deterministic --no-figures"
 
 
 @quick

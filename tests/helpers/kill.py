@@ -122,7 +122,8 @@ def by_example(folder: Path) -> None:
     arguments = "--device cpu --no-compile --seq-len 16 --batch-size 4 --block-size 8 --log-every 1"
     arguments += f" --steps {STEPS} --save-every {SAVE_EVERY} --merge-interval {INTERVAL}"
     arguments += f" --redraw-interval {INTERVAL}"
-    arguments += " --eval-every 100 --eval-batches 1"
+    arguments += " --eval-every 100 --eval-batches 1 --sample-tokens 0"
+    arguments += " --tokenizer bpe --vocab-size 300"
     paths = ["--data", str(text), "--out", str(folder)]
     assert pretrain.main([*arguments.split(), *paths]) == 0
 

@@ -34,6 +34,7 @@ from torch import nn
 from poetx_compile import POETXAdamW, errors
 from poetx_compile.compile import backend
 from poetx_compile.inspect.command_line import command_parser
+from pretraining.options import Options, parse
 from tests.helpers.documents import FENCE, PAGES, ROOT, SOURCES, Block, blocks
 
 OPTIONAL = ("accelerate", "safetensors", "transformers")
@@ -110,6 +111,8 @@ def test_commands_name_what_exists(page: Path) -> None:
             for flag, module in itertools.pairwise(words):
                 if flag == "-m" and module.partition(".")[0] in OURS:
                     assert importlib.util.find_spec(module), f"{name(page)}: no module {module}"
+            if "examples/pretrain.py" in words:
+                Options(**parse(words[words.index("examples/pretrain.py") + 1 :]))
             if words[:1] == ["poetx"]:
                 command_parser().parse_args(words[1:])
 
