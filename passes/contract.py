@@ -104,17 +104,19 @@ def run(
     Args:
         root: a graph of our own (`graphs.clone`), never Dynamo's.
         record: takes what was done and what was refused.
-        verify: after each pass, lint and check every node's metadata against a fresh propagation.
+        verify: after each pass that rewrote something, and at the end, lint and check every node's
+            metadata against a fresh propagation.
 
     Raises:
         RewriteError: a pass changed which inputs of the graph receive a gradient.
     """
     contexts = Contexts(root)
     before = gradients.reached(contexts)
-    for graph_pass in passes:
+    for number, graph_pass in enumerate(passes, 1):
         graph_pass.contexts = contexts
         modules = graphs.nested(root) if graph_pass.into_checkpoints else [root]
-        if sum(_run_one(graph_pass, module, record) for module in modules):
+        rewrites = sum(_run_one(graph_pass, module, record) for module in modules)
+        if rewrites:
             contexts = Contexts(root)
             metadata.refresh(root, contexts)
             if gradients.reached(contexts) != before:
@@ -124,7 +126,7 @@ def run(
                     f"['{graph_pass.name}']}} leaves it out. This is a fault of poetx-compile: "
                     "please report the model"
                 )
-        if verify:
+        if verify and (rewrites or number == len(passes)):
             metadata.verify(root, contexts)
 
 

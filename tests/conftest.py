@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Generator, Iterator
 
@@ -12,6 +13,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 if _PARALLEL:
     # A process a core already: compile workers of each would only compete.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# Compiling makes objects by the million, and the collector would walk over them again and again.
+gc.set_threshold(50_000)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -55,6 +59,11 @@ def may_be_skipped(report: pytest.TestReport) -> bool:
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     torch.set_num_threads(1)  # in a worker, pytest may have imported torch already
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collector() -> None:
+    gc.freeze()  # what was imported stays
 
 
 @pytest.fixture(scope="session", autouse=True)

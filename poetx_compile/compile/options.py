@@ -49,7 +49,7 @@ class BackendOptions:
             evaluation (`hoist_folds`).
         disable_passes: names of passes that are left out, or of a form of layers (``"folded"``,
             ``"input_centric"``) that `formulation` is not to choose.
-        verify_passes: lint and check all metadata after each pass.
+        verify_passes: lint and check all metadata after each pass that rewrites something.
         cayley_batch_bytes: byte budget of one batch of rotations (`batch_cayley`).
         machine: the rates by which ``formulation="auto"`` chooses; a dict with any of ``flops``,
             ``bytes`` and ``launch`` (see `passes.cost.Machine`).

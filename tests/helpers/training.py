@@ -18,7 +18,7 @@ both = pytest.mark.parametrize("optimizer_class", [poetx.POETXAdamW, poetx.POETX
 
 def build(optimizer_class, model: nn.Module | None = None, lr: float = 1e-3, **fields) -> Any:
     """(model, optimiser) over a prepared model."""
-    model = TinyLM() if model is None else model
+    model = TinyLM(layers=1) if model is None else model
     kwargs = {k: fields.pop(k) for k in ("poetx_lr", "fused") if k in fields}
     interval = fields.get("merge_interval", 200)
     fields = {"block_size": 8, "max_angle": None, "redraw_interval": interval, **fields}
