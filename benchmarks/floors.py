@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from poetx_compile.layers.sides import side_blocks
+from poetx_compile.ops.newton_schulz import COEFFICIENTS
 
 _SKEW_BYTES = 4
 """Skew parameters and rotations are fp32."""
@@ -19,8 +20,8 @@ _FORWARD_PRODUCTS = {1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 6: 4}
 _BACKWARD_PRODUCTS = {1: 1, 2: 2, 3: 4, 4: 6, 5: 8, 6: 10}
 """Products of b×b matrices for an expansion of order k (`docs/numerics.md`)."""
 
-_ORTHOGONALISING = 15
-"""Products of b×b matrices in five Newton-Schulz steps."""
+_ORTHOGONALISING = 3 * len(COEFFICIENTS)
+"""Products of b×b matrices in the Newton-Schulz steps."""
 
 _POLAR_PRODUCTS = 4
 """Two Newton-Schulz steps: enough below an angle of 0.25."""

@@ -19,6 +19,7 @@ from benchmarks.rows import Row
 from benchmarks.tolerances import ORTHOGONALIZED
 from poetx_compile import ops
 from poetx_compile.layers.permutation import draw_permutation
+from poetx_compile.ops.muon_step import Part, fused, muon_step
 from poetx_compile.ops.newton_schulz import newton_schulz
 
 COLUMNS = (
@@ -26,7 +27,7 @@ COLUMNS = (
     "floor_ms", "ratio", "error",
 )  # fmt: skip
 
-OPS = ("skew_block_products", "orthogonalize_skew", "turn_weights_")
+OPS = ("skew_block_products", "orthogonalize_skew", "muon_step", "turn_weights_")
 
 TILES = ((128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
 """Of a sweep over block products: two sides, a step of the sum, warps, steps in flight."""
@@ -88,8 +89,8 @@ class _Layer:
 
     def pieces(self, op: str, sizes: floors.Layer) -> Iterator[Piece]:
         """What of an op is timed."""
-        made = dict(zip(OPS, (self._products, self._orthogonalize, self._turn), strict=True))
-        return made[op](sizes)
+        made = self._products, self._orthogonalize, self._step, self._turn
+        return dict(zip(OPS, made, strict=True))[op](sizes)
 
     def _products(self, sizes: floors.Layer) -> Iterator[Piece]:
         """The gradients of both sides, as a backward asks for them."""
@@ -135,6 +136,24 @@ class _Layer:
         square /= torch.linalg.matrix_norm(square, keepdim=True)
         run = functools.partial(newton_schulz, square)
         yield "products of a library alone", run, floor, 0.0
+
+    def _step(self, sizes: floors.Layer) -> Iterator[Piece]:
+        """Momenta, directions and rotations of both sides, by torch's operations and by kernels."""
+        sides = [[self._packed(side.blocks) for _ in range(3)] for side in sizes.sides]
+        skews, gradients, momenta = (list(tensors) for tensors in zip(*sides, strict=True))
+        parts = [Part(skew, gradient, momentum, None) for skew, gradient, momentum in sides]
+
+        def by_torch() -> None:
+            torch._foreach_lerp_(momenta, gradients, 0.05)
+            directions = torch._foreach_lerp(gradients, momenta, 0.95)
+            update = ops.orthogonalize_skew(torch.cat(directions), self.b).mul_(0.01)
+            torch._foreach_sub_(skews, update.split([skew.shape[0] for skew in skews]))
+
+        floor = self._floor(sizes, "orthogonalise", "momentum")
+        yield "torch", by_torch, floor, 0.0
+        if fused(parts, self.b):
+            run = functools.partial(muon_step, parts, self.b, 0.95, 0.01, 1.0, 0, 1)
+            yield "kernels", run, floor, 0.0
 
     def _turn(self, sizes: floors.Layer) -> Iterator[Piece]:
         weight = self.session.normal(self.n, self.m)

@@ -1,6 +1,6 @@
 """The iteration that orthogonalises, for the reference and for its kernels.
 
-``X ← aX + bAX + cA²X`` with ``A = X Xᵀ``: each step is an odd polynomial of the singular values. The
+``X ← aX + bAX + cA²X``, ``A = X Xᵀ``: each step is an odd polynomial of the singular values. The
 polynomials are minimax, each on what the one before has left (Polar Express: Amsel et al., 2025,
 arXiv 2505.16932), so that four of them do what five equal ones of Muon do.
 
@@ -24,13 +24,13 @@ COEFFICIENTS = (
     (3.3214, -2.4056, 0.4725),
     (2.1672, -1.5473, 0.3702),
 )
-"""(a, b, c) of the steps, for singular values from 0.004 to 1. Each step is computed for an interval
-2 % longer than the one before leaves, since rounding may leave it; the last is scaled, so that the
-results, 0.77 … 1.07, are 0.92 on average, as five steps of Muon's make them."""
+"""(a, b, c) of the steps, for singular values from 0.004 to 1. Each is computed for an interval 2 %
+longer than the one before leaves, since rounding may leave it; the last is scaled, so that results
+of 0.77 … 1.07 are 0.92 on average, as five steps of Muon's make them."""
 
 BOUND = 1.08
-"""What the bound of the singular values is enlarged by: beyond 1 the polynomials are steep, and A is
-rounded. Blocks of a single plane are at the bound: at 1 / 1.08 the slope of all steps is zero."""
+"""What the bound of the singular values is enlarged by: beyond 1 the polynomials are steep, and A
+is rounded. Blocks of one plane are at the bound; at 1 / 1.08 the slope of all steps is zero."""
 
 SMALLEST = 1e-15
 """Norms below count as zero: the squares of their entries leave fp32."""

@@ -109,11 +109,16 @@ def hashed(count: int, seed: int, step: int, device: torch.device) -> Tensor:
     SplitMix64 (Steele et al., OOPSLA 2014) of the number under a key of seed and step: a tenth of
     Philox's launches, for vectors that are too short to be worth a kernel.
     """
-    key = _mixed_number(_mixed_number(seed) + step)
+    key = hash_key(seed, step)
     z = torch.arange(1, count + 1, device=device) * _signed(_GAMMA) + _signed(key)
     z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(_MIX[0])
     z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(_MIX[1])
     return (z >> 33 & 0x7FFFFFFF).to(torch.int32)
+
+
+def hash_key(seed: int, step: int) -> int:
+    """The key of `hashed`: 64 bits."""
+    return _mixed_number(_mixed_number(seed) + step)
 
 
 def _mixed_number(value: int) -> int:

@@ -13,6 +13,7 @@ from poetx_compile import ops
 from poetx_compile.config import POETXConfig
 from poetx_compile.distributed.shards import local
 from poetx_compile.errors import ConfigError
+from poetx_compile.ops.muon_step import Part, fused, muon_step
 from poetx_compile.optim import momentum as stored
 from poetx_compile.optim.adamw import adamw_step, fusible
 from poetx_compile.optim.blocks import BlockKind, by_kind, chunks, gather
@@ -140,15 +141,35 @@ class POETXMuon(torch.optim.Optimizer):
         for turns in (False, True):
             some = [skew for skew in skews if (skew not in resting) == turns]
             for kind, alike in by_kind([(skew, b) for skew in some]).items():
+                keep = 1 - rate * group["weight_decay"]
+                if self._by_kernels(alike, b, mu, rate, keep, turns):
+                    continue
                 turned = [local(p) for p in alike] if turns else []
-                if turned and group["weight_decay"]:
-                    torch._foreach_mul_(turned, 1 - rate * group["weight_decay"])
+                if turned and keep != 1:
+                    torch._foreach_mul_(turned, keep)
                 for batch, direction in self._directions(alike, kind, mu, turns):
                     update = ops.orthogonalize_skew(direction, b).mul_(rate)
                     counts = [rows.stop - rows.start for _, rows in batch]
                     torch._foreach_sub_(
                         [turned[i][rows] for i, rows in batch], update.split(counts)
                     )
+
+    def _by_kernels(
+        self, alike: Sequence[Tensor], b: int, mu: float, rate: float, keep: float, turns: bool
+    ) -> bool:
+        """The same, where kernels take these rotations; whether they did."""
+        parts = [_part(skew, self.state[skew]) for skew in alike]
+        if not fused(parts, b):
+            return False
+        for batch in chunks([part.skew for part in parts], b):
+            some = [parts[i].of(rows) for i, rows in batch]
+            muon_step(some, b, mu, rate, keep, *self._counters(), turns)
+        return True
+
+    def _counters(self) -> tuple[int, int]:
+        """Seed and step: what the rounding of a narrow momentum follows from."""
+        schedule = getattr(self, "schedule", None)  # a copy for a trial has none
+        return (0, 0) if schedule is None else (schedule.config.seed, schedule.step)
 
     def _directions(
         self, alike: Sequence[Tensor], kind: BlockKind, mu: float, wanted: bool
@@ -185,11 +206,16 @@ class POETXMuon(torch.optim.Optimizer):
     ) -> Tensor:
         """The directions of a batch of blocks, whose momentum is brought up to date."""
         momentum = stored.read(states, batch, gradient.dtype).lerp_(gradient, 1 - mu)
-        schedule = getattr(self, "schedule", None)  # a copy for a trial has none
-        seed, step = (0, 0) if schedule is None else (schedule.config.seed, schedule.step)
-        noise = stored.rounding_noise(momentum.shape[1], seed, step, momentum.device)
+        noise = stored.rounding_noise(momentum.shape[1], *self._counters(), momentum.device)
         stored.store(states, batch, momentum, noise)
         return gradient.lerp(momentum, mu)
+
+
+def _part(skew: Tensor, state: stored.State) -> Part:
+    """What this process has of a rotation."""
+    assert skew.grad is not None
+    scale = local(state[stored.SCALE]) if stored.SCALE in state else None
+    return Part(local(skew), local(skew.grad).contiguous(), local(state[stored.BUFFER]), scale)
 
 
 def _fit_momentum(optimizer: torch.optim.Optimizer) -> None:

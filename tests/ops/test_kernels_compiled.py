@@ -34,12 +34,14 @@ _DELTA = ("delta, b 256", "rotation_kernel")
 _TAILS = ("fold both, b 192 and 128, tails", "fold_both_kernel")
 # 64 elements a thread, twice: a few of them leave the registers.
 _WIDEST = {("permute, widest", "permute_columns_kernel"): 144}
+# Outside of its products, for a second program on a multiprocessor.
+_PRODUCTS = ("orthogonalize, b 1024", "tiles_kernel")
 SPILLED: dict[str, dict[tuple[str, str], int]] = {
-    "3.6": _WIDEST,
-    "3.7": _WIDEST | {_ROTATION: 80, _DELTA: 88, _TAILS: 8},
-    "3.8": _WIDEST | {_ROTATION: 80, _DELTA: 88, _TAILS: 8},
+    "3.6": _WIDEST | {_PRODUCTS: 88},
+    "3.7": _WIDEST | {_ROTATION: 80, _DELTA: 88, _TAILS: 8, _PRODUCTS: 104},
+    "3.8": _WIDEST | {_ROTATION: 80, _DELTA: 88, _TAILS: 8, _PRODUCTS: 64},
     "3.9": _WIDEST
-    | {_ROTATION: 88, _DELTA: 88, _TAILS: 40}
+    | {_ROTATION: 88, _DELTA: 88, _TAILS: 40, _PRODUCTS: 40}
     | {("fold bf16", "fold_both_kernel"): 96}
     | {("fold both, single columns, fp16", "fold_both_kernel"): 88},
 }
@@ -58,6 +60,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         cayley_low_precision,
         fold,
         fold_both,
+        muon,
         orthogonalize,
         permute,
         rotate,
@@ -78,8 +81,9 @@ def compiled_launches(monkeypatch) -> list[Any]:
         aligned: dict[tuple[int], Any] = {}
         for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
             is_tensor = isinstance(value, torch.Tensor)
-            signature[name] = TYPES[value.dtype] if is_tensor else "i32"
-            if is_tensor or value % 16 == 0:
+            scalar = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = TYPES[value.dtype] if is_tensor else scalar
+            if is_tensor or (scalar == "i32" and value % 16 == 0):
                 aligned[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": num_warps, "num_stages": num_stages, **limits}
@@ -91,6 +95,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         cayley_low_precision,
         fold,
         fold_both,
+        muon,
         orthogonalize,
         permute,
         rotate,
@@ -160,6 +165,25 @@ def test_a_weight_is_turned_in_two_launches(dtype, n, m, b, chunk, compiled_laun
         if chunk > 1:  # single columns need registers for their addresses
             assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
             assert re.search(r"st\.global\S*\.v4", kernel.asm["ptx"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.int8])
+def test_a_step_of_momenta_is_a_launch_for_eight_rotations(dtype, compiled_launches, tmp_path):
+    from poetx_compile.ops.kernels.muon import muon_step
+    from poetx_compile.ops.muon_step import Part
+
+    b, blocks, parts = 256, 16, 9
+    one = meta(blocks, b * (b - 1) // 2)
+    scale = meta(blocks, 128) if dtype == torch.int8 else None
+    some = [Part(one, one, one.to(dtype), scale)] * parts
+    muon_step(some, b, 0.95, 0.02, 1.0, 2**63 - 1, 7, True)
+    names = [kernel.metadata.name for kernel in compiled_launches]
+    between = ["unpack_kernel", "tiles_kernel"]
+    assert names == ["momentum_kernel"] * 2 + between + ["turn_kernel"] * 2
+    for kernel in compiled_launches[:2]:
+        assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
+        assert re.search(r"ld\.global\S*\.v4", kernel.asm["ptx"])
+    assert stack_bytes(compiled_launches[-1].asm["cubin"], tmp_path) == 0
 
 
 @pytest.mark.parametrize(("b_in", "b_out"), [(256, 256), (128, 192)])

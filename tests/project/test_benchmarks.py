@@ -124,9 +124,9 @@ def test_pieces(tmp_path: Path) -> None:
     found = pieces.main(["--device", "cpu", *small, "--output", str(tmp_path), *FAST])
     read_back(tmp_path, "pieces", found, {"op", "tiling", "floor_ms", "error"})
     products = ["skew_block_products"] * 2
-    expected = [*products, *["orthogonalize_skew"] * 2, *["turn_weights_"] * 3]
-    assert [row["op"] for row in found] == expected
-    assert [row["tokens"] for row in found] == [40, 40, *[None] * 5]
+    steps = [*["orthogonalize_skew"] * 2, "muon_step", *["turn_weights_"] * 3]
+    assert [row["op"] for row in found] == products + steps
+    assert [row["tokens"] for row in found] == [40, 40, *[None] * 6]
 
 
 def test_cayley(tmp_path: Path) -> None:

@@ -4,16 +4,17 @@ With X skew, all that a step ``X ← aX + bAX + cA²X``, ``A = X Xᵀ``, makes i
 products are ``L Rᵀ``, both operands read along their rows::
 
     A = X Xᵀ                    symmetric
-    P = −bA − cA Aᵀ             symmetric
-    X = aX + P Xᵀ               skew
+    P = bA + cA Aᵀ              symmetric
+    X = aX + X Pᵀ               skew
 
-The sign of Xᵀ is in P: a sum of products that is only negated afterwards loses its last product to
-the ptxas of Triton 3.6 to 3.8.
+X from the left, which A and P commute with: ``P X`` would be ``−P Xᵀ``, and a sum of products that
+is only negated afterwards loses its last product to the ptxas of Triton 3.6 to 3.8.
 
 *Blocks up to* `WHOLE` are a program each, which keeps all of a block. *Larger ones* go through
-memory, as tiles on and above the diagonal; the other half is their mirror image. All products of
+memory, as tiles on and above the diagonal; the other half is their mirror image, and tiles on the
+diagonal are made exactly symmetric or skew as well, since what they are not grows. All products of
 all blocks are one launch: programs draw the tiles in order, and a tile waits until its block has
-what it reads. That are tiles of lower numbers, which others have drawn before, so that whoever
+what it reads. Those are tiles of lower numbers, which others have drawn before, so that whoever
 waits, waits for a program that runs.
 
 Operands are bf16, padded with zeros to whole tiles; sums are fp32, rounded once.
@@ -191,35 +192,37 @@ def tiles_kernel(
                 found = tl.load(of_block, mask=parts < tiles, other=0.0)
                 scale = inverse_bound(tl.sum(found), BOUND)
                 if kind == 1:
-                    alpha = -b * scale * scale
-                    beta = -c * scale * scale * scale * scale
+                    alpha = b * scale * scale
+                    beta = c * scale * scale * scale * scale
                 else:
                     alpha = a * scale * inverse
                     beta = scale * inverse
         else:
             if kind == 1:
-                alpha = -b
-                beta = -c
+                alpha = b
+                beta = c
             if kind == 2:
                 alpha = a
-        left = tl.where(kind == 0, x, tl.where(kind == 1, square, polynomial))
-        right = tl.where(kind == 1, square, x)
+        left = tl.where(kind == 1, square, x)
+        right = tl.where(kind == 0, x, tl.where(kind == 1, square, polynomial))
         target = tl.where(kind == 1, polynomial, square)
         total = tl.zeros((TILE, TILE), tl.float32)
         total = add_product(total, left, right, rows, columns, N, TILE_K, PRECISION)
         total *= beta
         if kind > 0:
             # In fp32: a number times a bf16 tile would be rounded to bf16.
-            total += alpha * tile_of(right, rows, columns, N).to(tl.float32)
+            total += alpha * tile_of(left, rows, columns, N).to(tl.float32)
 
         if product == 0:
             part = tl.sum(total * total) * tl.where(row_tile == column_tile, 1.0, 2.0)
             tl.store(squares + block * tiles + tile, part)
         value = total.to(matrices.dtype.element_ty)
+        mirrored = tl.trans(value)
+        mirrored = tl.where(kind == 2, -mirrored, mirrored)
+        if row_tile == column_tile:
+            value = (value + mirrored) * 0.5
         tl.store(target + rows[:, None] * N + columns[None, :], value)
         if row_tile != column_tile:
-            mirrored = tl.trans(value)
-            mirrored = tl.where(kind == 2, -mirrored, mirrored)
             tl.store(target + columns[:, None] * N + rows[None, :], mirrored)
         tl.debug_barrier()  # all threads of the program have written
         tl.atomic_add(ready + block, 1, sem="release")
@@ -243,7 +246,15 @@ WHOLE = 64
 
 
 def tiling_of(block_size: int) -> Tiling:
-    """Small tiles waste less of a half, large ones read fewer bytes."""
+    """Large tiles read fewer bytes, small ones waste less of a half and of the padding."""
+
+    def work(tile: int) -> int:
+        side = -(-block_size // tile)
+        return side * (side + 1) // 2 * tile**2 * side * tile
+
+    # By elements multiplied, small tiles take half as long again.
+    if 1.5 * work(64) < work(128):
+        return Tiling(64, 64, 4, 4, programs=3, registers=None)
     return Tiling(128, 64, 8, 3, programs=2, registers=128)
 
 
@@ -264,26 +275,38 @@ def orthogonalize_skew(
         coefficients: of the steps.
     """
     skew = skew.contiguous()
-    out = torch.empty_like(skew)
     norm = torch.linalg.vector_norm(skew, dim=1)
     if tiling is None and block_size <= WHOLE:
-        side = power_of_two(block_size, 16, 128)
-        launch(
-            whole_blocks_kernel,
-            *(skew.shape[0], skew, norm, out),
-            B=block_size,
-            N=side,
-            OPERANDS=getattr(tl, str(operands).removeprefix("torch.")),
-            num_warps={16: 1, 32: 1, 64: 4}.get(side, 8),
-            num_stages=1,
-            **_constants(coefficients),
-        )
-        return out
+        return whole_blocks(skew, norm, block_size, operands, coefficients)
     tiling = tiling or tiling_of(block_size)
+    out = torch.empty_like(skew)
     matrices = unpacked(skew, block_size, tiling, operands)
     result = by_tiles(matrices, norm, tiling, coefficients)
-    moved = _moved(matrices, block_size)
+    moved = constants_of_tiles(matrices, block_size)
     launch(pack_kernel, _programs(result, moved["TILE"]), result, out, **moved)
+    return out
+
+
+def whole_blocks(
+    skew: Tensor,
+    norm: Tensor,
+    block_size: int,
+    operands: torch.dtype = torch.bfloat16,
+    coefficients: Coefficients = COEFFICIENTS,
+) -> Tensor:
+    """msign of packed blocks of any dtype, by their norms: fp32 [blocks, b(b−1)/2]."""
+    out = torch.empty_like(skew, dtype=torch.float32)
+    side = power_of_two(block_size, 16, 128)
+    launch(
+        whole_blocks_kernel,
+        *(skew.shape[0], skew, norm, out),
+        B=block_size,
+        N=side,
+        OPERANDS=getattr(tl, str(operands).removeprefix("torch.")),
+        num_warps={16: 1, 32: 1, 64: 4}.get(side, 8),
+        num_stages=1,
+        **_constants(coefficients),
+    )
     return out
 
 
@@ -291,7 +314,7 @@ def unpacked(skew: Tensor, block_size: int, tiling: Tiling, dtype: torch.dtype) 
     """[3, blocks, N, N] with N a multiple of the tile: the first are the matrices, padded."""
     padded = -(-block_size // tiling.tile) * tiling.tile
     matrices = skew.new_empty(3, skew.shape[0], padded, padded, dtype=dtype)
-    moved = _moved(matrices, block_size)
+    moved = constants_of_tiles(matrices, block_size)
     given = skew, matrices, matrices, skew.shape[0]
     launch(unpack_kernel, _programs(matrices[0], moved["TILE"]), *given, HAS_REST=False, **moved)
     return matrices
@@ -339,7 +362,7 @@ def _constants(coefficients: Coefficients) -> dict[str, Any]:
     }
 
 
-def _moved(matrices: Tensor, block_size: int) -> dict[str, int]:
+def constants_of_tiles(matrices: Tensor, block_size: int) -> dict[str, int]:
     """Constants of a launch that reads or writes all tiles of the matrices."""
     padded = matrices.shape[-1]
     tile = math.gcd(padded, 64)

@@ -61,6 +61,17 @@ def stochastic_bf16(x, bits):
     return pattern.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
+@triton.jit
+def hashed_bits(numbers, key_low, key_high):
+    """`ops.random.hashed` at these places: 31 bits for each, in int32."""
+    low = key_low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    key = (key_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | low
+    z = (numbers + 1).to(tl.uint64) * 0x9E3779B97F4A7C15 + key
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return (z >> 33).to(tl.int32)
+
+
 def signed(word: int) -> int:
     """The lower 32 bits as a signed number, so that all of them reach a kernel as int32."""
     word &= 0xFFFFFFFF
