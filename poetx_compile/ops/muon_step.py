@@ -38,7 +38,8 @@ def _takes(*tensors: Tensor) -> bool:
     return all(t.is_contiguous() for t in tensors)
 
 
-KERNEL = Kernel("muon.muon_step", _takes)
+def _kernel() -> Kernel:
+    return Kernel("muon.muon_step", _takes)
 
 
 def fused(parts: Sequence[Part], block_size: int) -> bool:
@@ -46,7 +47,7 @@ def fused(parts: Sequence[Part], block_size: int) -> bool:
     dtypes = {(p.skew.dtype, p.gradient.dtype, p.momentum.dtype) for p in parts}
     if len(dtypes) > 1 or parts[0].skew.dtype != torch.float32 or block_size < 2:
         return False
-    return KERNEL.applies(*(tensor for part in parts for tensor in part if tensor is not None))
+    return _kernel().applies(*(tensor for part in parts for tensor in part if tensor is not None))
 
 
 @without_autocast
@@ -71,4 +72,4 @@ def muon_step(
         wanted: whether rotations are written at all.
     """
     with torch.cuda.device(parts[0].skew.device):
-        KERNEL.load()(parts, block_size, mu, rate, keep, seed, step, wanted)
+        _kernel().load()(parts, block_size, mu, rate, keep, seed, step, wanted)

@@ -61,7 +61,7 @@ def part_of(block, one, two, three, four, five, six, seven, eight, e1, e2, e3, e
     return tensor, (block - first).to(tl.int64)
 
 
-_ENDS = ["e1", "e2", "e3", "e4", "e5", "e6", "e7"]
+_ENDS = "e1", "e2", "e3", "e4", "e5", "e6", "e7"
 
 
 @triton.jit(do_not_specialize=["mu", "fresh", "key_low", "key_high", *_ENDS])
