@@ -16,7 +16,7 @@ from poetx_compile.errors import ConfigError
 from poetx_compile.ops.muon_step import Part, fused, muon_step
 from poetx_compile.optim import momentum as stored
 from poetx_compile.optim.adamw import adamw_step, fusible
-from poetx_compile.optim.blocks import BlockKind, by_kind, chunks, gather
+from poetx_compile.optim.blocks import ROTATIONS_BYTES, BlockKind, by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
 
@@ -161,7 +161,8 @@ class POETXMuon(torch.optim.Optimizer):
         parts = [_part(skew, self.state[skew]) for skew in alike]
         if not fused(parts, b):
             return False
-        for batch in chunks([part.skew for part in parts], b):
+        # As many as the merged form turns at once.
+        for batch in chunks([part.skew for part in parts], b, ROTATIONS_BYTES):
             some = [parts[i].of(rows) for i, rows in batch]
             muon_step(some, b, mu, rate, keep, *self._counters(), turns)
         return True

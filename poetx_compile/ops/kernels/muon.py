@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from poetx_compile.ops.kernels import orthogonalize
-from poetx_compile.ops.kernels.common import launch
+from poetx_compile.ops.kernels.common import launch, power_of_two
 from poetx_compile.ops.kernels.rounding import hashed_bits, signed, stochastic_bf16
 from poetx_compile.ops.kernels.tiles import above_diagonal, packed_index, position, tile_of
 from poetx_compile.ops.muon_step import Part
@@ -29,7 +29,7 @@ GROUP = 256
 """Values that share a scale (`optim.momentum`)."""
 
 CHUNK = 2048
-"""Values of a program."""
+"""Values of a program, at most."""
 
 
 @triton.jit
@@ -199,7 +199,8 @@ def muon_step(
 def _update_momenta(parts: Sequence[Part], direction: Tensor, mu: float, key: int) -> Tensor:
     """Bring momenta up to date, write directions where there is room; their norms [blocks]."""
     packed = direction.shape[1]
-    chunks = -(-packed // CHUNK)
+    chunk = power_of_two(packed, GROUP, CHUNK)
+    chunks = -(-packed // chunk)
     first, wanted = parts[0], direction.shape[0] > 0
     norms = first.skew.new_empty(direction.shape[0], chunks)
     for run, some, ends in _launches(parts):
@@ -216,9 +217,9 @@ def _update_momenta(parts: Sequence[Part], direction: Tensor, mu: float, key: in
             WANTED=wanted,
             HAS_SCALE=first.scale is not None,
             NARROW=first.momentum.dtype != torch.float32,
-            CHUNK=CHUNK,
+            CHUNK=chunk,
             GROUP=GROUP,
-            num_warps=4,
+            num_warps=max(1, chunk // 512),
             num_stages=1,
         )
     return torch.linalg.vector_norm(norms, dim=1)
