@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import poetx_compile as poetx
-from poetx_compile.inspect.diagnostics import spectrum
 from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim import requantise
 from poetx_compile.optim.merge import merge, redraw
@@ -92,18 +91,20 @@ def test_the_bits_are_those_of_seed_merge_and_layer_however_many_rows_at_once(mo
 
 
 def test_200_merges_at_small_angles_drift_by_half_a_per_cent_at_most() -> None:
-    """In the norm, the singular values, and along the weight that exact merges make; entries walk
-    at random around it (docs/numerics.md)."""
-    model = linear(n=64, m=64, permutation="random")
-    exact = linear(n=64, m=64, permutation="random", base="dense", dtype=torch.float64)
+    """In the norm, and along the weight that exact merges make. Entries walk at random around it
+    (docs/numerics.md): that is bounded as well, and not small."""
+    model = linear(n=64, m=64, merge_rotation="plain")
+    exact = linear(n=64, m=64, merge_rotation="plain", base="dense", dtype=torch.float64)
     exact.weight = model.weight.double()
-    before = spectrum(model.weight)
-    for seed in range(200):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        for skews in zip(*(equivalence_of(one).skews for one in (model, exact)), strict=True):
+            step = 1e-4 * torch.randn(skews[0].shape, generator=generator)  # θ of about 0.001
+            for skew in skews:
+                skew.data.copy_(step)
         for one in (model, exact):
-            turn(one, 1e-3, seed=seed)
             merge(one)
-    weight, goal = model.weight.double(), exact.weight
-    assert relative_error(weight, goal) < 0.1
+    weight, goal = model.weight.detach().double(), exact.weight.detach()
     assert abs((weight * goal).sum() / goal.square().sum() - 1) <= 0.005
     assert abs(weight.norm() / goal.norm() - 1) <= 0.005
-    assert (spectrum(weight) - before).abs().sum() / before.sum() <= 0.005
+    assert relative_error(weight, goal) <= 0.08
