@@ -120,9 +120,10 @@ class Formulation(GraphPass[Weight]):
         site.choices = self._choose(site.node, site.sides)
         if not site.folded and "input_centric" not in self.forms:
             raise Refusal("weight-centric: input_centric is among disable_passes")
+        again = "" if sides.scale_of(site.node) is None else "; int8, dense while it is read"
         if self.formulation != "auto" or not any(choice.cost for choice in site.choices):
-            return site.form
-        chosen = ", ".join(map(str, site.choices))
+            return site.form + again
+        chosen = ", ".join(map(str, site.choices)) + again
         return chosen if site.folded else f"{site.form}: {chosen}"
 
     def _choose(self, weight: fx.Node, both: tuple[Side, Side]) -> tuple[Choice, ...]:

@@ -46,7 +46,7 @@ BAD = [
     ("formulation", "dense", "one of 'auto', "),
     *(("init", v, "one of 'keep', 'rows', 'spectrum'") for v in ("svd", None, True)),
     ("gains", "columns", "one of 'none', 'rows', 'both'"),
-    ("base", "int4", "one of 'dense'"),
+    ("base", "int4", "one of 'dense', 'int8'"),
 ]
 
 
@@ -84,6 +84,7 @@ OTHER = {
     "init_scale": 2.0,
     "gains": "both",
     "keep_in_eval": False,
+    "base": "int8",
 }
 
 
@@ -98,7 +99,12 @@ def test_json_round_trip(values) -> None:
 def test_the_round_trip_covers_every_field_with_another_value() -> None:
     default, other = POETXConfig().to_dict(), POETXConfig(**OTHER).to_dict()
     same = {name for name in default if default[name] == other[name]}
-    assert same == {"base", "memory_budget"}  # one value so far; not with variant "mem"
+    assert same == {"memory_budget"}  # not with variant "mem"
+
+
+def test_int8_and_a_merge_at_every_step_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"base = 'int8' is not allowed: use 'dense' with merge"):
+        POETXConfig(base="int8", merge_interval=1)
 
 
 def test_a_budget_survives_json_and_contradicts_variant_mem() -> None:

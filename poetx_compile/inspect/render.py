@@ -22,6 +22,7 @@ _DTYPES = {
     torch.float16: "f16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int8: "i8",
     torch.bool: "b8",
 }
 
@@ -99,7 +100,7 @@ def input_name(placeholder: str) -> str:
             if path[i : i + len(noise)] == noise:
                 path[i : i + len(noise)] = []
                 break
-    if len(path) > 1 and path[-2] == "0" and path[-1] in (*STATE, *GAINS):
+    if len(path) > 1 and path[-2] == "0" and path[-1] in (*STATE, *GAINS, "scale"):
         path.pop(-2)
     if path:  # inputs that adopt_linear added are named after the weight
         path[-1] = re.sub(r"^weight_(?=skew_|perm_|gain_)", "", path[-1])

@@ -141,7 +141,20 @@ def prepare(
     done = dict.fromkeys(fresh, described(config)) if config.initialises else {}
     rows = list(_rows(model, found, reasons, done))
     why_not = {row.name: row.reason for row in rows if row.is_linear and row.status != "prepared"}
-    return PrepareReport(rows, what_trains(model, config, why_not), config.merged)
+    summary = what_trains(model, config, why_not)
+    return PrepareReport(rows, summary, config.merged, _stored_bytes(model))
+
+
+def _stored_bytes(model: nn.Module) -> tuple[float, float] | None:
+    """Bytes of an int8 weight on average, and of a dense one; ``None`` where there is none."""
+    layers = [(stored_weight(m), e.scale) for _, m, e in prepared_linears(model)]
+    int8 = [(stored, scale) for stored, scale in layers if scale is not None]
+    count = sum(stored.numel() for stored, _ in int8)
+    if not count:
+        return None
+    taken = sum(stored.nbytes + scale.nbytes for stored, scale in int8)
+    dense = sum(stored.numel() * scale.itemsize for stored, scale in int8)
+    return taken / count, dense / count
 
 
 def _check_order(model: nn.Module, reasons: dict[str, str | None]) -> None:

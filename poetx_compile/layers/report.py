@@ -48,12 +48,21 @@ class PrepareReport:
             more, in the model's order.
         trained: a `Trained`: how much of the model trains, and how.
         merged: whether the layers have the merged form (``merge_interval=1``).
+        stored_bytes: that an int8 weight takes on average, and a dense one would
+            (``base="int8"``); ``None`` where the weights are dense.
     """
 
-    def __init__(self, rows: Iterable[LayerRow], trained: Trained, merged: bool = False):
+    def __init__(
+        self,
+        rows: Iterable[LayerRow],
+        trained: Trained,
+        merged: bool = False,
+        stored_bytes: tuple[float, float] | None = None,
+    ):
         self.rows = list(rows)
         self.trained = trained
         self.merged = merged
+        self.stored_bytes = stored_bytes
 
     @property
     def trainable(self) -> int:
@@ -95,7 +104,13 @@ class PrepareReport:
         return f"{self._summary()}\n{format_table(header, cells)}"
 
     def _summary(self) -> str:
-        return f"{self.trained}\n{_MERGED}" if self.merged else str(self.trained)
+        lines = [str(self.trained), *([_MERGED] if self.merged else [])]
+        if self.stored_bytes is not None:
+            int8, dense = self.stored_bytes
+            lines.append(
+                f"base='int8': a frozen weight takes {int8:.2f} bytes in place of {dense:g}"
+            )
+        return "\n".join(lines)
 
     def _folded(self) -> list[tuple[str, ...]]:
         cells = [(r.name or "(root)", _sizes(r.shape), _what(r)) for r in self.rows]

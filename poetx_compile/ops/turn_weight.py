@@ -89,8 +89,13 @@ def rotate_weight(weight: Tensor, delta_in: Tensor, delta_out: Tensor) -> Tensor
     Returns:
         [n, m], a new tensor.
     """
-    n, m = weight.shape
-    wide = weight.to(delta_in.dtype, copy=True)
+    return rotate_in_place(weight.to(delta_in.dtype, copy=True), delta_in, delta_out)
+
+
+@without_autocast
+def rotate_in_place(wide: Tensor, delta_in: Tensor, delta_out: Tensor) -> Tensor:
+    """`rotate_weight` of a weight in the rotations' dtype, which is written and returned."""
+    n, m = wide.shape
     # x + x (R − I): a small rotation keeps its relative precision, none changes no bit.
     blocks, b, _ = delta_in.shape
     if blocks:

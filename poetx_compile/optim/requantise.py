@@ -18,10 +18,13 @@ from poetx_compile.layers.permutation import Moves
 from poetx_compile.ops.dequantize import GROUP, quantize, requantize
 from poetx_compile.ops.precision import ieee_fp32
 from poetx_compile.ops.random import matrix_bits
-from poetx_compile.ops.turn_weight import rotate_weight
+from poetx_compile.ops.turn_weight import rotate_in_place
 
 ELEMENTS = 2**22
-"""Of the rows that are rounded at once: their random bits take some hundred bytes each."""
+"""Of the rows that are rounded at once."""
+
+ROUNDING_BYTES = 40
+"""That rounding one of them takes for a while: random bits, and the entries in steps."""
 
 
 @torch.no_grad()
@@ -41,7 +44,7 @@ def merge_int8(
     values = e.dequantised(stored, e.skew_in.dtype)
     if deltas:
         with ieee_fp32():
-            values = rotate_weight(values, *deltas)
+            values = rotate_in_place(values, *deltas)
     weight, scale, whole = stored, e.scale, True
     for dim, permutation in enumerate((e.perm_out, e.perm_in)):
         if permutation not in moves:

@@ -150,6 +150,17 @@ def check_a_merge_communicates_nothing() -> None:
     assert names <= {"allreduce_", "broadcast_"}, names  # gradients, and DDP's own of buffers
 
 
+def check_int8_weights_have_the_same_bits_everywhere() -> None:
+    model = build(torch.bfloat16, base="int8", small=True)
+    wrapped = DistributedDataParallel(model)
+    optimizer = muon(wrapped)
+    train(wrapped, optimizer)
+    assert optimizer.schedule.merges == 2
+    stored = [t for _, m, e in prepared_linears(model) for t in (stored_weight(m), e.scale)]
+    assert stored[0].dtype == torch.int8
+    assert same_everywhere(digest(model))
+
+
 def check_every_step_merged_has_the_same_bits_without_traffic() -> None:
     for make, dtype in ((muon, torch.bfloat16), (adopted, torch.float32)):
         model = build(dtype, merge_interval=1, small=True)

@@ -314,6 +314,10 @@ def check_other_layouts_are_refused() -> None:
         muon(shard(build(merge_interval=1)))
     with raises(ParallelismError, "with merge_interval=1 every step would gather"):
         poetx.fully_shard_rotations(build(merge_interval=1))
+    with raises(ParallelismError, "base='int8' is not supported under FSDP2"):
+        muon(shard(build(base="int8")))
+    with raises(ParallelismError, "base='int8' is not supported under FSDP2"):
+        poetx.fully_shard_rotations(build(base="int8"))
     model = build()
     rotations = set(skews(model))
     with raises(ParallelismError, "nobody reduces their gradients"):
