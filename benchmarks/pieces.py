@@ -21,6 +21,7 @@ from poetx_compile import ops
 from poetx_compile.layers.permutation import draw_permutation
 from poetx_compile.ops.muon_step import Part, fused, muon_step
 from poetx_compile.ops.newton_schulz import newton_schulz
+from poetx_compile.ops.turn_weight import Turn, turn_weights_
 
 COLUMNS = (
     "op", "tokens", "in_features", "out_features", "block_size", "permutation", "tiling", "ms",
@@ -163,10 +164,10 @@ class _Layer:
             q_in, q_out = (s[: len(s) * turn] for s, turn in zip(steps, turns, strict=True))
             given = self.perm_in, self.perm_out, self.b, self.b, 3, 0
             wide, turned = weight.double(), weight.clone()
-            ops.turn_weights_([ops.Turn(wide, q_in.double(), q_out.double(), *given)], 0, 1)
+            turn_weights_([Turn(wide, q_in.double(), q_out.double(), *given)], 0, 1)
             wanted = wide - weight.double()
-            turn = ops.Turn(turned, q_in, q_out, *given)
-            run = functools.partial(ops.turn_weights_, [turn], 0, 1)
+            turn = Turn(turned, q_in, q_out, *given)
+            run = functools.partial(turn_weights_, [turn], 0, 1)
             run()
             moved = turned.double() - weight.double()
             error = abs(float((moved * wanted).sum() / wanted.square().sum()) - 1)

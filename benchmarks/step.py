@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import options, peer
@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Row]:
-    """Run the benchmark; returns its rows, the dense one first."""
+    """Run the benchmark; returns its rows, of each model the dense one first."""
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.cuda_graphs and args.stage != "inductor":
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             parser.error(f"--{name} {','.join(unknown)}: use some of {','.join(known)}")
     if "one" in args.sides and tuple(args.optimizers) != ("muon",):
         parser.error("--sides one: only POETXMuon takes turns, add --optimizers muon")
-    rows: list[Row] = []
+    made: list[Row] = []
     asked = list(cases(args))
-    made = map(in_process, asked) if args.together is None else all_together(asked, args.together)
-    for row in made:
-        same = row["preset"], row["layers"]
-        alike = (r for r in (*rows, row) if (r["preset"], r["layers"]) == same)
-        dense = next((r for r in alike if r["method"] == DENSE), None)
-        rows.append(row if dense is None else compared(row, dense))
+    found = map(in_process, asked) if args.together is None else all_together(asked, args.together)
+    for row in found:
+        made.append(row)
+        rows = [
+            row if (dense := beside(row, made)) is None else compared(row, dense) for row in made
+        ]
         path = result_path(args.output, args.name, row["gpu"])
         write(path, rows)
         print(f"{len(rows)}: {line(rows[-1], COLUMNS)}", file=sys.stderr, flush=True)
@@ -156,8 +156,17 @@ def _cases_of(dense: StepCase, args: argparse.Namespace) -> Iterator[StepCase]:
             )
 
 
-def compared(row: Row, dense: Row) -> Row:
+def beside(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The dense row of the same model."""
+    model = row["preset"], row["layers"]
+    alike = (r for r in rows if (r["preset"], r["layers"]) == model)
+    return next((r for r in alike if r["method"] == DENSE), None)
+
+
+def compared(row: Row, dense: Row | None) -> Row:
     """A row with its ratios over the dense one; a dense row has no configuration of POET-X."""
+    if dense is None:  # not timed yet
+        return row
     ratios = {
         "linear_ms": dense["ms"],
         "ratio": row["ms"] / dense["ms"],
@@ -174,16 +183,16 @@ def compared(row: Row, dense: Row) -> Row:
 
 
 def all_together(cases: Sequence[StepCase], after: str) -> Iterator[Row]:
-    """The rows of workers that compile at once. The GPU holds all models; a turn is a lock.
+    """The rows of workers that compile at once, as they come. The GPU holds all models.
 
     Args:
-        after: the file that nobody is timed before, or empty.
+        after: the file that nobody is timed before; empty: before all have compiled.
     """
     failed = []
     with tempfile.TemporaryDirectory() as room, ThreadPoolExecutor(len(cases)) as pool:
         Path(room, "waits").write_text(json.dumps([len(cases), after]), encoding="utf-8")
         running = [pool.submit(in_process, dataclasses.replace(c, room=room)) for c in cases]
-        for worker in running:
+        for worker in as_completed(running):
             try:
                 yield worker.result()
             except subprocess.CalledProcessError as error:  # of the others there are rows

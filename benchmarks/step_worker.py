@@ -227,14 +227,14 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
 
 @contextlib.contextmanager
 def turn_of(room: str | None) -> Iterator[None]:
-    """Wait until all workers of a room are ready, then for the others' turns to end."""
+    """Wait until the workers of a room may be timed, then for the others' turns to end."""
     if room is None:
         yield
         return
     folder = Path(room)
     workers, after = json.loads((folder / "waits").read_text(encoding="utf-8"))
     Path(folder, f"ready-{os.getpid()}").touch()
-    while len(list(folder.glob("ready-*"))) < workers or (after and not Path(after).exists()):
+    while not Path(after).exists() if after else len(list(folder.glob("ready-*"))) < workers:
         time.sleep(0.2)
     with Path(folder, "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

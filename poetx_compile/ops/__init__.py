@@ -43,11 +43,10 @@ from poetx_compile.ops.rotation_delta import rotation_delta
 from poetx_compile.ops.skew_block_products import skew_block_products
 from poetx_compile.ops.stacked_block_products import stacked_block_products
 from poetx_compile.ops.tangent import rotation_tangent
-from poetx_compile.ops.turn_weight import Turn, turn_weight_, turn_weights_
+from poetx_compile.ops.turn_weight import turn_weight_
 
 __all__ = [
     "OPS",
-    "Turn",
     "block_product",
     "cayley_exact",
     "cayley_neumann",
@@ -66,5 +65,4 @@ __all__ = [
     "skew_block_products",
     "stacked_block_products",
     "turn_weight_",
-    "turn_weights_",
 ]

@@ -126,7 +126,9 @@ def _check(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, or
     )
 
 
-def _kernel_takes(weight, skew_in, skew_out, perm_in, perm_out, b_in, b_out, order, *_) -> bool:
+def _kernel_takes(
+    weight, skew_in, skew_out, perm_in, perm_out, b_in, b_out, order, seed, step, layer, apply
+) -> bool:
     floats = weight.dtype in (torch.bfloat16, torch.float32) and skew_in.dtype == torch.float32
     return floats and order == 3 and weight.is_contiguous() and permutable(weight, perm_in)
 
@@ -176,7 +178,7 @@ def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | N
         steps = [skew for skew, _ in turn.steps if skew.numel()]
         # The kernels of layers, unlike the op's, take a side without blocks.
         asked = turn._replace(skew_in=steps[0], skew_out=steps[-1]) if steps else turn
-        if kernel.applies(*asked):
+        if kernel.applies(*asked[:8], seed, step, turn.layer, apply):
             together.append(turn)
         elif steps:
             turn_weight_(*turn[:8], seed, step, turn.layer, apply)

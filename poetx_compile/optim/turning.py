@@ -2,7 +2,7 @@
 
 Between steps the skew parameters are zeros that take no bytes (`OrthogonalEquivalence.rest`). In a
 step they are given memory, and the optimiser's update of a zero parameter *is* the step Q: it
-becomes a rotation R, ``W ← R_outᵀ W R_inᵀ`` is written in place (`ops.turn_weights_`), and the
+becomes a rotation R, ``W ← R_outᵀ W R_inᵀ`` is written in place (`turn_weights_`), and the
 parameters are at rest again. Any optimiser does so for all layers at once, between the hooks of
 `attach`; `POETXAdamW` and `POETXMuon` do it by batches of layers (`Turner.step`), so that no more
 than a batch of steps is ever alive.
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poetx_compile import ops
 from poetx_compile.errors import AdoptionError, DivergedError
 from poetx_compile.layers.integrity import INTERRUPTED
 from poetx_compile.layers.prepared import Layer, stored_weight
+from poetx_compile.ops.turn_weight import Turn, turn_weights_
 from poetx_compile.optim.blocks import layer_batches
 from poetx_compile.optim.spectral_norm import largest_norms
 
@@ -159,19 +159,19 @@ class Turner:
         if _measured(number):
             sides = [side for _, e, _ in layers for side in e.sides if side.blocks]
             self._angles += largest_norms([(s.skew, s.block) for s in sides if s.skew in moving])
-        turns: dict[torch.device, list[ops.Turn]] = defaultdict(list)
+        turns: dict[torch.device, list[Turn]] = defaultdict(list)
         for module, e, skews in layers:
             weight = stored_weight(module)
             e.note_norm(weight)
             step_in, step_out = (skew if skew in moving else skew[:0] for skew in skews)
             of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
-            turn = ops.Turn(weight, step_in, step_out, *of_sides, e.order, self._numbers[e])
+            turn = Turn(weight, step_in, step_out, *of_sides, e.order, self._numbers[e])
             turns[weight.device].append(turn)
             e.interrupted = True
         try:
             for device, several in turns.items():
                 seed = layers[0][1].config.seed
-                ops.turn_weights_(several, seed, number, self._finite[device])
+                turn_weights_(several, seed, number, self._finite[device])
         except BaseException as error:
             error.add_note(f"poetx: {INTERRUPTED}")
             raise

@@ -92,7 +92,7 @@ def turn_weight_(
 
 
 def turn_layers(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | None) -> None:
-    """`ops.turn_weights_` of bf16 and fp32 weights, order 3, contiguous."""
+    """`turn_weights_` of bf16 and fp32 weights, order 3, contiguous."""
     groups: dict[Any, list[list[Layer]]] = defaultdict(list)
     for layer in with_deltas(turns):
         alike = groups[_kind(layer)]

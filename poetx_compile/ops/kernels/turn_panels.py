@@ -176,7 +176,7 @@ def turn_panels(
         delta_in, delta_out: ``R_in − I`` and ``R_outᵀ − I`` [all blocks, b, b] of its dtype.
         table: `layers.table_of`.
         blocks: of the input and of the output side of each layer.
-        seed, step, apply: those of `ops.turn_weights_`.
+        seed, step, apply: those of `turn_weights_`.
     """
     rows, width = weight.shape
     b_left, b_right = delta_out.shape[1], delta_in.shape[1]
