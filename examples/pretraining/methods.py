@@ -77,6 +77,7 @@ def poetx_config(options: Options, shapes: LlamaConfig) -> poetx.POETXConfig:
         block_size=block_size,
         merge_interval=options.merge_interval,
         redraw_interval=options.redraw_interval or None,
+        base=options.base,
         variant=options.variant,
         permutation=options.permutation,
         seed=options.seed,

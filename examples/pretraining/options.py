@@ -77,6 +77,9 @@ class Options:
     redraw_interval: int = _option(
         200, "steps after which permutations are drawn again; 0 for never", least=0
     )
+    base: str = _option(
+        "dense", "the frozen weights: as they are, or int8 with scales", choices=("dense", "int8")
+    )
     variant: str = _option("fast", "what the backward keeps", choices=("fast", "mem"))
     permutation: str = _option(
         "chunked", "of chunks of columns, or of single ones, slower", choices=("random", "chunked")

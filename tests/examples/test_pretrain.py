@@ -329,9 +329,9 @@ def test_activation_checkpointing_and_mem_variant_train_alike():
 
 
 @quick
-@pytest.mark.parametrize("dtype", ["autocast", "bfloat16"])
-def test_bfloat16_trains_and_resumes(dtype: str):
-    run("out", "--dtype", dtype)
+@pytest.mark.parametrize("options", ["autocast", "bfloat16", "bfloat16 --base int8"])
+def test_bfloat16_trains_and_resumes(options: str):
+    run("out", *f"--dtype {options}".split())
     assert losses("out")[-1][1] < losses("out")[0][1]
     assert main(["--out", "out", "--resume", "--steps", "10"]) == 0
     assert losses("out")[-1][0] == 10
