@@ -75,7 +75,7 @@ def check_mixed_precision_policies() -> None:
 
 
 def check_rotations_are_gathered_and_reduced_in_fp32() -> None:
-    model = shard(build(BF16))
+    model = shard(build(BF16, layers=2))
     seen: list[Any] = []
     first = next(e for _, _, e in prepared_linears(model))
     handle = model.layers[0].register_forward_pre_hook(lambda *_: seen.append(first.skew_in.dtype))

@@ -27,13 +27,15 @@ SEQUENCES = 4
 """In a batch of all processes."""
 
 
-def build(dtype: torch.dtype = torch.float32, small: bool = False, **fields: Any) -> nn.Module:
+def build(
+    dtype: torch.dtype = torch.float32, layers: int = 1, small: bool = False, **fields: Any
+) -> nn.Module:
     """A prepared model, the same in every process; two merges in five steps.
 
-    Two blocks of seven linears; a `small` one has one of three, for what compiles.
+    Blocks of seven linears; a `small` one has one of three, for what compiles.
     """
     torch.manual_seed(0)
-    model = TinyLM(layers=2)
+    model = TinyLM(layers=layers)
     if small:
         model.layers = nn.ModuleList([SwiGLU()])
     model.to(dtype)
