@@ -21,6 +21,7 @@ NAMES = {
     ("dense", "scale"): "SCALE",
     ("lora", "adamw"): "ReLoRA",
     ("poet", "adamw"): "original POET",
+    ("variant", "muon"): "variant",
     ("poetx", "muon"): "POETXMuon",
     ("poetx", "adamw"): "POETXAdamW",
 }

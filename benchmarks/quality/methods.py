@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from benchmarks.quality.baselines import adamw, lora, muon, poet, scale
+from benchmarks.quality.baselines import adamw, lora, muon, poet, scale, variant
 from benchmarks.quality.settings import PlanError, Settings
 from llama import Llama
 
@@ -93,10 +93,13 @@ def check(settings: Settings) -> None:
     """Raise `PlanError` where this checkout cannot run `settings`, before anything runs."""
     if settings.rotates:
         poetx_config(settings)
-    kind = (_ROTATED if settings.rotates else _CLASSES)[settings.optimizer]
-    known = set(inspect.signature(kind.__init__).parameters)
+    if settings.method == "variant":
+        name, known = "variant", set(variant.OPTIONS)
+    else:
+        kind = (_ROTATED if settings.rotates else _CLASSES)[settings.optimizer]
+        name, known = kind.__name__, set(inspect.signature(kind.__init__).parameters)
     if unknown := sorted(set(settings.options) - known):
-        raise PlanError(f"{kind.__name__} of this checkout has no {', '.join(unknown)}")
+        raise PlanError(f"{name} of this checkout has no {', '.join(unknown)}")
     settings.shapes()
     if settings.before is not None:
         check(settings.before)
@@ -113,6 +116,8 @@ def build(settings: Settings, model: Llama, stage: str) -> Trained:
         stage: ``"inductor"``, ``"aot_eager"``, ``"eager"``, or ``"none"`` for no `torch.compile`.
     """
     options: dict[str, Any] = {k: _value(v) for k, v in settings.options.items()}
+    if settings.method == "variant":
+        return _variant(settings, model, stage, options)
     if settings.rotates:
         return _rotated(settings, model, stage, options)
     low_rank: list[lora.LowRankLinear] = []
@@ -124,7 +129,7 @@ def build(settings: Settings, model: Llama, stage: str) -> Trained:
     parameters = [p for p in model.parameters() if p.requires_grad]
     trained = Trained(
         model,
-        model if stage == "none" else torch.compile(model, backend=stage, dynamic=False),
+        _compiled(model, stage),
         optimizer,
         lambda: torch.nn.utils.clip_grad_norm_(parameters, settings.clip),
         lambda: dict(model.state_dict()),
@@ -134,6 +139,30 @@ def build(settings: Settings, model: Llama, stage: str) -> Trained:
         trained.after, trained.rate = restarts.after, restarts.rate
         trained.plain = lambda: lora.plain_state_dict(model)
     return trained
+
+
+def _compiled(model: nn.Module, stage: str) -> Any:
+    return model if stage == "none" else torch.compile(model, backend=stage, dynamic=False)
+
+
+def _variant(settings: Settings, model: Llama, stage: str, options: dict[str, Any]) -> Trained:
+    assert settings.poetx_lr is not None
+    optimizer = variant.optimizer(
+        model,
+        lr=settings.lr,
+        poetx_lr=settings.poetx_lr,
+        weight_decay=settings.weight_decay,
+        clip=settings.clip,  # with the packed gradients, which it alone knows
+        config=poetx_config(settings),
+        **options,
+    )
+    return Trained(
+        model,
+        _compiled(model, stage),
+        optimizer,
+        lambda: None,
+        lambda: dict(model.state_dict()),
+    )
 
 
 def _rotated(settings: Settings, model: Llama, stage: str, options: dict[str, Any]) -> Trained:

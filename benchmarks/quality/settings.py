@@ -18,9 +18,11 @@ METHODS = {
     "dense": ("adamw", "muon", "scale"),
     "poetx": ("muon", "adamw"),
     "poet": ("adamw",),
+    "variant": ("muon",),
     "lora": ("adamw",),
 }
-"""Method → its optimisers. ``"poet"`` is the original: weight-centric, moments reset at merges."""
+"""Method → its optimisers. ``"poet"`` is the original: weight-centric, moments reset at merges;
+``"variant"`` has what the package lacks, simulated (`baselines.variant`)."""
 
 HEAD_SIZE = 64
 
@@ -99,6 +101,8 @@ class Settings:
         if self.rotates != (self.block_size is not None):
             verb = "needs" if self.rotates else "has no"
             raise PlanError(f"{self.method} {verb} block_size")
+        if self.method == "variant" and self.poetx_lr is None:
+            raise PlanError("variant has no rule for its rotations' rate: give poetx_lr")
         if not self.rotates and (
             self.config or self.poetx_lr is not None or self.gradients != "float32"
         ):
@@ -110,7 +114,7 @@ class Settings:
 
     @property
     def rotates(self) -> bool:
-        return self.method in ("poetx", "poet")
+        return self.method in ("poetx", "poet", "variant")
 
     @property
     def tokens(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,9 +49,18 @@ def _root_mean_square(weights: Sequence[nn.Parameter]) -> float:
     return (sum(squares) / len(squares)) ** 0.5
 
 
+def _angle_ratio(b: int, weights: Sequence[nn.Parameter]) -> float:
+    """2 from b = d/2 on, 1/3 more with each halving, 3 from d/16 down (docs/quality.md).
+
+    d is the narrower side of a weight, on average.
+    """
+    d = statistics.fmean(min(weight.shape) for weight in weights)
+    return min(3.0, max(2.0, 2 + math.log2(d / (2 * b)) / 3))
+
+
 RULES = {
     "adamw": Rule(lambda b, weights: 64 / b),
-    "muon": Rule(lambda b, weights: 2.0),
+    "muon": Rule(_angle_ratio),
     # Its rate is relative to the size of a parameter. Rotations start at zero, so theirs is made
     # absolute (the second eps), at what the dense weights would move by.
     "adafactor": Rule(lambda b, weights: 64 / b * _root_mean_square(weights), {"eps": (None, 1.0)}),
@@ -89,8 +100,9 @@ def param_groups(
         model: a prepared model, compiled or not.
         lr: learning rate of the dense parameters.
         poetx_lr: learning rate of the skew parameters; default ``lr · 64/b`` for ``rule="adamw"``,
-            ``2 · lr`` for ``rule="muon"``, where it is an angle and independent of b, and
-            ``lr · 64/b`` times the root mean square of the weights for ``rule="adafactor"``.
+            for ``rule="muon"``, where it is an angle, ``2 · lr`` from b = d/2 on to ``3 · lr`` at
+            d/16, d the narrower side of a weight, and ``lr · 64/b`` times the root mean square of
+            the weights for ``rule="adafactor"``.
         weight_decay: of the group ``dense``.
         rule: ``"adamw"`` for AdamW, SGD and most others; ``"muon"`` for an optimiser that
             orthogonalises its steps; ``"adafactor"`` for `torch.optim.Adafactor`, whose rate is

@@ -38,7 +38,8 @@ class POETXMuon(torch.optim.Optimizer):
     Args:
         model: prepared here, with `config`, if nobody has; compiled or not.
         lr: learning rate of the dense parameters.
-        poetx_lr: of the skew parameters: the growth of θ in a step; default ``2 · lr``.
+        poetx_lr: of the skew parameters: the growth of θ in a step; default ``2 · lr`` from b = d/2
+            on to ``3 · lr`` at d/16 (`param_groups`).
         config: ``None``, or the configuration of the model.
         momentum: μ in [0, 1). It is what torch's OneCycleLR and CyclicLR cycle; `betas` stay.
         momentum_dtype: in which the momentum of the rotations is kept: ``torch.float32`` (fp64

@@ -73,6 +73,16 @@ def test_learning_rates() -> None:
     assert set(rates(poetx_lr=0.5).values()) == {0.01, 0.5}
 
 
+@pytest.mark.parametrize(
+    ("b", "ratio"), [(64, 2), (32, 2), (16, 2 + 1 / 3), (8, 2 + 2 / 3), (4, 3), (2, 3)]
+)
+def test_small_blocks_turn_by_larger_angles(b: int, ratio: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 192, bias=False))
+    poetx.prepare(model, poetx.POETXConfig(block_size=b))
+    for group in param_groups(model, lr=0.01, rule="muon"):
+        assert group["lr"] == pytest.approx(0.01 * ratio)
+
+
 def test_frozen_rotations_are_left_out() -> None:
     model = prepared(TinyLM())
     for parameter in model.layers[0].parameters():

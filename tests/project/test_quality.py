@@ -27,11 +27,12 @@ from benchmarks.quality import (
     tables,
     training,
 )
-from benchmarks.quality.baselines import lora, scale
+from benchmarks.quality.baselines import lora, scale, variant
 from benchmarks.quality.settings import PLANS, PlanError, Settings, expand, from_dict, load
 from benchmarks.quality.training import Place, Run
 from benchmarks.rows import read, write
 from poetx_compile import poetx_backend
+from poetx_compile.layers import permutation
 
 TINY: dict[str, Any] = {
     "preset": "tiny", "width": 64, "layers": 1, "steps": 10, "batch_size": 4, "seq_len": 16,
@@ -469,3 +470,54 @@ def test_figures_of_rows(tmp_path: Path) -> None:
     assert list(drawn["AdamW"].get_xdata()) == [1e-3]  # what is far above is a triangle
     with pytest.raises(ValueError, match="no row"):
         figures.draw(found[:0], "curves", tmp_path / "none.png")
+
+
+# --- variants -------------------------------------------------------------------------------------
+
+VARIANT: dict[str, Any] = TINY | {"method": "variant", "poetx_lr": 6e-3, "block_size": 16}
+
+
+def losses_of(folder: Path, values: dict[str, Any]) -> torch.Tensor:
+    run = Run(from_dict(values), corpora.load(folder), place(folder))
+    run.run()
+    return run.losses
+
+
+def test_a_variant_without_options_is_the_merged_form(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what is drawn: here nothing moves."""
+    draw, order = permutation.draw_permutation, torch.arange
+    monkeypatch.setattr(
+        permutation, "draw_permutation", lambda size, **to: draw(size, **to | {"draw": 0})
+    )
+    monkeypatch.setattr(
+        variant.Side, "draw", lambda side: order(side.size).expand(len(side.all), -1)
+    )
+    config = {"merge_interval": 1, "gains": "both", "init": "spectrum", "redraw_interval": 4}
+    ours, simulated = (
+        losses_of(folder, VARIANT | {"method": method, "config": config})
+        for method in ("poetx", "variant")
+    )
+    torch.testing.assert_close(simulated, ours, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9, "nesterov": 0.5, "whitening": 2, "cautious": True, "by_size": 0.5},
+        {"fresh": 0.5, "wide_block": 32, "rates": {"in": 2.0, "q_proj": 0.5}},
+        {"planes": "subspace", "chance": 0.5, "scales": {"o_proj": 2.0}},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_the_options_of_a_variant_keep_the_spectrum(folder: Path, options: dict[str, Any]) -> None:
+    values = VARIANT | {"steps": 4, "config": {"redraw_interval": 2}, "options": options}
+    run = Run(from_dict(values), corpora.load(folder), place(folder))
+    stacks = run.trained.optimizer.stacks
+    before = [(stack.inner, torch.linalg.svdvals(stack.inner)) for stack in stacks]
+    run.run()
+    assert run.losses.isfinite().all()
+    for stack, (inner, spectrum) in zip(stacks, before, strict=True):
+        assert not torch.allclose(stack.inner, inner, rtol=0.01)
+        torch.testing.assert_close(torch.linalg.svdvals(stack.inner), spectrum)
