@@ -117,10 +117,15 @@ def build(
 def _poetx_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
     rates: dict[str, Any] = {"lr": options.lr, "poetx_lr": options.poetx_lr, "betas": BETAS}
     if options.optimizer == "muon":
-        dtype = options.momentum_dtype
-        return poetx.POETXMuon(model, **rates, weight_decay=0.0, momentum_dtype=dtype)
-    if options.momentum_dtype != "float32":
-        raise RunError("--momentum-dtype is of --optimizer muon: leave one of them out")
+        own: dict[str, Any] = {
+            "momentum_dtype": options.momentum_dtype,
+            "alternate": options.alternate,
+        }
+        return poetx.POETXMuon(model, **rates, weight_decay=0.0, **own)
+    for name, default in (("momentum_dtype", "float32"), ("alternate", False)):
+        if getattr(options, name) != default:
+            flag = name.replace("_", "-")
+            raise RunError(f"--{flag} is of --optimizer muon: leave one of them out")
     return poetx.POETXAdamW(model, **rates, weight_decay=0.0)
 
 

@@ -60,6 +60,7 @@ class Options:
         "in which muon keeps the momentum of the rotations",
         choices=("float32", "bfloat16", "int8"),
     )
+    alternate: bool = _option(False, "have muon turn one side of each layer in a step, in turn")
     lr: float = _option(3e-3, "peak learning rate of everything that is not a rotation", above=0)
     poetx_lr: float | None = _option(
         None, "peak learning rate of the rotations (default: the optimiser's own)", above=0

@@ -8,6 +8,9 @@ import torch
 from poetx_compile import ops
 from poetx_compile.layers.permutation import draw_permutation
 from poetx_compile.ops.random import matrix_bits, philox, round_stochastically
+from poetx_compile.ops.turn_weight import Turn
+from tests.helpers.kernel_cases import meta, needs_triton
+from tests.helpers.kernel_cases import pair as of_width
 
 DOUBLE = torch.float64
 
@@ -101,6 +104,31 @@ def test_a_narrow_weight_is_rounded_to_a_neighbour_by_its_counter(dtype) -> None
     still = weight.clone()
     ops.turn_weight_(still, *zero, *rest[2:])
     assert torch.equal(still, weight)
+
+
+@needs_triton
+@pytest.mark.parametrize("side", ["both", "one"])
+def test_layers_of_one_shape_share_their_launches(side: str, monkeypatch) -> None:
+    from poetx_compile.ops.kernels import cayley_low_precision, turn_layers, turn_panels
+
+    launched: list[str] = []
+
+    def note(kernel, *_, **__) -> None:
+        launched.append(kernel.fn.__name__)
+
+    for module in (cayley_low_precision, turn_layers, turn_panels):
+        monkeypatch.setattr(module, "launch", note)
+
+    def layer(number: int) -> Turn:
+        turns = side == "both", True
+        steps = [meta(4 * turns[(number + i) % 2], 256 * 255 // 2) for i in range(2)]
+        weight = meta(1024, 1024, dtype=torch.bfloat16)
+        return Turn(weight, *steps, *(of_width(16), of_width(16)), 256, 256, 3, number)
+
+    turn_layers.turn_layers([layer(number) for number in range(6)], 0, 1, None)
+    deltas = ["unpack_kernel", "rotation_kernel"]
+    sides = ["turn_rows_resident_kernel", "turn_columns_resident_kernel"]
+    assert launched == deltas + (["turn_panels_kernel"] if side == "both" else sides)
 
 
 def test_philox_gives_the_published_words() -> None:
