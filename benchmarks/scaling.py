@@ -98,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=positive, default=256)
     add("--momentum-dtype", default="float32")
     add("--bucket-mib", type=positive, default=25, help="of DDP")
+    add(
+        "--rotations-of", default="block", choices=("block", "model"),
+        help="under FSDP2, what the rotations are a group of: fewer collectives, or less memory",
+    )  # fmt: skip
     add("--warmup", type=positive, default=3, help="steps that are not timed")
     add("--steps", type=positive, default=5)
     add("--lr", type=float, default=1e-4)
@@ -248,7 +252,7 @@ def start(args: argparse.Namespace, case: Case, device: torch.device) -> tuple[n
         interval = 1 if case.method == "merged" else 10**9  # a merge is timed by itself
         config = poetx.POETXConfig(block_size=args.block_size, merge_interval=interval)
         poetx.prepare(model, config)
-    forward = _spread(model, case, args.bucket_mib)
+    forward = _spread(model, case, args)
     for block in model.layers:
         backend: Any = args.stage if case.method == "adamw" else poetx.poetx_backend
         options = None if case.method == "adamw" else {"stage": args.stage}
@@ -266,18 +270,21 @@ def start(args: argparse.Namespace, case: Case, device: torch.device) -> tuple[n
     return model, Step(forward, optimizer, batch)
 
 
-def _spread(model: Any, case: Case, bucket_mib: int) -> nn.Module:
+def _spread(model: Any, case: Case, args: argparse.Namespace) -> nn.Module:
     if case.parallel == DDP:  # the processes have the same weights already
         return DistributedDataParallel(
             model,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
             init_sync=False,
-            bucket_cap_mb=bucket_mib,
+            bucket_cap_mb=args.bucket_mib,
         )
     if case.parallel == FSDP2:
+        apart = case.method != "adamw"
+        if apart and args.rotations_of == "model":
+            poetx.fully_shard_rotations(model)
         for block in model.layers:
-            if case.method != "adamw":
+            if apart and args.rotations_of == "block":
                 poetx.fully_shard_rotations(block)
             fully_shard(block)
         fully_shard(model)
