@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -41,8 +42,10 @@ class Recompute(GraphPass[fx.Node]):
 
     With a budget, what ``mem`` recomputes is *ranked*: by the floating point operations of one
     element, and in graph order among equals. Norms, activations and gathers take none; then come
-    rotated inputs, folded weights, and products, those over few features first. The partitioner
-    gives up as many of them as it takes (`poetx_compile.compile.partition`).
+    rotated inputs, folded weights, and products, those over few features first. Behind them come,
+    in the same way, what ``mem`` keeps beside the residual stream: the other outputs, and attention
+    without dropout. The partitioner gives up as many of them as it takes
+    (`poetx_compile.compile.partition`).
 
     The earlier passes say which node is what (``meta["poetx_role"]``). The tag is
     `CheckpointPolicy.MUST_RECOMPUTE`, as selective activation checkpointing sets it; AOTAutograd
@@ -68,8 +71,12 @@ class Recompute(GraphPass[fx.Node]):
         kept = [n for n, role in roles if role == graphs.OUTPUT and n not in again]
         again |= {*cheap.inputs(graph, layers), *cheap.derived(graph, kept)}
         if self.budget:
+            last = {*kept, *layers, *filter(_is_attention, graph.nodes)} - again
+            last |= {*cheap.derived(graph, last)} - again
+            again |= last
             ranked = sorted(
-                (node for node in graph.nodes if node in again - always), key=_flops_an_element
+                (node for node in graph.nodes if node in again - always),
+                key=lambda node: (node in last, _flops_an_element(node)),
             )
             self._ranks = {node: rank for rank, node in enumerate(ranked, 1)}
         return [node for node in graph.nodes if node in again]
@@ -118,7 +125,22 @@ def _flops_an_element(node: fx.Node) -> int:
         return sum(2 * _width(rotation) for rotation in node.args[1:3] if rotation is not None)
     if graphs.is_linear(node) or graphs.is_op(node, *_PRODUCTS):
         return 2 * _width(node.args[1])
+    if _is_attention(node):
+        return 4 * _length(node.args[1])
     return 0
+
+
+def _is_attention(node: fx.Node) -> bool:
+    """Whether a node is an attention that gives the same values twice: none is dropped."""
+    if node.op != "call_function" or node.target is not F.scaled_dot_product_attention:
+        return False
+    dropout = node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0)
+    return isinstance(dropout, int | float) and dropout == 0
+
+
+def _length(keys: Any) -> int:
+    shape = graphs.shape_of(keys)
+    return 0 if shape is None else int(shape[-2])
 
 
 def _width(operand: Any) -> int:

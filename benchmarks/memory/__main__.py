@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.memory import estimates, figures, tables
+from benchmarks.memory.cases import Case
+from benchmarks.memory.methods import VOCABULARY
 from benchmarks.memory.plans import PLANS
 from benchmarks.memory.queue import Queue, named, summary
 from benchmarks.memory.results import all_rows, save, selected
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("plans", nargs="+", choices=PLANS, metavar="PLAN")
         one.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     add = run.add_argument
-    add("--caches", type=Path, help="of compiled code; default: a folder that goes with the run")
+    add("--folder", type=Path, help="of compiled code and logs; default: a temporary one")
     add("--cap-gib", type=float, default=80.0, help="no more GPU memory than that; 0 for all")
     add("--gpus", default="all", help="all, or numbers separated by commas")
     add("--device", choices=("cuda", "cpu"), default="cuda")
@@ -53,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=positive, default=4, help="that are timed")
     add("--checkpoint", action="store_true", help="save and load a checkpoint as well")
     add("--limit-seconds", type=float, help="end what runs then; it starts again the next time")
+    add("--compile-seconds", type=float, default=600.0, help="of them for compiling first, at most")
+    add("--case-seconds", type=float, default=600.0, help="a case that takes longer has failed")
 
     table = command("table", "rows as a Markdown table", _table)
     _add_selection(table)
@@ -76,7 +80,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add("--results", type=Path, default=RESULTS, help="folder of the rows")
 
 
-def _cases(args: argparse.Namespace) -> list:
+def _cases(args: argparse.Namespace) -> list[Case]:
     return [case for name in args.plans for case in PLANS[name]]
 
 
@@ -91,23 +95,25 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    small = {"vocabulary": 64} if args.device == "cpu" else {}
     place = Place(
         device=args.device,
         cap_gib=args.cap_gib or None,
         stage=args.stage,
         steps=args.steps,
         checkpoint=args.checkpoint,
-        **small,
+        vocabulary=64 if args.device == "cpu" else VOCABULARY,
     )
     known = [row for row in all_rows(args.results) if row["gpu"] == _gpu(args.device)]
     with tempfile.TemporaryDirectory() as temporary:
-        caches = args.caches.resolve() if args.caches else Path(temporary)
+        folder = args.folder.resolve() if args.folder else Path(temporary)
 
         def finished(row: Row) -> None:
             save(args.results, row)
 
-        queue = Queue(_cases(args), place, _gpus(args), caches, known, finished)
+        gpus = _gpus(args)
+        queue = Queue(_cases(args), place, gpus, folder, known, finished, args.case_seconds)
+        if args.device != "cpu":
+            queue.compile(args.compile_seconds)
         complete = queue.run(args.limit_seconds)
     wanted = {case.key() for case in _cases(args)}
     print(tables.plain([row for row in all_rows(args.results) if tables.key(row) in wanted]))

@@ -59,6 +59,14 @@ class Case:
         return dataclasses.astuple(self)
 
 
+def compiled_alike(case: Case) -> tuple[Any, ...]:
+    """What is one for cases that run the same compiled code: of an optimiser's step, torchao's."""
+    ours = case.method == POETX
+    form = (case.merged, case.block_size, case.variant, case.memory_budget, case.base)
+    step = case.optimizer if ours or case.optimizer == "adamw8bit" else None
+    return case.model, case.seq, case.weights, case.loss_chunk, ours, form, step
+
+
 def of_row(row: Row) -> Case:
     """The case of a row."""
     return Case(**{field.name: row[field.name] for field in dataclasses.fields(Case)})

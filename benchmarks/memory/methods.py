@@ -19,11 +19,8 @@ from poetx_compile.optim.merge import merge
 
 VOCABULARY = 32000
 
-RATES = {"adamw": 1e-4, "adamw8bit": 1e-4, "muon": 1e-4, "adafactor": 1e-2}
-"""Of the dense weights: small, so that a few steps on one batch lower its loss."""
-
-POETX_RATE = 2e-3
-"""An angle in each step of `POETXMuon`; of `POETXAdamW` a rate that moves as much."""
+RATES = {"adamw": 1e-4, "adamw8bit": 1e-4, "muon": 1e-4, "adafactor": 1e-3}
+"""Small, so that a few steps on one batch lower its loss; rotations take their default of it."""
 
 
 class MissingError(RuntimeError):
@@ -54,9 +51,10 @@ class Trained:
         return [value for value in values if isinstance(value, Tensor)]
 
 
-def untrained(case: Case, vocabulary: int = VOCABULARY) -> Llama:
-    """The plain model, made in its dtype on the current default device."""
-    config = LlamaConfig(**PRESETS[case.model], vocab_size=vocabulary, max_seq_len=case.seq)
+def untrained(case: Case, vocabulary: int = VOCABULARY, layers: int | None = None) -> Llama:
+    """The plain model, made in its dtype on the current default device; with fewer `layers`."""
+    shapes = PRESETS[case.model] | ({} if layers is None else {"num_layers": layers})
+    config = LlamaConfig(**shapes, vocab_size=vocabulary, max_seq_len=case.seq)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, case.weights))
     try:
@@ -112,7 +110,7 @@ def _poetx(case: Case, model: Llama, stage: str) -> Trained:
     optimizer: torch.optim.Optimizer
     if case.optimizer == "muon":
         dtype = case.momentum or "float32"
-        optimizer = poetx.POETXMuon(model, lr=lr, poetx_lr=POETX_RATE, momentum_dtype=dtype)
+        optimizer = poetx.POETXMuon(model, lr=lr, momentum_dtype=dtype)
     else:
         optimizer = poetx.POETXAdamW(model, lr=lr)
     forward = _forward(case, model, backend=poetx.poetx_backend, options={"stage": stage})

@@ -11,7 +11,7 @@ ADAMW = Case("8b", 1024, DENSE, "adamw")
 """What the others are compared with: bf16 weights, gradients and moments."""
 
 
-def poetx(block_size: int, variant: str = "fast", **fields: object) -> Case:
+def stored(block_size: int, variant: str = "fast", **fields: object) -> Case:
     """A case of 8B at 1024 tokens with stored rotations; `fields` of `Case`, over the defaults."""
     case = Case(
         "8b", 1024, POETX, "muon", block_size=block_size, merge_interval=200, variant=variant,
@@ -23,7 +23,7 @@ def poetx(block_size: int, variant: str = "fast", **fields: object) -> Case:
 def merged(block_size: int, momentum: str = "int8", **fields: object) -> Case:
     """A case merged every step, gradients of the rotations in bf16."""
     values = {"merge_interval": 1, "momentum": momentum, "gradients": "bfloat16"} | fields
-    return poetx(block_size, **values)  # type: ignore[arg-type]
+    return stored(block_size, **values)  # type: ignore[arg-type]
 
 
 def at(cases: Iterable[Case], **fields: object) -> list[Case]:
@@ -42,13 +42,13 @@ TARGETS = [
     merged(1024),
     merged(256, variant="mem"),
     IN_THE_BACKWARD,
-    poetx(256, "mem", **PAPER),
-    poetx(256, "fast", **PAPER),
+    stored(256, "mem", **PAPER),
+    stored(256, "fast", **PAPER),
 ]
 QUANTIZED = [
-    poetx(256, "mem", gradients="bfloat16", momentum="int8", **XQ),
-    poetx(256, "fast", gradients="bfloat16", momentum="int8", **XQ),
-    poetx(256, "mem", gradients="bfloat16", momentum="int8", checkpointing=True, **XQ),
+    stored(256, "mem", gradients="bfloat16", momentum="int8", **XQ),
+    stored(256, "fast", gradients="bfloat16", momentum="int8", **XQ),
+    stored(256, "mem", gradients="bfloat16", momentum="int8", checkpointing=True, **XQ),
 ]
 RIVALS = [
     dataclasses.replace(IN_THE_BACKWARD, optimizer="adafactor"),
@@ -64,14 +64,14 @@ DTYPES = [
     merged(256, "bfloat16"),
     merged(1024, "float32", gradients="float32"),
     merged(1024, "bfloat16"),
-    poetx(256, "fast", memory_budget=0.72),
-    poetx(512, "mem"),
-    poetx(512, "fast"),
+    stored(256, "fast", memory_budget=0.72),
+    stored(512, "mem"),
+    stored(512, "fast"),
 ]
 CHECKPOINTED = at(
-    [merged(256), merged(1024), poetx(256, "mem", **PAPER), ADAMW], checkpointing=True
+    [merged(256), merged(1024), stored(256, "mem", **PAPER), ADAMW], checkpointing=True
 )
-SWEPT = [merged(256), merged(1024), poetx(256, "mem", **PAPER), ADAMW]
+SWEPT = [merged(256), merged(1024), stored(256, "mem", **PAPER), ADAMW]
 LONG = [merged(256, variant="mem", checkpointing=True, loss_chunk=2048)]
 
 PLANS: dict[str, list[Case]] = {
@@ -92,7 +92,7 @@ PLANS: dict[str, list[Case]] = {
     "sequences": [*at(SWEPT, seq=2048), *at(SWEPT, seq=512)],
     "3b": [c for seq in (1024, 512, 2048) for c in at(SWEPT, model="3b", seq=seq)],
     "13b-sequences": [c for seq in (1024, 512) for c in at(SWEPT, model="13b", seq=seq)],
-    "whole": at([ADAMW, merged(256), poetx(256, "fast", **PAPER)], compile="whole"),
+    "whole": at([ADAMW, merged(256), stored(256, "fast", **PAPER)], compile="whole"),
     "smoke": [],
 }
 """`smoke` is every kind of case at a size for a CPU."""
@@ -102,7 +102,7 @@ PLANS["smoke"] = at(
         *TARGETS,
         *RIVALS,
         merged(64, variant="mem", checkpointing=True, loss_chunk=8),
-        poetx(64, memory_budget=0.8),
+        stored(64, memory_budget=0.8),
         dataclasses.replace(ADAMW, compile="whole"),
     ],
     model="tiny",

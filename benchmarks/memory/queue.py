@@ -1,4 +1,10 @@
-"""Cases in processes of their own, one at a time on each GPU; what has a row is skipped."""
+"""Cases in processes of their own, one at a time on each GPU; what has a row is skipped.
+
+Two things save time on a machine that is paid for. What is to be compiled is compiled first, by
+models of two layers, as many at once as the machine has cores for: compiled block by block, a model
+of any depth runs the same code. And the next case of a GPU starts while the one before it is
+measured, and waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.memory.cases import Case, label, of_row
+from benchmarks.memory.cases import Case, compiled_alike, label, of_row
 from benchmarks.memory.worker import Place
 from benchmarks.rows import Row, read
 
@@ -21,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "benchmarks.memory.worker")
 POLL_S = 0.1
 LOG_LINES = 25
+CORES_TO_COMPILE = 2
+"""A process that compiles keeps about so many busy."""
 
 
 @dataclasses.dataclass
@@ -39,6 +47,12 @@ class _Work:
     def log(self) -> Path:
         return self.files / "log"
 
+    def end(self) -> None:
+        """Kill it, and the compilers that it started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
 
 class Queue:
     """The cases of some plans.
@@ -47,56 +61,85 @@ class Queue:
         cases: in their order.
         place: where and how they run.
         gpus: values of CUDA_VISIBLE_DEVICES; ``("",)`` for a CPU.
-        caches: folder of compiled code. All cases share it: cases of one graph compile once.
+        folder: holds compiled code, which all cases share, locks, logs and rows.
         known: rows of earlier runs.
         finished: called with each new row.
+        case_s: a case that takes longer is ended and counts as failed.
     """
 
     def __init__(
         self,
-        cases: Sequence[Case],
+        cases: Iterable[Case],
         place: Place,
         gpus: Sequence[str],
-        caches: Path,
+        folder: Path,
         known: Sequence[Row] = (),
         finished: Callable[[Row], None] = lambda row: None,
+        case_s: float = 600.0,
     ):
-        self.place, self.gpus, self.caches, self.finished = place, gpus, caches, finished
+        self.place, self.gpus, self.folder, self.finished = place, gpus, folder, finished
+        self.case_s = case_s
         done = {of_row(row).key() for row in known}
         self.pending = [c for c in dict.fromkeys(cases) if c.key() not in done]
         self.failed: list[Case] = []
         self._total = len(self.pending)
         self._under_way: list[_Work] = []
         self._begun = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def compile(self, limit_s: float) -> None:
+        """Fill the caches for what is compiled block by block, until all is done or it is time."""
+        alike = {compiled_alike(c): c for c in reversed(self.pending) if c.compile == "blocks"}
+        waiting = list(reversed(alike.values()))
+        at_once = max(1, (os.cpu_count() or 1) // CORES_TO_COMPILE)
+        place = dataclasses.replace(self.place, layers=2, warmup=0, steps=1, checkpoint=False)
+        gpus = [self.gpus[i % len(self.gpus)] for i in range(at_once)]
+        compiling: list[_Work] = []
+        try:
+            while waiting or compiling:
+                compiling = [w for w in compiling if w.process.poll() is None]
+                free = list(gpus)
+                for work in compiling:
+                    free.remove(work.gpu)
+                for gpu in free[: len(waiting)]:
+                    compiling.append(self._started(waiting.pop(0), gpu, place, CORES_TO_COMPILE))
+                if time.monotonic() - self._begun > limit_s:
+                    break
+                time.sleep(POLL_S)
+        finally:
+            for work in compiling:
+                work.end()
+        self._say(f"compiled for {len(alike) - len(waiting)} of {len(alike)} kinds of blocks")
 
     def run(self, limit_s: float | None = None) -> bool:
         """Do what is pending; True where all of it has a row. At the limit the rest is ended."""
         try:
             while self.pending or self._under_way:
                 self._collect()
-                late = limit_s is not None and time.monotonic() - self._begun > limit_s
-                if late:
+                if limit_s is not None and time.monotonic() - self._begun > limit_s:
                     self._say(f"time is up: {len(self.pending) + len(self._under_way)} to do")
                     break
-                free = list(self.gpus)
-                for work in self._under_way:
-                    free.remove(work.gpu)
-                for gpu in free[: len(self.pending)]:
-                    self._under_way.append(self._started(self.pending.pop(0), gpu))
+                for gpu in self.gpus:  # one that runs, and one that waits for it
+                    taken = sum(work.gpu == gpu for work in self._under_way)
+                    for _ in range(min(2 - taken, len(self.pending))):
+                        self._under_way.append(self._waiting(self.pending.pop(0), gpu))
                 time.sleep(POLL_S)
         finally:
             for work in self._under_way:
-                if work.process.poll() is None:
-                    os.killpg(work.process.pid, signal.SIGKILL)  # with the compilers it started
-                    work.process.wait()
+                work.end()
         return not (self.failed or self.pending or self._under_way)
 
-    def _started(self, case: Case, gpu: str) -> _Work:
-        files = Path(tempfile.mkdtemp(prefix="memory-"))
-        task = {"case": dataclasses.asdict(case), "place": dataclasses.asdict(self.place)}
+    def _waiting(self, case: Case, gpu: str) -> _Work:
+        place = dataclasses.replace(self.place, lock=str(self.folder / f"gpu{gpu}.lock"))
+        return self._started(case, gpu, place, os.cpu_count() or 1)
+
+    def _started(self, case: Case, gpu: str, place: Place, threads: int) -> _Work:
+        files = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
+        task = {"case": dataclasses.asdict(case), "place": dataclasses.asdict(place)}
         environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(self.caches / "inductor"),
-            "TRITON_CACHE_DIR": str(self.caches / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
+            "TRITON_CACHE_DIR": str(self.folder / "triton"),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(min(8, threads)),
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         }
         if gpu:
@@ -110,18 +153,21 @@ class Queue:
         return _Work(case, gpu, process, time.monotonic(), files)
 
     def _collect(self) -> None:
-        for work in [w for w in self._under_way if w.process.poll() is not None]:
+        for work in list(self._under_way):
+            seconds = time.monotonic() - work.begun
+            if work.process.poll() is None and seconds < self.case_s:
+                continue
+            work.end()
             self._under_way.remove(work)
-            seconds = f"{time.monotonic() - work.begun:.0f} s"
             if not work.row.exists():
                 self.failed.append(work.case)
                 lines = work.log.read_text(encoding="utf-8", errors="replace").splitlines()
                 said = "\n".join(lines[-LOG_LINES:])
-                self._say(f"{named(work.case)}: failed after {seconds}, {work.log}\n{said}")
+                self._say(f"{named(work.case)}: failed after {seconds:.0f} s\n{said}")
                 continue
             (row,) = read(work.row)
             self.finished(row)
-            self._say(f"{named(work.case)}: {summary(row)} in {seconds}")
+            self._say(f"{named(work.case)}: {summary(row)}, {seconds:.0f} s after its start")
 
     def _say(self, text: str) -> None:
         done = self._total - len(self.pending) - len(self._under_way)

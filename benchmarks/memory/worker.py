@@ -6,6 +6,7 @@ The row goes into the file that is named; running out of memory is a row as well
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import statistics
 import sys
@@ -44,6 +45,8 @@ class Place:
         stage: of the compiler.
         warmup, steps: steps after the first that are not timed, and that are.
         checkpoint: save and load a checkpoint as well, for their peaks.
+        layers: of the model; ``None`` for all. A few compile what the whole one runs.
+        lock: a file that is locked while the device is used: who waits for it has started already.
     """
 
     device: str = "cuda"
@@ -53,6 +56,8 @@ class Place:
     steps: int = 4
     checkpoint: bool = False
     vocabulary: int = VOCABULARY
+    layers: int | None = None
+    lock: str | None = None
 
 
 class Meter:
@@ -91,7 +96,7 @@ class Meter:
 
 def work(case: Case, place: Place) -> Row:
     """The row of a case. Raises `GateError` where something is computed wrongly."""
-    device = torch.device(place.device)
+    device = torch.device("cpu") if place.device == "cpu" else torch.device(place.device, 0)
     row: Row = environment(device, getattr(torch, case.weights)) | dataclasses.asdict(case)
     row |= {"gives_up": gives_up(case), "cap_gib": None, "oom_in": None}
     row |= dict.fromkeys(MEASURED)
@@ -103,11 +108,17 @@ def work(case: Case, place: Place) -> Row:
     run = _Run(case, place, meter, row)
     try:
         run.run()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         print(error, file=sys.stderr)
-        row |= {"oom_in": run.phase, "tokens_per_s": None}
-        row["peak_gib"] = None
+        row |= dict.fromkeys(MEASURED) | {"oom_in": run.phase}
     return row
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU is full, whoever found out."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 @dataclasses.dataclass
@@ -122,10 +133,9 @@ class _Run:
 
     def run(self) -> None:
         torch.manual_seed(0)
-        device = torch.device(self.place.device)
-        vocabulary = self.place.vocabulary
+        device, vocabulary = self.meter.device, self.place.vocabulary
         with device:
-            model = untrained(self.case, vocabulary)
+            model = untrained(self.case, vocabulary, self.place.layers)
         trained = build(self.case, model, self.place.stage)
         tokens = torch.randint(vocabulary, (1, self.case.seq + 1), device=device)
         self.row["prepare_peak_gib"] = self.meter.peak()
@@ -240,7 +250,12 @@ def _plain(tensor: Tensor) -> list[Tensor]:
 def main(task: str, output: str) -> None:
     """Run the task given as JSON, and write its row into `output`."""
     asked = json.loads(task)
-    write(Path(output), [work(Case(**asked["case"]), Place(**asked["place"]))])
+    case, place = Case(**asked["case"]), Place(**asked["place"])
+    torch._dynamo.list_backends()  # loads the compiler, before the device is waited for
+    held = None if place.lock is None else open(place.lock, "w", encoding="utf-8")  # noqa: SIM115
+    if held is not None:  # until this process ends, and has given its memory back
+        fcntl.flock(held, fcntl.LOCK_EX)
+    write(Path(output), [work(case, place)])
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def estimate(
     autocast: torch.dtype | None = None,
     optimizer: str = "muon",
     momentum_dtype: torch.dtype | str = torch.float32,
+    gradient_dtype: torch.dtype | str = torch.float32,
+    compiled: str = "model",
     config: POETXConfig | None = None,
     shared: Sequence[Sequence[str]] = (),
     variants: Sequence[str] = ("fast", "mem"),
@@ -79,6 +81,11 @@ def estimate(
         autocast: dtype of the autocast region around the forward, if there is one.
         optimizer: ``"muon"`` (`POETXMuon`) or ``"adamw"`` (`POETXAdamW`), for the rows of POET-X.
         momentum_dtype: of `POETXMuon`.
+        gradient_dtype: of the rotations, which is `Tensor.grad_dtype` of the skew parameters. They
+            are rounded where a graph hands them over.
+        compiled: what `torch.compile` was given: ``"model"``, or ``"layers"`` where each of the
+            equal layers is compiled by itself, which hands its gradients over one by one and
+            builds its own rotations.
         config: of POET-X; of a prepared model its own. `variant` is taken from `variants`.
         shared: as for `prepare`.
         variants: one row each.
@@ -102,7 +109,9 @@ def estimate(
         raise ConfigError(
             f"optimizer = {optimizer!r} is not allowed: use one of {parts.OPTIMIZERS}"
         )
-    momentum = parse_dtype(momentum_dtype)
+    if compiled not in ("model", "layers"):
+        raise ConfigError(f"compiled = {compiled!r} is not allowed: use 'model' or 'layers'")
+    momentum, gradient = parse_dtype(momentum_dtype), _gradient_dtype(gradient_dtype)
     memory = None if gpu_memory is None else parse_memory(gpu_memory)
     given = bool(inputs or kwargs)
     example.check_sizes(batch_size, sequence_length, given)
@@ -118,7 +127,9 @@ def estimate(
     else:
         inputs, kwargs = example.make_inputs(plain, batch, length)
     trained = plain if config_of(plain) else meta.prepared(plain, config, shared)
-    step = _Step(inputs, kwargs, loss, autocast, whole, progress or _silent)
+    step = _Step(
+        inputs, kwargs, loss, autocast, whole, compiled == "layers", gradient, progress or _silent
+    )
     chosen = [_with_variant(config, variant) for variant in variants]
     parsed = [_options(one, options or {}) for one in chosen]
     dense = meta.unprepared(plain)
@@ -149,8 +160,8 @@ def estimate(
         return found
 
     def at(size: int) -> list[Peak]:
-        made = example.make_inputs(plain, size, length)
-        other = _Step(*made, loss, autocast, whole, progress or _silent)
+        args, kwargs = example.make_inputs(plain, size, length)
+        other = dataclasses.replace(step, inputs=args, kwargs=kwargs)
         return other.peaks(f"POET-X, batch {size}", trained, optimizer, parsed, momentum)
 
     return judged(found, peaks, None if given else batch, at, checkpointing)
@@ -158,6 +169,17 @@ def estimate(
 
 def _silent(_: str) -> None:
     pass
+
+
+def _gradient_dtype(value: torch.dtype | str) -> torch.dtype:
+    """A dtype that rotations may have their gradients in."""
+    allowed = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
+    name = str(value) if isinstance(value, torch.dtype) else f"torch.{value}"
+    if name not in allowed:
+        raise ConfigError(
+            f"gradient_dtype = {value!r} is not allowed: use one of {', '.join(allowed)}"
+        )
+    return allowed[name]
 
 
 @dataclasses.dataclass
@@ -169,6 +191,8 @@ class _Step:
     loss: example.Loss | None
     autocast: torch.dtype | None
     whole: bool
+    apart: bool
+    gradient: torch.dtype
     progress: Progress = _silent
     traced: str = ""
 
@@ -187,7 +211,13 @@ class _Step:
 
         def of(choices: Sequence[BackendOptions | None]) -> list[Peak]:
             found = self.memory(model, choices, name)
-            return [Peak(constant, batch, update, memory) for memory in found]
+            rounded = parts.rounded_off(model, self.gradient)
+            return [
+                Peak(
+                    constant, batch, update, dataclasses.replace(m, gradients=m.gradients - rounded)
+                )
+                for m in found
+            ]
 
         budgets = [_budget(one) for one in choices]
         if self.whole or not any(budgets) or not meta.runs_of_layers(model):
@@ -224,8 +254,24 @@ class _Step:
     ) -> list[StepMemory]:
         self.progress(f"tracing {name}: {TRACED} of {runs[0].count} layers")
         short = meta.shortened(model, dict.fromkeys(runs, TRACED))
-        longer = [[_longer(short, run, options) for run in runs] for options in choices]
+        longer = [[self._longer(short, run, options) for run in runs] for options in choices]
         return self._of(short, choices, longer)
+
+    def _longer(self, short: nn.Module, run: meta.Run, options: BackendOptions | None) -> Longer:
+        """The layers of a run beyond those that are traced, as parts of a `TrainingStep`."""
+        first, second = (f"{run.name}.{run.start + i}" for i in range(TRACED))
+        layer = short.get_submodule(second)
+        rotations = parts.rotations(layer)
+        share = filling = 0.0
+        if options is not None and rotations:
+            share = parts.share_of_rotations(layer, short)
+            filling = max(0.0, options.cayley_batch_bytes / rotations - TRACED)
+        gradients = sum(parameter.nbytes for parameter in trained_parameters(layer))
+        rounded = 0
+        if self.apart:
+            filling, rounded = 0.0, parts.rounded_off(layer, self.gradient)
+        names = f"model.{first}", f"model.{second}"
+        return Longer(*names, run.count - TRACED, gradients, share, filling, rounded)
 
     def _of(
         self,
@@ -248,20 +294,6 @@ def _of_variant(options: BackendOptions | None, variant: str) -> BackendOptions:
     assert options is not None
     config = options.config | {"variant": variant, "memory_budget": None}
     return dataclasses.replace(options, config=config)
-
-
-def _longer(short: nn.Module, run: meta.Run, options: BackendOptions | None) -> Longer:
-    """The layers of a run beyond those that are traced, as parts of an `example.TrainingStep`."""
-    first, second = (f"{run.name}.{run.start + i}" for i in range(TRACED))
-    layer = short.get_submodule(second)
-    rotations = parts.rotations(layer)
-    share = filling = 0.0
-    if options is not None and rotations:
-        share = parts.share_of_rotations(layer, short)
-        filling = max(0.0, options.cayley_batch_bytes / rotations - TRACED)
-    gradients = sum(parameter.nbytes for parameter in trained_parameters(layer))
-    names = f"model.{first}", f"model.{second}"
-    return Longer(*names, run.count - TRACED, gradients, share, filling)
 
 
 def _with_variant(config: POETXConfig, variant: str) -> POETXConfig:

@@ -45,16 +45,20 @@ def test_no_more_is_kept_than_allowed_and_not_much_less(formulation: str) -> Non
         assert step - 0.09 < fraction <= step, (step, found)
 
 
-def test_the_least_is_what_mem_keeps_and_a_warning_says_so(
+def test_below_mem_the_residual_stream_is_left_and_a_warning_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model, x = stack(2), torch.randn(2, 33, 16)
-    mem = bytes_kept(model, x, variant="mem")
+    x = torch.randn(2, 33, 16)
     with caplog.at_level(logging.WARNING, "poetx_compile"):
-        assert bytes_kept(model, x, memory_budget=0.1) == mem
-    (message,) = [r.getMessage() for r in caplog.records if "memory_budget" in r.getMessage()]
-    fast = bytes_kept(model, x, variant="fast")
-    assert f"the least that the passes know to keep is {mem / fast:.2f} of what variant" in message
+        least = [bytes_kept(stack(layers), x, memory_budget=0.01) for layers in (1, 3)]
+    # Of each further block two sums; beside them figures of norms and attention, and on a CPU the
+    # state of attention's generator, larger than a tensor here.
+    assert 2 * x.nbytes <= (least[1] - least[0]) / 2 < 5 * x.nbytes
+    assert least[1] < 0.6 * bytes_kept(stack(3), x, variant="mem")
+    message = [r.getMessage() for r in caplog.records if "memory_budget" in r.getMessage()][-1]
+    fast = bytes_kept(stack(3), x, variant="fast")
+    expected = f"the least that the passes know to keep is {least[1] / fast:.2f} of what variant"
+    assert expected in message
 
 
 @pytest.mark.parametrize("choice", [{"variant": "mem"}, {"memory_budget": 0.3}])
@@ -111,7 +115,8 @@ def test_what_takes_no_product_goes_first_then_folds_then_products() -> None:
     kinds = list(dict.fromkeys(order))
     assert kinds == ["cheap", graphs.FOLDED_WEIGHT, graphs.OUTPUT]
     assert order.count(graphs.FOLDED_WEIGHT) == 7
-    assert order.count(graphs.OUTPUT) == 2  # those of the output and the down projection
+    # Those of the output and the down projection, which mem gives up as well, and then the others.
+    assert order.count(graphs.OUTPUT) == 7
 
 
 def test_rotated_inputs_go_before_products() -> None:

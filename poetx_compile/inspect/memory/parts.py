@@ -74,6 +74,11 @@ def _turn(model: nn.Module) -> int | None:
     )
 
 
+def rounded_off(model: nn.Module, gradient: torch.dtype) -> int:
+    """What gradients of the rotations in `gradient` take less than in the parameters' dtype."""
+    return sum(skew.nbytes - skew.numel() * gradient.itemsize for skew in _skews(model))
+
+
 def rotations(model: nn.Module) -> int:
     """What a step builds of all skew parameters, in the dtype of the weights."""
     return sum(

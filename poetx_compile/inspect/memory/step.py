@@ -56,6 +56,7 @@ class Longer:
         gradients: bytes of one layer's.
         share: of the rotations that were traced, one layer's part.
         filling: how many layers still add to a batch of rotations: a full one grows no further.
+        rounded: bytes of one layer's gradients that rounding saves as soon as the layer is done.
     """
 
     first: str
@@ -64,6 +65,7 @@ class Longer:
     gradients: int
     share: float
     filling: float
+    rounded: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +160,7 @@ class _Growth:
             left = self.left if i >= self.second else 0
             return max(left, self._of(self.kept, batch))
         unfinished, gradients = moment.second[self.number]
+        gradients -= min(gradients, self.run.rounded)
         return self._of(gradients + in_batches, batch + unfinished)
 
     def _of(self, each: float, each_in_batch: float) -> int:
