@@ -46,7 +46,8 @@ def step(model: nn.Module, optimizer: str) -> int:
 
     AdamW is fused and updates in place. A merge holds one layer twice in fp32 and twice as it is
     stored, or rounds rows of it to int8; orthogonalised momentum holds the direction of each skew
-    parameter, and some batches of blocks. In the merged form the steps of a batch of layers are alive, and a layer in fp32.
+    parameter, and some batches of blocks. In the merged form the steps of a batch of layers are
+    alive, and a layer in fp32.
     """
     unpacked = 4 * sum(s.elements for _, _, e in prepared_linears(model) for s in e.sides)
     blocks = 4 * min(CHUNK_BYTES, unpacked) if optimizer == "muon" else 0
