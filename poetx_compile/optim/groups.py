@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -54,7 +53,7 @@ def _angle_ratio(b: int, weights: Sequence[nn.Parameter]) -> float:
 
     d is the narrower side of a weight, on average.
     """
-    d = statistics.fmean(min(weight.shape) for weight in weights)
+    d = sum(min(weight.shape) for weight in weights) / len(weights)
     return min(3.0, max(2.0, 2 + math.log2(d / (2 * b)) / 3))
 
 
