@@ -50,6 +50,7 @@ def fused(parts: Sequence[Part], block_size: int) -> bool:
     return _kernel().applies(*(tensor for part in parts for tensor in part if tensor is not None))
 
 
+@torch.compiler.disable  # a compiled step of the optimiser calls it as it is
 @without_autocast
 def muon_step(
     parts: Sequence[Part],
