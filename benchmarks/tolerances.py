@@ -23,8 +23,8 @@ _TOLERANCE: dict[torch.dtype, float] = {
 
 ORTHOGONALIZED = 0.05
 """Of `orthogonalize_skew` with bf16 operands, relative to fp64: twelve products, each rounded once,
-by polynomials that are steep in places. 0.012 from b = 64 on; blocks of few planes, which may lie in
-such a place, 0.01 to 0.035 on average. A step's own noise is larger by an order."""
+by polynomials that are steep in places. 0.012 from b = 64 on; blocks of few planes, which may lie
+in such a place, 0.01 to 0.035 on average. A step's own noise is larger by an order."""
 
 
 MEMORY = 0.02
