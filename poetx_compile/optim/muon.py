@@ -26,8 +26,8 @@ class POETXMuon(torch.optim.Optimizer):
 
     For each skew block: ``m ← m + (1 − μ)(g − m)``, ``n = g + μ(m − g)`` (Nesterov), n unpacked to
     a skew matrix N, ``Q ← Q − poetx_lr · msign(N)``. Every plane of a block turns by about the same
-    angle, ``2 · poetx_lr`` ± 30 %, and one moment is stored instead of two. All blocks of a size
-    are orthogonalised in one batch, in bf16 on CUDA and in fp32 elsewhere. Sharded skew parameters
+    angle, 1.5 to 2.1 times `poetx_lr`, and one moment is stored instead of two. Blocks of a size
+    are orthogonalised together, in bf16 on CUDA and in fp32 elsewhere. Sharded skew parameters
     hold whole blocks in each process, which turns its own; nothing is communicated.
 
     With `alternate` both momenta of a layer go on in every step, and one of its sides turns, at

@@ -30,19 +30,23 @@ def test_orthogonalize_keeps_directions_and_evens_out_lengths(b: int) -> None:
     values = u.mT @ result @ vh.mT
     diagonal = values.diagonal(dim1=-2, dim2=-1)
     assert relative_error(values, torch.diag_embed(diagonal)) < 1e-9
-    large = sigma > 0.02 * sigma.norm(dim=-1, keepdim=True)
+    large = sigma > 0.005 * sigma.norm(dim=-1, keepdim=True)
     assert large.any(-1).all()
-    assert (diagonal[large] > 0.65).all()
-    assert (diagonal[large] < 1.25).all()
+    assert (diagonal[large] > 0.76).all()
+    assert (diagonal[large] < 1.08).all()
     polar = (u * large[..., None, :]) @ vh
     assert (
         torch.linalg.matrix_norm((u * (large * diagonal)[..., None, :]) @ vh - polar, 2).max()
-        < 0.35
+        < 0.25
     )
 
 
 def test_orthogonalize_zero() -> None:
     assert not orthogonalize(torch.zeros(2, 8, 8)).any()
+    m = torch.randn(2, 8, 8, dtype=torch.float64)
+    m -= m.mT.clone()
+    assert relative_error(orthogonalize(1e-12 * m), orthogonalize(m)) < 1e-9
+    assert not orthogonalize(1e-18 * m).any()
 
 
 def test_two_steps_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
