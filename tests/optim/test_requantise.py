@@ -42,6 +42,7 @@ def test_a_merge_rounds_the_weight_once(dtype: torch.dtype, permutation: str) ->
     assert 0.004 < relative_error(model.weight, before) < ROUNDED_ONCE
     e = equivalence_of(model)
     assert (e.draw, int(e.merges), e.skew_in.any().item()) == (2, 1, False)
+    assert 0 < abs(poetx.diagnostics(model)["norm_drift_max"]) < 2e-3
     assert stored_weight(model).data_ptr() == address
 
 
