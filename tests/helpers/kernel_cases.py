@@ -179,13 +179,6 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
             meta(1000, 9, dtype=BF16),
         ),
     ),
-    "requantize": (
-        "requantize_",
-        (
-            *(meta(1000, 500, dtype=torch.int8), meta(1000, 8, dtype=BF16), meta(1000, 500)),
-            *(meta(dtype=torch.int64), 5, 3, True),
-        ),
-    ),
     "fold one after the other, odd": (
         "fold_weight",
         (meta(99, 200, dtype=BF16), rounded(2, 77), rounded(1, 77), None, pair(99), BF16),

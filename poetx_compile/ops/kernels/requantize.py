@@ -11,7 +11,7 @@ from poetx_compile.ops.dequantize import GROUP, LARGEST
 from poetx_compile.ops.kernels.common import launch
 from poetx_compile.ops.kernels.rounding import matrix_bits, signed
 
-_ROWS = 64
+_ROWS = 32
 """Of a tile, whose columns are a group."""
 
 
