@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from poetx_compile.distributed.shards import groups_of, local, reduce_over, whole
 from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.layers.eligibility import unwrap_compiled
-from poetx_compile.layers.parametrization import OrthogonalEquivalence, norm_of
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.ops import rotations
 from poetx_compile.ops.packing import unpack
@@ -35,8 +35,8 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
         - ``angle_mean``: mean over the blocks of each block's θ;
         - ``orthogonality_error``: largest ``‖GᵀG − I‖₂`` of a block, about 2θ⁴ for order 3.
 
-        In the merged form (``merge_interval=1``) rotations are zero and so are these; what adds up
-        there is the rounding of the weights:
+        In the merged form (``merge_interval=1``) rotations are zero and so are these. What adds up
+        there, and at the merges of int8 weights, is the rounding of the weights:
 
         - ``norm_drift_max``, ``norm_drift_mean``: relative change of the Frobenius norm of a weight
           since `prepare`, or since it was assigned: the largest in size, and the mean. `spectrum`
@@ -47,7 +47,7 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
     layers = list(prepared_linears(model))
     turned = [e for _, _, e in layers if not e.merged]
     pairs = [(e.order, s.skew, s.block) for e in turned for s in e.sides if s.blocks]
-    merged = [(e, stored_weight(m)) for _, m, e in layers if e.merged]
+    drifting = [(e, stored_weight(m)) for _, m, e in layers if e.drifts]
     zero = torch.zeros(1, dtype=torch.float64)
     angles, errors = [zero[:0]], [zero]
     for order in dict.fromkeys(order for order, _, _ in pairs):
@@ -72,8 +72,8 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
         "angle_mean": (total[0] / total[1].clamp_min(1)).item(),
         "orthogonality_error": largest[1].item(),
     }
-    if merged:
-        drifts = torch.tensor([_norm_drift(*layer) for layer in merged], dtype=torch.float64)
+    if drifting:
+        drifts = torch.tensor([_norm_drift(*layer) for layer in drifting], dtype=torch.float64)
         figures["norm_drift_max"] = drifts.abs().max().item()
         figures["norm_drift_mean"] = drifts.mean().item()
     return figures
@@ -82,7 +82,7 @@ def diagnostics(model: nn.Module) -> dict[str, float]:
 def _norm_drift(equivalence: OrthogonalEquivalence, stored: Tensor) -> float:
     """Relative change of the Frobenius norm of a weight since it was given its values."""
     reference = equivalence.reference_norm.double()
-    return (norm_of(stored).double() / reference - 1).item()
+    return (equivalence.norm(stored).double() / reference - 1).item()
 
 
 @torch.no_grad()

@@ -134,8 +134,10 @@ class _Layer:
             between = {"skew_in": e.skew_in, "skew_out": e.skew_out}
         if quantised:
             n, m = e.perm_out.size, e.perm_in.size
-            none = torch.empty((n, groups_of(m)), device="meta"), torch.zeros(())
-            have = (e.scale, e.merges) if e.quantised else none
+            number_like = torch.zeros(())
+            have = number_like, torch.empty((n, groups_of(m)), device="meta"), number_like
+            if e.quantised:
+                have = e.reference_norm, e.scale, e.merges  # type: ignore[assignment]
             between |= zip(QUANTISED, have, strict=True)
         return {
             f"{prefix}original": stored_weight(self.linear),
@@ -150,11 +152,10 @@ class _Layer:
         return {layout.removesuffix("layout") + name: name for name in GAINS}
 
     @property
-    def quantised_keys(self) -> tuple[str, str]:
-        """The keys that the scales and the counter of an int8 weight have, or would have."""
+    def quantised_keys(self) -> list[str]:
+        """The keys that what belongs to an int8 weight has, or would have."""
         *_, layout = self.own
-        scale, merges = (layout.removesuffix("layout") + name for name in QUANTISED)
-        return scale, merges
+        return [layout.removesuffix("layout") + name for name in QUANTISED]
 
     @property
     def gains(self) -> dict[str, Tensor]:
@@ -330,8 +331,8 @@ def _convert(layer: _Layer, state: State) -> None:
         between = [torch.zeros(skew.shape, dtype=dtype, device=device) for skew in e.skews]
     stored = e.stored_form(weight)
     if e.merges is not None:
-        stored, scale = quantize(stored, weight.dtype)
-        between += [scale, e.merges.clone()]
+        stored, *of_int8 = _quantised(stored, e)
+        between += of_int8
     values = (stored, *between, e.here.tensor().to(device))
     for (key, own), value in zip(layer.own.items(), values, strict=True):
         state[key] = shard_like(value, own)
@@ -347,7 +348,7 @@ def _convert_form(layer: _Layer, layout: Layout, state: State) -> None:
     The permutations are those that were saved, and in force by now.
     """
     stored, *skews, _ = (state.pop(key) for key in layer.tensors(layout.natural, quantised=False))
-    scale, _ = (state.pop(key, None) for key in layer.quantised_keys)
+    _, scale, _ = (state.pop(key, None) for key in layer.quantised_keys)
     state[layer.plain] = layout.effective(stored, *skews, scale=scale)
     _convert(layer, state)
 
@@ -356,11 +357,17 @@ def _convert_form(layer: _Layer, layout: Layout, state: State) -> None:
 def _convert_base(layer: _Layer, state: State) -> None:
     """Put a layer's weight in the form that the model stores it in, in the place of the other."""
     e, (original, *_) = layer.equivalence, layer.own
-    scale, merges = layer.quantised_keys
-    if e.merges is not None:
-        state[original], state[scale] = quantize(state[original], state[original].dtype)
-        state[merges] = e.merges.clone()
+    if e.quantised:
+        made = _quantised(state[original], e)
+        state.update(zip((original, *layer.quantised_keys), made, strict=True))
     else:
-        steps = state.pop(scale)
-        state[original] = dequantize(state[original], steps, steps.dtype)
-        del state[merges]
+        _, scale, _ = (state.pop(key) for key in layer.quantised_keys)
+        state[original] = dequantize(state[original], scale, scale.dtype)
+
+
+def _quantised(stored: Tensor, e: OrthogonalEquivalence) -> list[Tensor]:
+    """A weight in stored order as int8, and what belongs to it, in the order of `QUANTISED`."""
+    assert e.merges is not None
+    weight, scale = quantize(stored, stored.dtype)
+    norm = norm_of(dequantize(weight, scale, rotation_dtype(scale.dtype)))
+    return [weight, norm, scale, e.merges.clone()]

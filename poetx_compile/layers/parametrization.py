@@ -34,7 +34,7 @@ from poetx_compile.ops.precision import rotation_dtype
 
 _SKEWS = ("skew_in", "skew_out")
 
-QUANTISED = ("scale", "merges")
+QUANTISED = ("reference_norm", "scale", "merges")
 """The buffers of a layer whose stored weight is int8."""
 
 NOT_GATHERED = (
@@ -78,9 +78,9 @@ class OrthogonalEquivalence(nn.Module):
 
     Buffers:
         layout: int64 [11], saved (`Layout`): the permutations follow from it.
-        reference_norm: in the merged form alone, saved: the Frobenius norm that the weight was
-            given, a scalar of the rotations' dtype, NaN until it has values. Steps keep it but for
-            rounding (`diagnostics`).
+        reference_norm: in the merged form and with ``base="int8"``, saved: the Frobenius norm that
+            the weight was given, a scalar of the rotations' dtype, NaN until it has values. Steps
+            and merges keep it but for rounding (`diagnostics`).
         scale: with ``base="int8"`` alone, saved: the scales of the stored weight, [n, ⌈m/64⌉]
             (`ops.dequantize`). Their dtype is that of the effective weight.
         merges: beside it, saved: how often the stored weight was merged, int64, a counter of
@@ -147,13 +147,13 @@ class OrthogonalEquivalence(nn.Module):
         self.config, self.merge_rotation = config, config.merge_rotation
         if self.merged or self._zeros is not None:  # adopted with a configuration of the other form
             self.rest()
-        if self.merged != ("reference_norm" in self._buffers):
+        if self.drifts != ("reference_norm" in self._buffers):
             self._note_form()
         self._announce()
 
     def _note_form(self) -> None:
         """Have the buffer that the form has."""
-        if not self.merged:
+        if not self.drifts:
             del self.reference_norm
             return
         unknown = torch.full((), math.nan, dtype=self.skew_in.dtype, device=self.skew_in.device)
@@ -162,15 +162,24 @@ class OrthogonalEquivalence(nn.Module):
 
     @torch.no_grad()
     def note_norm(self, stored: Tensor) -> None:
-        """Note the norm of the stored weight in the merged form, unless it is noted already."""
-        if self.merged and not self._has_norm and readable(stored):
-            self.reference_norm.copy_(norm_of(stored))
+        """Note the norm of the stored weight where it drifts, unless it is noted already."""
+        if self.drifts and not self._has_norm and readable(stored):
+            self.reference_norm.copy_(self.norm(stored))
             self._has_norm = True
 
     @property
     def merged(self) -> bool:
         """Whether this layer has the merged form."""
         return self.config.merged
+
+    @property
+    def drifts(self) -> bool:
+        """Whether rounding adds up in the stored weight."""
+        return self.merged or self.quantised
+
+    def norm(self, stored: Tensor) -> Tensor:
+        """The Frobenius norm of the stored weight."""
+        return norm_of(self.dequantised(stored, self.skew_in.dtype))
 
     def rest(self) -> None:
         """Let the skew parameters be zeros: in the merged form those that take no bytes."""
@@ -200,7 +209,7 @@ class OrthogonalEquivalence(nn.Module):
         super().__setstate__(state)
         for name in GAINS:
             self._parameters.setdefault(name, None)  # pickled before there were any
-        for name in QUANTISED:
+        for name in ("scale", "merges"):
             self._buffers.setdefault(name, None)
         self._layout_version = None  # a copy counts its versions anew
         if self.merged:

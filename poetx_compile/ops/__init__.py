@@ -16,6 +16,7 @@
 ``stacked_block_products``  two of them over the same tokens: the gradients of both sides at once
 ``skew_block_products``     the gradients of rotations at the identity, packed
 ``orthogonalize_skew``      the direction of a step of `POETXMuon`, packed
+``requantize_``             an int8 weight after its values have changed, in place
 ``turn_weight_``            a step of the rotations of a weight in its natural order, in place
 ``permute_columns``         one gather of the columns, its backward the inverse gather
 ==========================  =====================================================================
@@ -38,6 +39,7 @@ from poetx_compile.ops.orthogonal_equivalence import orthogonal_equivalence
 from poetx_compile.ops.orthogonalize import orthogonalize_skew
 from poetx_compile.ops.permute import permute_columns
 from poetx_compile.ops.registry import OPS
+from poetx_compile.ops.requantize import requantize_
 from poetx_compile.ops.rotate import rotate_blocks
 from poetx_compile.ops.rotation_delta import rotation_delta
 from poetx_compile.ops.skew_block_products import skew_block_products
@@ -58,6 +60,7 @@ __all__ = [
     "orthogonal_equivalence",
     "orthogonalize_skew",
     "permute_columns",
+    "requantize_",
     "rotate_blocks",
     "rotation_delta",
     "rotation_tangent",

@@ -21,10 +21,10 @@ whole groups change places in a redraw."""
 LARGEST = 127
 """Of the numbers stored: −128 has no counterpart."""
 
-_STEPS = 2**16
-"""Parts of a step that rounding distinguishes: those of 16 random bits."""
+_PARTS = 2**16
+"""Of a step that rounding distinguishes: those of 16 random bits."""
 
-NEAREST = _STEPS // 2
+NEAREST = _PARTS // 2
 """Bits that round to the nearest."""
 
 
@@ -109,48 +109,27 @@ def quantize(
     Returns:
         q, int8 [n, m]; s, [n, ⌈m/64⌉] of `dtype`.
     """
-    grouped = _grouped(values.to(rotation_dtype(values.dtype)))
-    scale = _scales(grouped, dtype)
-    return _rounded(grouped, scale, bits, values.shape[1]), scale
+    entries = grouped(values.to(rotation_dtype(values.dtype)))
+    scale = _scales(entries, dtype)
+    return _rounded(entries, scale, bits, values.shape[1]), scale
 
 
-def requantize(
-    values: Tensor, weight: Tensor, scale: Tensor, bits: Tensor | int
-) -> tuple[Tensor, Tensor]:
-    """`quantize` of what a quantised weight has become; groups that did not change keep their bits.
-
-    Args:
-        values: [n, m], fp32 or fp64.
-        weight, scale: what was stored, in the order of `values`.
-        bits: as for `quantize`.
-    """
-    grouped = _grouped(values)
-    same = _in_steps(grouped, scale) == _grouped(weight).to(torch.int32) * _STEPS
-    new = torch.where(same.all(-1), scale, _scales(grouped, scale.dtype))
-    return _rounded(grouped, new, bits, values.shape[1]), new
-
-
-def _grouped(matrix: Tensor) -> Tensor:
+def grouped(matrix: Tensor) -> Tensor:
     """[n, ⌈m/64⌉, 64], with zeros behind the last column."""
     n, m = matrix.shape
     groups = groups_of(m)
     return F.pad(matrix, (0, groups * GROUP - m)).view(n, groups, GROUP)
 
 
-def _scales(grouped: Tensor, dtype: torch.dtype) -> Tensor:
+def _scales(entries: Tensor, dtype: torch.dtype) -> Tensor:
     """Rounded up, so that no entry has to be cut off."""
-    info = torch.finfo(dtype)
-    steps = grouped.abs().amax(-1) / LARGEST
-    scale = (steps * (1 + info.eps) + info.tiny * info.eps).to(dtype)
+    steps = entries.abs().amax(-1) / LARGEST * (1 + torch.finfo(dtype).eps)
+    scale = steps.to(dtype)
     return torch.where(scale > 0, scale, 1)  # a group of zeros
 
 
-def _in_steps(grouped: Tensor, scale: Tensor) -> Tensor:
-    """Entries in parts of a step, int32. Those that are whole steps are so exactly."""
-    return (grouped / scale.to(grouped.dtype).unsqueeze(-1) * _STEPS).round().to(torch.int32)
-
-
-def _rounded(grouped: Tensor, scale: Tensor, bits: Tensor | int, columns: int) -> Tensor:
-    added = bits if isinstance(bits, int) else _grouped(bits).to(torch.int32)
-    whole = (_in_steps(grouped, scale) + added) >> 16
-    return whole.clamp(-LARGEST, LARGEST).to(torch.int8).flatten(1)[:, :columns].contiguous()
+def _rounded(entries: Tensor, scale: Tensor, bits: Tensor | int, columns: int) -> Tensor:
+    added = bits if isinstance(bits, int) else grouped(bits).to(entries.dtype)
+    steps = entries / scale.to(entries.dtype).unsqueeze(-1) + added / _PARTS
+    whole = steps.floor().clamp(-LARGEST, LARGEST)
+    return whole.to(torch.int8).flatten(1)[:, :columns].contiguous()

@@ -108,7 +108,7 @@ def define_in_place(
     reference: Callable[..., None],
     *,
     check: Callable[..., None],
-    written: str,
+    written: str | tuple[str, ...],
     kernel: Kernel | None = None,
     ieee: bool = False,
 ) -> CustomOpDef:
@@ -129,8 +129,9 @@ def define_in_place(
         else:
             op.reference(*args)
 
+    names = {written} if isinstance(written, str) else set(written)
     body = without_autocast(ieee_fp32()(run) if ieee else run)
-    made = torch.library.custom_op(f"poetx::{name}", body, mutates_args={written})
+    made = torch.library.custom_op(f"poetx::{name}", body, mutates_args=names)
     made.register_fake(lambda *args: check(*args, *defaults[len(args) :]))
     return made
 

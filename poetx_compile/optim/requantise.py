@@ -13,18 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from poetx_compile import ops
 from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.permutation import Moves
-from poetx_compile.ops.dequantize import GROUP, quantize, requantize
+from poetx_compile.ops.dequantize import GROUP
 from poetx_compile.ops.precision import ieee_fp32
-from poetx_compile.ops.random import matrix_bits
 from poetx_compile.ops.turn_weight import rotate_in_place
-
-ELEMENTS = 2**22
-"""Of the rows that are rounded at once."""
-
-ROUNDING_BYTES = 40
-"""That rounding one of them takes for a while: random bits, and the entries in steps."""
 
 
 @torch.no_grad()
@@ -56,19 +50,12 @@ def merge_int8(
         elif permutation.chunk % GROUP == 0:
             scale = scale.index_select(1, index[::GROUP] // GROUP)
         else:
-            whole = False
-    n, m = values.shape
-    step = max(1, ELEMENTS // m)
-    for first in range(0, n, step):
-        rows = slice(first, min(first + step, n))
-        part = values[rows]
-        bits = matrix_bits(
-            len(part), m, e.config.seed, e.merges, number, stored.device, first_row=first
-        )
-        if whole:
-            made = requantize(part, weight[rows], scale[rows], bits)
-        else:
-            made = quantize(part, scale.dtype, bits)
-        stored[rows], e.scale[rows] = made
+            scale, whole = scale.clone(), False
+    # What was gathered is a copy; what was not is written itself.
+    counters = e.merges, e.config.seed, number
+    ops.requantize_(weight, scale, values.contiguous(), *counters, whole)
+    if weight is not stored:
+        stored.copy_(weight)
+        e.scale.copy_(scale)
     e.merges += 1
     e.seal(stored)

@@ -22,8 +22,8 @@ from poetx_compile.ops.gains import GAINS
 _LAYOUT = "0.layout"
 _OF_INTERVALS = ("original", "0.skew_in", "0.skew_out", _LAYOUT)
 _GAINS = tuple(f"0.{name}" for name in GAINS)
-_SCALE, _MERGES = (f"0.{name}" for name in QUANTISED)
-_NAMES = (*_OF_INTERVALS, "0.reference_norm", *_GAINS, _SCALE, _MERGES)
+_NAMES = (*_OF_INTERVALS, *_GAINS, *(f"0.{name}" for name in QUANTISED))
+_SCALE = "0.scale"
 _KEY = re.compile(rf"(.*?)parametrizations\.weight\.({'|'.join(map(re.escape, _NAMES))})")
 
 

@@ -113,6 +113,7 @@ def test_every_state_is_loaded(source: str) -> None:
     for one, two in zip(weights(model), weights(other), strict=True):
         exact = source.startswith("int8")
         assert torch.equal(one, two) if exact else relative_error(one, two) < 0.007
+    assert abs(poetx.diagnostics(model)["norm_drift_max"]) < 1e-6
     moved = any(skew.any() for _, _, e in prepared_linears(model) for skew in e.skews)
     assert moved == (source in ("int8, another seed", "dense"))
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import poetx_compile as poetx
-from poetx_compile.ops.dequantize import requantize
-from poetx_compile.ops.random import matrix_bits
+from poetx_compile import ops
+from poetx_compile.ops.dequantize import dequantize_reference, quantize
 from poetx_compile.optim.merge import merge
 from tests.helpers.models import SwiGLU
 from tests.helpers.rotations import turn
@@ -46,13 +46,18 @@ def test_compiled_code_is_eagers_and_keeps_no_dense_weight(formulation: str) -> 
     assert (compiled(x) - expected).norm() < 0.03 * expected.norm()
 
 
-def test_rounding_has_the_bits_of_the_cpu() -> None:
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_has_the_bits_of_the_cpu(dtype: torch.dtype, keep: bool) -> None:
     values = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
-    weight, scale = torch.zeros(300, 200, dtype=torch.int8), torch.ones(300, 4)
+    weight, scale = quantize(values, dtype)
+    values = dequantize_reference(weight, scale, torch.float32)
+    values[:100] += 0.1
     made = []
     for device in ("cpu", "cuda"):
-        merges = torch.tensor(3, device=device)
-        bits = matrix_bits(300, 200, 5, merges, 2, torch.device(device))
-        made.append(requantize(*(t.to(device) for t in (values, weight, scale)), bits))
+        given = [t.clone().to(device) for t in (weight, scale, values, torch.tensor(3))]
+        ops.requantize_(*given, 5, 2, keep)
+        made.append(given[:2])
+    assert torch.equal(made[0][0][100:], weight[100:]) == keep
     for cpu, gpu in zip(*made, strict=True):
         assert torch.equal(cpu, gpu.cpu())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from poetx_compile import ops
-from poetx_compile.ops.dequantize import GROUP, LARGEST, groups_of, quantize, requantize
+from poetx_compile.ops import requantize
+from poetx_compile.ops.dequantize import GROUP, LARGEST, groups_of, quantize
 from poetx_compile.ops.random import matrix_bits
 
 CPU = torch.device("cpu")
@@ -38,16 +39,27 @@ def test_rounding_again_keeps_the_bits_of_groups_that_did_not_change(dtype: torc
     weight, scale = quantize(normal(columns=200).to(dtype), dtype)
     weight //= 2  # no group is at its largest: a new scale would be another one
     values = ops.dequantize(weight, scale, torch.float32)
-    bits = matrix_bits(64, 200, seed=1, step=2, layer=3, device=CPU)
-    same = requantize(values, weight, scale, bits)
-    assert torch.equal(same[0], weight)
-    assert torch.equal(same[1], scale)
+    again, steps, step = weight.clone(), scale.clone(), torch.tensor(2)
+    ops.requantize_(again, steps, values, step, 1, 3, True)
+    assert torch.equal(again, weight)
+    assert torch.equal(steps, scale)
     values[5, 70] += 0.1
-    again, steps = requantize(values, weight, scale, bits)
+    ops.requantize_(again, steps, values, step, 1, 3, True)
     changed = (again != weight).nonzero()
     assert set(changed[:, 0].tolist()) == {5}
     assert set((changed[:, 1] // GROUP).tolist()) == {1}
     assert (steps != scale).nonzero().tolist() == [[5, 1]]
+
+
+def test_all_groups_are_rounded_where_none_is_to_be_kept(monkeypatch) -> None:
+    monkeypatch.setattr(requantize, "ELEMENTS", 450)  # two rows at once
+    values, step = normal(5, 200), torch.tensor(2)
+    weight, scale = torch.zeros(5, 200, dtype=torch.int8), torch.ones(5, 4)
+    ops.requantize_(weight, scale, values, step, 1, 3, False)
+    bits = matrix_bits(5, 200, seed=1, step=2, layer=3, device=CPU)
+    expected = quantize(values, torch.float32, bits)
+    assert torch.equal(weight, expected[0])
+    assert torch.equal(scale, expected[1])
 
 
 def test_rounding_is_unbiased() -> None:
@@ -81,3 +93,16 @@ def test_rows_of_random_bits_may_be_drawn_in_parts() -> None:
 def test_argument_errors(weight, scale, dtype, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         ops.dequantize(weight, scale, dtype)
+
+
+@pytest.mark.parametrize(
+    ("values", "step", "message"),
+    [
+        (torch.zeros(2, 71), torch.tensor(1), r"values must be fp32 or fp64 \[2, 70\]"),
+        (torch.zeros(2, 70).half(), torch.tensor(1), "values must be fp32 or fp64"),
+        (torch.zeros(2, 70), torch.ones(1), "step must be an int64 scalar"),
+    ],
+)
+def test_argument_errors_of_rounding_again(values, step, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        ops.requantize_(torch.zeros(2, 70).char(), torch.ones(2, 2), values, step, 0, 0, True)

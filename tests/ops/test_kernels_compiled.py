@@ -63,6 +63,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         muon,
         orthogonalize,
         permute,
+        requantize,
         rotate,
         tangent,
         turn_layers,
@@ -98,6 +99,7 @@ def compiled_launches(monkeypatch) -> list[Any]:
         muon,
         orthogonalize,
         permute,
+        requantize,
         rotate,
         tangent,
         turn_layers,
@@ -184,6 +186,16 @@ def test_a_step_of_momenta_is_a_launch_for_eight_rotations(dtype, compiled_launc
         assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
         assert re.search(r"ld\.global\S*\.v4", kernel.asm["ptx"])
     assert stack_bytes(compiled_launches[-1].asm["cubin"], tmp_path) == 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_int8_is_rounded_again_in_one_launch(dtype, compiled_launches, tmp_path):
+    step = torch.empty((), dtype=torch.int64, device="meta")
+    stored = meta(1000, 512, dtype=torch.int8), meta(1000, 8, dtype=dtype)
+    OPS["requantize_"].kernel.load()(*stored, meta(1000, 512), step, 5, 3, True)
+    (rounding,) = compiled_launches
+    assert stack_bytes(rounding.asm["cubin"], tmp_path) == 0
+    assert re.search(r"ld\.global\S*\.v4", rounding.asm["ptx"])
 
 
 @pytest.mark.parametrize(("b_in", "b_out"), [(256, 256), (128, 192)])

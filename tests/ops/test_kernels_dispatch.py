@@ -24,19 +24,21 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
 
     bf16 = torch.bfloat16
     x, skew, blocks = new(6, 64, dtype=bf16), new(2, 496), new(2, 32, 32)
+    int8 = new(6, 64, dtype=torch.int8)
     pair, rows = (torch.arange(size, device=device).repeat(2, 1) for size in (64, 6))
     return {
         "cayley_neumann": (skew, 32, 3, False),
         "cayley_neumann_backward": (blocks, skew, 32, 3, False),
         "rotation_delta": (skew, 32, 3, bf16, 0),
         "rotation_tangent_backward": (blocks, skew, 32, 3, True, 0),
-        "fold_weight": (x, blocks.to(bf16), None, None, None, bf16),
+        "fold_weight": (x, blocks.to(bf16), None, None, None, bf16, None),
         "rotate_blocks": (x, blocks, None, None, False),
         "block_product": (x, x, 2, 32, None, None),
         "stacked_block_products": (x, x, x, x, 2, 2, 32, None, None),
         "skew_block_products": (x, x, 2, 32, pair, x, x, 2, None),
         "orthogonalize_skew": (skew, 32),
         "turn_weight_": (x, skew, new(1, 15), pair, rows, 32, 6, 3, 0, 0, 0, None),
+        "requantize_": (int8, new(6, 1), new(6, 64), new(dtype=torch.int64), 0, 0, True),
         "permute_columns": (x, pair, False),
     }[op]
 

@@ -51,7 +51,8 @@ torch.use_deterministic_algorithms(True)  # empty memory is NaN: an unwritten en
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 def reference(op, module):
-    return getattr(import_module("poetx_compile.ops." + module), op + "_reference")
+    name = op.removesuffix("_") + "_reference"
+    return getattr(import_module("poetx_compile.ops." + module), name)
 
 def check(op, module, *args, dtype=None):
     actual, expected = OPS[op].kernel.load()(*args), reference(op, module)(*args)
@@ -193,6 +194,21 @@ assert (actual != once).float().mean() < 0.01  # sums in fp32 next to a tie
 assert torch.equal(fold_both(weight, zero[:1], zero, None, None), weight)
 sizes = (8, 16, 132), (16, 32, 132), (132, 1, 132)
 assert [column_splits(*given) for given in sizes] == [16, 8, 1]
+""",
+    "requantize": """
+from poetx_compile.ops.dequantize import dequantize_reference, quantize
+for dtype in (torch.float16, torch.float32):
+    for keep in (True, False):
+        weight, scale = quantize(torch.randn(70, 100), dtype)
+        values = dequantize_reference(weight, scale, torch.float32)
+        values[:9] += 0.05 * torch.randn(9, 100)
+        made = []
+        for run in (reference("requantize_", "requantize"), OPS["requantize_"].kernel.load()):
+            given = weight.clone(), scale.clone()
+            run(*given, values, torch.tensor(3), 2**63 + 5, 4, keep)
+            made += given
+        assert torch.equal(made[0], made[2]) and torch.equal(made[1], made[3]), (dtype, keep)
+        assert torch.equal(made[0][9:], weight[9:]) == keep
 """,
     "block_product": """
 for dtype in (torch.float32, torch.float16):

@@ -15,7 +15,6 @@ from poetx_compile.layers.prepared import (
 )
 from poetx_compile.optim.blocks import CHUNK_BYTES, ROTATIONS_BYTES
 from poetx_compile.optim.momentum import bytes_of
-from poetx_compile.optim.requantise import ELEMENTS, ROUNDING_BYTES
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -45,7 +44,7 @@ def step(model: nn.Module, optimizer: str) -> int:
     """The most that a step of the optimiser allocates and frees again: its merge, or its update.
 
     AdamW is fused and updates in place. A merge holds one layer twice in fp32 and twice as it is
-    stored, or rounds rows of it to int8; orthogonalised momentum holds the direction of each skew
+    stored; orthogonalised momentum holds the direction of each skew
     parameter, and some batches of blocks. In the merged form the steps of a batch of layers are
     alive, and a layer in fp32.
     """
@@ -55,9 +54,6 @@ def step(model: nn.Module, optimizer: str) -> int:
         return merged + blocks
     layers = [stored_weight(module) for _, module, _ in prepared_linears(model)]
     merge = max((2 * (4 + w.element_size()) * w.numel() for w in layers), default=0)
-    int8 = (w.numel() for w in layers if w.dtype == torch.int8)
-    rounding = max((5 * n + ROUNDING_BYTES * min(n, ELEMENTS) for n in int8), default=0)
-    merge = max(merge, rounding)
     update = _bytes(_skews(model)) + blocks if blocks else 0
     return max(merge, update)
 

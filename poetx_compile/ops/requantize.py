@@ -1,0 +1,86 @@
+"""``poetx::requantize_``: an int8 weight after its values have changed, in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poetx_compile.ops.dequantize import (
+    GROUP,
+    check_stored,
+    dequantize_reference,
+    grouped,
+    quantize,
+)
+from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.random import matrix_bits
+from poetx_compile.ops.registry import define_in_place
+
+ELEMENTS = 2**22
+"""Of the rows that the reference rounds at once: 40 bytes each, for a while."""
+
+
+def requantize_reference(
+    weight: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    step: Tensor,
+    seed: int,
+    layer: int,
+    keep: bool,
+) -> None:
+    """``q, s ← quantize(values)``, rounded stochastically.
+
+    The bits are those of `matrix_bits` for the element at (row, column): the same on every device,
+    in every process and in a run that resumes.
+
+    Args:
+        weight: q, int8 [n, m]; written.
+        scale: s, [n, ⌈m/64⌉]; written.
+        values: [n, m], fp32 or fp64.
+        step: a counter of the bits, int64, a scalar on the device.
+        seed: 64 bits, the key of the bits.
+        layer: 32 bits, a counter.
+        keep: groups whose values are those of q and s keep their bits; else all are rounded.
+    """
+    n, m = weight.shape
+    rows_at_once = max(1, ELEMENTS // m)
+    for first in range(0, n, rows_at_once):
+        rows = slice(first, min(first + rows_at_once, n))
+        part, q, s = values[rows], weight[rows], scale[rows]
+        bits = matrix_bits(len(part), m, seed, step, layer, part.device, first_row=first)
+        new, new_scale = quantize(part, scale.dtype, bits)
+        if keep:
+            same = (grouped(part) == grouped(dequantize_reference(q, s, part.dtype))).all(-1)
+            new_scale = torch.where(same, s, new_scale)
+            new = torch.where(same.repeat_interleave(GROUP, 1)[:, :m], q, new)
+        q.copy_(new)
+        s.copy_(new_scale)
+
+
+def _check(weight, scale, values, step, seed, layer, keep) -> None:
+    check_stored(weight, scale)
+    torch._check(
+        values.shape == weight.shape and values.dtype in (torch.float32, torch.float64),
+        lambda: (
+            f"poetx: values must be fp32 or fp64 {list(weight.shape)}, "
+            f"got {values.dtype} {list(values.shape)}"
+        ),
+    )
+    torch._check(
+        step.dim() == 0 and step.dtype == torch.int64,
+        lambda: f"poetx: step must be an int64 scalar, got {step.dtype} {list(step.shape)}",
+    )
+
+
+def _kernel_takes(weight, scale, values, step, seed, layer, keep) -> bool:
+    return values.dtype == torch.float32 and all(t.is_contiguous() for t in (weight, scale, values))
+
+
+requantize_ = define_in_place(
+    "requantize_",
+    requantize_reference,
+    check=_check,
+    written=("weight", "scale"),
+    kernel=Kernel("requantize.requantize_", _kernel_takes),
+)
