@@ -43,6 +43,9 @@ LEAN: dict[str, Any] = {"momentum": "int8", "gradients": "bfloat16"}
 ONE_SIDE: dict[str, Any] = {"alternate": True}
 XQ = LEAN | {"base": "int8"}
 
+LEANEST = merged(256, variant="mem", checkpointing=True, **ONE_SIDE)
+LONG = dataclasses.replace(LEANEST, loss_chunk=2048)
+
 TARGETS = [
     ADAMW,
     merged(256, **ONE_SIDE),
@@ -53,14 +56,15 @@ TARGETS = [
     merged(512, **ONE_SIDE),
     stored(256, "mem", **XQ),
     stored(256, "mem", checkpointing=True, **XQ),
+    IN_THE_BACKWARD,
+    dataclasses.replace(IN_THE_BACKWARD, optimizer="adafactor"),
+    *at([merged(256, variant="mem", **ONE_SIDE)], model="13b", seq=2048),
     merged(256),
+    *at([LONG], seq=32768),
     stored(256, "mem", **PAPER),
     stored(256, "fast", **PAPER),
-    IN_THE_BACKWARD,
-    *at([merged(256, variant="mem", **ONE_SIDE)], model="13b", seq=2048),
 ]
 RIVALS = [
-    dataclasses.replace(IN_THE_BACKWARD, optimizer="adafactor"),
     dataclasses.replace(ADAMW, optimizer="adafactor"),
     dataclasses.replace(ADAMW, optimizer="muon"),
     dataclasses.replace(ADAMW, weights="float32"),
@@ -78,7 +82,6 @@ FORMS = [
     stored(512, "mem", **LEAN),
     stored(512, "fast", **LEAN),
 ]
-LEANEST = merged(256, variant="mem", checkpointing=True, **ONE_SIDE)
 CHECKPOINTED = [
     LEANEST,
     *at([merged(1024, **ONE_SIDE), ADAMW], checkpointing=True),
@@ -90,8 +93,6 @@ SWEPT = [
     stored(256, "mem", **XQ),
     ADAMW,
 ]
-LONG = dataclasses.replace(LEANEST, loss_chunk=2048)
-
 PLANS: dict[str, list[Case]] = {
     "targets": TARGETS,
     "rivals": RIVALS,
@@ -99,7 +100,6 @@ PLANS: dict[str, list[Case]] = {
     "checkpointed": CHECKPOINTED,
     "13b": at([stored(256, "mem", **LEAN), *SWEPT], model="13b", seq=2048),
     "long": [
-        *at([LONG], seq=32768),
         *at([LONG], seq=16384),
         *at([LONG], seq=8192),
         *at([LONG], seq=32768, loss_chunk=None),

@@ -92,7 +92,8 @@ class Queue:
 
     def compile(self, limit_s: float) -> None:
         """Fill the caches for what is compiled block by block, until all is done or it is time."""
-        small = [c for c in self.pending if c.compile == "blocks" and c.seq <= SHORT]
+        blocks = [c for c in self.pending if c.compile == "blocks"]
+        small = [c for c in blocks if c.seq <= SHORT or c.loss_chunk is not None]
         alike = {compiled_alike(c): c for c in reversed(small)}
         waiting = list(reversed(alike.values()))
         at_once = min(MOST_AT_ONCE, _cores())
