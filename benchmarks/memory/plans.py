@@ -98,7 +98,7 @@ PLANS: dict[str, list[Case]] = {
     "rivals": RIVALS,
     "forms": FORMS,
     "checkpointed": CHECKPOINTED,
-    "13b": at([stored(256, "mem", **LEAN), *SWEPT], model="13b", seq=2048),
+    "13b": at(SWEPT, model="13b", seq=2048),
     "long": [
         *at([LONG], seq=16384),
         *at([LONG], seq=8192),
