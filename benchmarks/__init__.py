@@ -10,11 +10,12 @@
 ``python -m benchmarks.step``     a training step of a whole model against dense AdamW
 ``python -m benchmarks.estimate`` `poetx_compile.estimate` against the memory a GPU measures
 ``python -m benchmarks.plot``     figures of the results of `layers`
+``python -m benchmarks.memory``   large models on a capped GPU beside their rivals
 ``python -m benchmarks.quality``  losses of whole runs beside tuned rivals: plans, a queue, tables
 ==============================  ====================================================================
 
 ``torchrun --nproc-per-node 2 -m benchmarks.distributed`` compares DDP and FSDP2 with one process
-and prints a table; `quality` has commands of its own. Each of the others prints a table and writes
-``benchmarks/results/<name>-<gpu>.json``, a list of rows, after every row. No time is taken of
-anything that has not passed its correctness gate in the same process.
+and prints a table; `memory` and `quality` have commands of their own. Each of the others prints a
+table and writes ``benchmarks/results/<name>-<gpu>.json``, a list of rows, after every row. No time
+is taken of anything that has not passed its correctness gate in the same process.
 """

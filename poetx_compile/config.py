@@ -63,8 +63,8 @@ class POETXConfig:
             weights, freed by `model.train()` or the next optimiser step.
         memory_budget: ``None``, or how much may be kept between forward and backward at most: a
             fraction in (0, 1] of the bytes that variant ``"fast"`` keeps. What is cheapest to
-            recompute goes first: norms and activations, then folded weights, then products.
-            ``"mem"`` keeps the least there is, and takes no budget.
+            recompute goes first: norms and activations, then folded weights, then products; below
+            what ``"mem"`` keeps, which takes no budget, other outputs and attention.
         seed: seed of the permutations; never touches the global generators.
         target_modules: which `nn.Linear` to convert: ``None`` or ``"all-linear"`` for all eligible
             ones, a regular expression that must match the whole name, or a list of names or name

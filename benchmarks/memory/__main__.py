@@ -103,7 +103,8 @@ def _run(args: argparse.Namespace) -> int:
         checkpoint=args.checkpoint,
         vocabulary=64 if args.device == "cpu" else VOCABULARY,
     )
-    known = [row for row in all_rows(args.results) if row["gpu"] == _gpu(args.device)]
+    known = all_rows(args.results)
+    known = [row for row in known if row["gpu"] == _gpu(args.device)] if known else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder.resolve() if args.folder else Path(temporary)
 

@@ -27,6 +27,7 @@ class Case:
         weights: dtype of the weights; ``"float32"`` runs under bf16 autocast.
         block_size, merge_interval, variant, memory_budget, base: of `POETXConfig`.
         momentum: `momentum_dtype` of `POETXMuon`.
+        alternate: of `POETXMuon`: one side of each layer turns in a step.
         gradients: dtype of the gradients of rotations (`Tensor.grad_dtype`).
         checkpointing: activation checkpointing of each decoder block.
         loss_chunk: tokens whose logits are made at a time; ``None`` for all.
@@ -45,6 +46,7 @@ class Case:
     memory_budget: float | None = None
     base: str | None = None
     momentum: str | None = None
+    alternate: bool = False
     gradients: str | None = None
     checkpointing: bool = False
     loss_chunk: int | None = None
@@ -63,7 +65,7 @@ def compiled_alike(case: Case) -> tuple[Any, ...]:
     """What is one for cases that run the same compiled code: of an optimiser's step, torchao's."""
     ours = case.method == POETX
     form = (case.merged, case.block_size, case.variant, case.memory_budget, case.base)
-    step = case.optimizer if ours or case.optimizer == "adamw8bit" else None
+    step = case.optimizer if case.optimizer == "adamw8bit" else None
     return case.model, case.seq, case.weights, case.loss_chunk, ours, form, step
 
 
@@ -92,6 +94,8 @@ def label(case: Case) -> str:
         parts.append(NAMES[case.optimizer])
     elif case.momentum != "float32":
         parts.append(f"{_SHORT[case.momentum]} momentum")
+    if case.alternate:
+        parts.append("one side a step")
     if case.gradients != "float32":
         parts.append(f"{_SHORT[case.gradients]} gradients")
     return ", ".join(parts) + _activations(case)

@@ -109,8 +109,9 @@ def _poetx(case: Case, model: Llama, stage: str) -> Trained:
     lr = RATES[case.optimizer]
     optimizer: torch.optim.Optimizer
     if case.optimizer == "muon":
-        dtype = case.momentum or "float32"
-        optimizer = poetx.POETXMuon(model, lr=lr, momentum_dtype=dtype)
+        optimizer = poetx.POETXMuon(
+            model, lr=lr, momentum_dtype=case.momentum or "float32", alternate=case.alternate
+        )
     else:
         optimizer = poetx.POETXAdamW(model, lr=lr)
     forward = _forward(case, model, backend=poetx.poetx_backend, options={"stage": stage})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 from benchmarks.memory.cases import DENSE, IN_BACKWARD, POETX, Case
 
@@ -11,88 +12,104 @@ ADAMW = Case("8b", 1024, DENSE, "adamw")
 """What the others are compared with: bf16 weights, gradients and moments."""
 
 
-def stored(block_size: int, variant: str = "fast", **fields: object) -> Case:
+def stored(block_size: int, variant: str = "fast", **fields: Any) -> Case:
     """A case of 8B at 1024 tokens with stored rotations; `fields` of `Case`, over the defaults."""
     case = Case(
         "8b", 1024, POETX, "muon", block_size=block_size, merge_interval=200, variant=variant,
         base="dense", momentum="float32", gradients="float32",
     )  # fmt: skip
-    return dataclasses.replace(case, **fields)  # type: ignore[arg-type]
+    return dataclasses.replace(case, **fields)
 
 
-def merged(block_size: int, momentum: str = "int8", **fields: object) -> Case:
+def merged(block_size: int, momentum: str = "int8", **fields: Any) -> Case:
     """A case merged every step, gradients of the rotations in bf16."""
-    values = {"merge_interval": 1, "momentum": momentum, "gradients": "bfloat16"} | fields
-    return stored(block_size, **values)  # type: ignore[arg-type]
+    values: dict[str, Any] = {
+        "merge_interval": 1,
+        "momentum": momentum,
+        "gradients": "bfloat16",
+    } | fields
+    return stored(block_size, **(values | fields))
 
 
-def at(cases: Iterable[Case], **fields: object) -> list[Case]:
+def at(cases: Iterable[Case], **fields: Any) -> list[Case]:
     """The same cases with other `fields`."""
-    return [dataclasses.replace(case, **fields) for case in cases]  # type: ignore[arg-type]
+    return [dataclasses.replace(case, **fields) for case in cases]
 
 
 IN_THE_BACKWARD = dataclasses.replace(ADAMW, method=IN_BACKWARD)
-PAPER = {"optimizer": "adamw", "momentum": None}
-XQ = {"base": "int8"}
+PAPER: dict[str, Any] = {"optimizer": "adamw", "momentum": None}
+"""The optimiser of the paper, everything in fp32."""
+LEAN: dict[str, Any] = {"momentum": "int8", "gradients": "bfloat16"}
+ONE_SIDE: dict[str, Any] = {"alternate": True}
+XQ = LEAN | {"base": "int8"}
+
+LEANEST = merged(256, variant="mem", checkpointing=True, **ONE_SIDE)
+LONG = dataclasses.replace(LEANEST, loss_chunk=2048)
 
 TARGETS = [
     ADAMW,
-    merged(256),
-    merged(512),
-    merged(1024),
-    merged(256, variant="mem"),
+    merged(256, **ONE_SIDE),
+    stored(256, "fast", **LEAN),
+    stored(256, "mem", **LEAN),
+    merged(256, variant="mem", **ONE_SIDE),
+    merged(1024, **ONE_SIDE),
+    merged(512, **ONE_SIDE),
+    stored(256, "mem", **XQ),
+    stored(256, "mem", checkpointing=True, **XQ),
     IN_THE_BACKWARD,
+    dataclasses.replace(IN_THE_BACKWARD, optimizer="adafactor"),
+    *at([merged(256, variant="mem", **ONE_SIDE)], model="13b", seq=2048),
+    merged(256),
+    *at([LONG], seq=32768),
     stored(256, "mem", **PAPER),
     stored(256, "fast", **PAPER),
 ]
-QUANTIZED = [
-    stored(256, "mem", gradients="bfloat16", momentum="int8", **XQ),
-    stored(256, "fast", gradients="bfloat16", momentum="int8", **XQ),
-    stored(256, "mem", gradients="bfloat16", momentum="int8", checkpointing=True, **XQ),
-]
 RIVALS = [
-    dataclasses.replace(IN_THE_BACKWARD, optimizer="adafactor"),
-    dataclasses.replace(ADAMW, optimizer="adamw8bit"),
-    dataclasses.replace(IN_THE_BACKWARD, optimizer="adamw8bit"),
     dataclasses.replace(ADAMW, optimizer="adafactor"),
     dataclasses.replace(ADAMW, optimizer="muon"),
     dataclasses.replace(ADAMW, weights="float32"),
+    dataclasses.replace(ADAMW, optimizer="adamw8bit"),
+    dataclasses.replace(IN_THE_BACKWARD, optimizer="adamw8bit"),
 ]
-DTYPES = [
+FORMS = [
+    stored(256, "fast", **XQ),
+    merged(1024),
+    stored(256, "fast", memory_budget=0.5, **LEAN),
     merged(256, "float32", gradients="float32"),
     merged(256, "float32"),
     merged(256, "bfloat16"),
     merged(1024, "float32", gradients="float32"),
-    merged(1024, "bfloat16"),
-    stored(256, "fast", memory_budget=0.72),
-    stored(512, "mem"),
-    stored(512, "fast"),
+    stored(512, "mem", **LEAN),
+    stored(512, "fast", **LEAN),
 ]
-CHECKPOINTED = at(
-    [merged(256), merged(1024), stored(256, "mem", **PAPER), ADAMW], checkpointing=True
-)
-SWEPT = [merged(256), merged(1024), stored(256, "mem", **PAPER), ADAMW]
-LONG = [merged(256, variant="mem", checkpointing=True, loss_chunk=2048)]
-
+CHECKPOINTED = [
+    LEANEST,
+    *at([merged(1024, **ONE_SIDE), ADAMW], checkpointing=True),
+]
+SWEPT = [
+    merged(256, **ONE_SIDE),
+    merged(1024, **ONE_SIDE),
+    stored(256, "mem", **LEAN),
+    stored(256, "mem", **XQ),
+    ADAMW,
+]
 PLANS: dict[str, list[Case]] = {
     "targets": TARGETS,
-    "quantized": QUANTIZED,
     "rivals": RIVALS,
-    "dtypes": DTYPES,
+    "forms": FORMS,
     "checkpointed": CHECKPOINTED,
-    "13b": at([merged(256), merged(256, variant="mem"), *SWEPT[1:]], model="13b", seq=2048),
+    "13b": at(SWEPT, model="13b", seq=2048),
     "long": [
-        *at(LONG, seq=32768),
-        *at(LONG, seq=16384),
-        *at(LONG, seq=8192),
-        *at(LONG, seq=32768, loss_chunk=None),
+        *at([LONG], seq=16384),
+        *at([LONG], seq=8192),
+        *at([LONG], seq=32768, loss_chunk=None),
         *at([ADAMW], seq=8192, checkpointing=True),
         *at([ADAMW], seq=32768, checkpointing=True, loss_chunk=2048),
     ],
     "sequences": [*at(SWEPT, seq=2048), *at(SWEPT, seq=512)],
     "3b": [c for seq in (1024, 512, 2048) for c in at(SWEPT, model="3b", seq=seq)],
     "13b-sequences": [c for seq in (1024, 512) for c in at(SWEPT, model="13b", seq=seq)],
-    "whole": at([ADAMW, merged(256), stored(256, "fast", **PAPER)], compile="whole"),
+    "whole": at([ADAMW, *TARGETS[1:3]], compile="whole"),
     "smoke": [],
 }
 """`smoke` is every kind of case at a size for a CPU."""

@@ -27,8 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "benchmarks.memory.worker")
 POLL_S = 0.1
 LOG_LINES = 25
-CORES_TO_COMPILE = 2
-"""A process that compiles keeps about so many busy."""
+SHORT = 4096
+"""Tokens up to which several models fit beside each other while they compile."""
+
+MOST_AT_ONCE = 16
+"""Of models that compile: each takes a core, and some GiB of its GPU."""
 
 
 @dataclasses.dataclass
@@ -89,9 +92,11 @@ class Queue:
 
     def compile(self, limit_s: float) -> None:
         """Fill the caches for what is compiled block by block, until all is done or it is time."""
-        alike = {compiled_alike(c): c for c in reversed(self.pending) if c.compile == "blocks"}
+        blocks = [c for c in self.pending if c.compile == "blocks"]
+        small = [c for c in blocks if c.seq <= SHORT or c.loss_chunk is not None]
+        alike = {compiled_alike(c): c for c in reversed(small)}
         waiting = list(reversed(alike.values()))
-        at_once = max(1, (os.cpu_count() or 1) // CORES_TO_COMPILE)
+        at_once = min(MOST_AT_ONCE, _cores())
         place = dataclasses.replace(self.place, layers=2, warmup=0, steps=1, checkpoint=False)
         gpus = [self.gpus[i % len(self.gpus)] for i in range(at_once)]
         compiling: list[_Work] = []
@@ -102,7 +107,7 @@ class Queue:
                 for work in compiling:
                     free.remove(work.gpu)
                 for gpu in free[: len(waiting)]:
-                    compiling.append(self._started(waiting.pop(0), gpu, place, CORES_TO_COMPILE))
+                    compiling.append(self._started(waiting.pop(0), gpu, place, threads=2))
                 if time.monotonic() - self._begun > limit_s:
                     break
                 time.sleep(POLL_S)
@@ -131,7 +136,7 @@ class Queue:
 
     def _waiting(self, case: Case, gpu: str) -> _Work:
         place = dataclasses.replace(self.place, lock=str(self.folder / f"gpu{gpu}.lock"))
-        return self._started(case, gpu, place, os.cpu_count() or 1)
+        return self._started(case, gpu, place, threads=min(8, _cores()))
 
     def _started(self, case: Case, gpu: str, place: Place, threads: int) -> _Work:
         files = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
@@ -139,7 +144,7 @@ class Queue:
         environment = os.environ | {
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
             "TRITON_CACHE_DIR": str(self.folder / "triton"),
-            "TORCHINDUCTOR_COMPILE_THREADS": str(min(8, threads)),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         }
         if gpu:
@@ -173,6 +178,10 @@ class Queue:
         done = self._total - len(self.pending) - len(self._under_way)
         seconds = time.monotonic() - self._begun
         print(f"[{done}/{self._total}, {seconds:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def named(case: Case) -> str:

@@ -191,8 +191,8 @@ class _Step:
     loss: example.Loss | None
     autocast: torch.dtype | None
     whole: bool
-    apart: bool
-    gradient: torch.dtype
+    apart: bool = False
+    gradient: torch.dtype = torch.float32
     progress: Progress = _silent
     traced: str = ""
 

@@ -128,6 +128,15 @@ def test_a_few_layers_say_what_all_do() -> None:
         assert abs(max(some.backward) - max(every.backward)) <= inexact
         assert few.traced == "traced with layers: 2 of 6 equal layers"
         assert whole.traced == "traced with every layer"
+    few.apart, few.gradient = (
+        True,
+        torch.bfloat16,
+    )  # each layer rounds its gradients when it is done
+    (rounded,) = few.memory(model, [options])
+    saved = parts.rounded_off(model, torch.bfloat16)
+    skews = [p for name, p in model.layers.named_parameters() if ".skew" in name]
+    assert saved == sum(p.nbytes // 2 for p in skews) > 0
+    assert some.backward[-1] - rounded.backward[-1] == saved * 4 / 6
 
 
 def test_checkpoints_and_autocast_count() -> None:
@@ -197,6 +206,10 @@ def test_arguments_are_checked() -> None:
     model, x = Stack(1), torch.randn(3, 48)
     with pytest.raises(ConfigError, match="sgd"):
         poetx.estimate(model, x, optimizer="sgd")
+    with pytest.raises(ConfigError, match="gradient_dtype = 'int8'"):
+        poetx.estimate(model, x, gradient_dtype="int8")
+    with pytest.raises(ConfigError, match="compiled = 'blocks'"):
+        poetx.estimate(model, x, compiled="blocks")
     with pytest.raises(ConfigError, match="beside example inputs"):
         poetx.estimate(model, x, batch_size=2)
     with pytest.raises(ConfigError, match="batch_size = 0"):

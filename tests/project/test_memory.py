@@ -1,0 +1,204 @@
+"""`benchmarks.memory` at a tiny size on the CPU: rows, the queue, tables, the page."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llama
+from benchmarks.memory import __main__ as command
+from benchmarks.memory import estimates, figures, queue, results, tables, worker
+from benchmarks.memory.cases import IN_BACKWARD, Case, of_row
+from benchmarks.memory.plans import ADAMW, LEAN, PLANS, at, merged, stored
+from benchmarks.rows import Row, write
+
+PLACE = worker.Place(device="cpu", stage="eager", warmup=0, steps=1, vocabulary=32)
+
+
+@pytest.fixture(autouse=True)
+def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(llama.PRESETS, "tiny", llama._shape(32, 48, 2, 2))
+
+
+def tiny(case: Case, **fields: Any) -> Case:
+    (small,) = at([case], model="tiny", seq=8, **fields)
+    return small
+
+
+def row_of(case: Case, **values: Any) -> Row:
+    """A row as a worker writes it."""
+    row: Row = {"gpu": "A card", "torch": "2", "triton": None, "dtype": "bfloat16"}
+    row |= dataclasses.asdict(case) | dict.fromkeys(worker.MEASURED)
+    row |= {"cap_gib": 80.0, "oom_in": None, "gives_up": ""}
+    return row | values
+
+
+# --- one case -------------------------------------------------------------------------------------
+
+
+def test_a_row_says_what_was_trained_and_its_bytes() -> None:
+    torch._dynamo.reset()
+    case = tiny(merged(8, variant="mem", alternate=True), checkpointing=True, loss_chunk=3)
+    row = worker.work(case, dataclasses.replace(PLACE, checkpoint=True))
+    assert of_row(row) == case
+    assert set(worker.MEASURED) < set(row)
+    assert row["tokens_per_s"] == pytest.approx(8e3 / row["ms"])
+    assert row["last_loss"] < row["first_loss"]
+    planes = 2 * ((4 * 8 + 3 * 4 + 3 * 6) * 28)  # blocks of 8: 28 planes
+    dense = 2 * 32 * 32 + 5 * 32
+    assert row["gradients_gib"] == 2 * (planes + dense) / 2**30
+    scales = 4 * 2 * (4 * 8 + 3 * 4 + 3 * 6)  # a byte a plane, and one scale a block
+    counters = 4 * 7
+    assert row["state_gib"] == (planes + scales + 2 * 2 * dense + counters) / 2**30
+
+
+def test_a_step_in_the_backward_leaves_no_gradient() -> None:
+    torch._dynamo.reset()
+    row = worker.work(tiny(ADAMW, method=IN_BACKWARD), PLACE)
+    assert (row["gradients_gib"], row["merge_ms"]) == (0, 0)
+    assert row["gives_up"] == "accumulation, clipping, DDP"
+    assert row["last_loss"] < row["first_loss"]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_a_full_gpu_is_a_row_and_no_other_error_is(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "build", full)
+    row = worker.work(tiny(ADAMW), PLACE)
+    assert (row["oom_in"], row["peak_gib"], row["tokens_per_s"]) == ("prepare", None, None)
+    error.args = ("something else",)
+    if not isinstance(error, torch.OutOfMemoryError):
+        with pytest.raises(RuntimeError, match="something else"):
+            worker.work(tiny(ADAMW), PLACE)
+
+
+# --- the queue ------------------------------------------------------------------------------------
+
+FAKE = """
+    import json, sys, time
+    task = json.loads(sys.argv[1])
+    case = task["case"]
+    if case["optimizer"] == "adafactor":
+        sys.exit("it broke")
+    if case["optimizer"] == "muon" and case["method"] == "dense":
+        time.sleep(60)
+    row = case | {"oom_in": None, "peak_gib": 1.0, "tokens_per_s": 2.0, "gpu": "A card"}
+    row["layers"] = task["place"]["layers"]
+    with open(sys.argv[2], "w") as output:
+        json.dump([row], output)
+"""
+
+
+def test_the_queue_skips_what_is_known_and_goes_on_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "fake.py"
+    script.write_text(textwrap.dedent(FAKE), encoding="utf-8")
+    monkeypatch.setattr(queue, "WORKER", (sys.executable, "-S", str(script)))
+    monkeypatch.setattr(queue, "POLL_S", 0.01)
+    broken = dataclasses.replace(ADAMW, optimizer="adafactor")
+    endless = dataclasses.replace(ADAMW, optimizer="muon")
+    cases = [ADAMW, broken, merged(256), merged(256), endless]
+    found: list[Row] = []
+    known = [row_of(ADAMW)]
+    made = queue.Queue(cases, PLACE, ("",), tmp_path / "work", known, found.append, case_s=1.0)
+    made.compile(limit_s=0.2)
+    assert not made.run()
+    assert [of_row(row) for row in found] == [merged(256)]
+    assert found[0]["layers"] is None
+    assert made.failed == [broken, endless]
+    said = capsys.readouterr().err
+    assert "compiled for" in said
+    assert "it broke" in said
+    late = queue.Queue([endless], PLACE, ("",), tmp_path / "work")
+    assert not late.run(limit_s=0.05)
+    assert "time is up: 1 to do" in capsys.readouterr().err
+
+
+def test_rows_of_one_gpu_replace_those_of_the_same_case(tmp_path: Path) -> None:
+    for peak in (1.0, 2.0):
+        results.save(tmp_path, row_of(ADAMW, peak_gib=peak))
+    results.save(tmp_path, row_of(merged(256), peak_gib=3.0))
+    rows = results.all_rows(tmp_path)
+    assert [row["peak_gib"] for row in rows] == [2.0, 3.0]
+    assert results.selected(rows, ["targets"], "8b", 1024) == rows
+    assert results.selected(rows, ["targets"], "3b") == []
+
+
+def test_no_plan_has_a_case_twice() -> None:
+    for name, cases in PLANS.items():
+        assert len(set(cases)) == len(cases), name
+        assert len({queue.named(case) for case in cases}) == len(cases), name
+
+
+# --- tables, the figure, the page, estimates ------------------------------------------------------
+
+
+def test_a_table_compares_with_adamw_and_says_what_does_not_fit(tmp_path: Path) -> None:
+    rows = [
+        row_of(ADAMW, peak_gib=60.5, tokens_per_s=8000.0),
+        row_of(merged(256), peak_gib=21.25, tokens_per_s=8800.0),
+        row_of(dataclasses.replace(ADAMW, weights="float32"), oom_in="first step"),
+    ]
+    text = tables.markdown(rows)
+    assert "| POET-X merged, b = 256, int8 momentum, bf16 gradients | 21.2 | 8,800 | 1.10 |" in text
+    assert "| AdamW, fp32 | does not fit |  |  |" in text
+    assert text.endswith("A card, torch 2, at most 80 GiB.")
+    assert tables.markdown([]) == tables.NONE
+    assert "oom: first step" in tables.plain(rows)
+    assert figures.draw(rows, rows, tmp_path / "memory.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="no row"):
+        figures.draw(rows[2:], rows, tmp_path / "none.png")
+
+
+def test_the_commands_read_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = row_of(ADAMW, peak_gib=60.5, tokens_per_s=8000.0)
+    write(tmp_path / "memory-a-card.json", [row])
+    folder = ["--results", str(tmp_path)]
+    assert command.main(["plan", "targets", *folder]) == 0
+    assert "8b x 1024, AdamW: 60.50 GiB, 8000 tokens/s" in capsys.readouterr().out
+    assert command.main(["table", "targets", "--columns", "name,peak_gib", *folder]) == 0
+    assert "| AdamW | 60.5 |" in capsys.readouterr().out
+
+
+def test_estimates_are_held_to_the_measured_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    gib = 2**30
+
+    @dataclasses.dataclass
+    class Estimated:
+        weights: int = 15 * gib
+        gradients: int = gib
+        optimizer_state: int = gib
+        activations: int = 5 * gib
+        peak: int = 21 * gib
+
+    monkeypatch.setattr(estimates, "estimated", lambda case: Estimated())
+    parts = {"weights_gib": 15.0, "gradients_gib": 1.0, "state_gib": 1.0, "activations_gib": 5.0}
+    rows = [row_of(merged(256), **parts, peak_gib=peak, tokens_per_s=1.0) for peak in (20.5, 24.0)]
+    rows.append(
+        row_of(dataclasses.replace(ADAMW, optimizer="muon"), peak_gib=1.0, tokens_per_s=1.0)
+    )
+    lines = estimates.compared(rows)
+    assert [line["error, %"] for line in lines] == pytest.approx([100 / 41, -12.5])
+    assert estimates.missed(lines) == lines[1:]
+    assert "POET-X merged" in estimates.table(lines)
+    assert not estimates.estimable(dataclasses.replace(ADAMW, method=IN_BACKWARD))
+    assert estimates.estimable(stored(256, **LEAN))
+
+
+def test_the_page_of_memory_has_the_tables_of_the_rows() -> None:
+    text = command.PAGE.path.read_text(encoding="utf-8")
+    assert command.PAGE.filled(text) == text, "run python -m benchmarks.memory page"
+    assert {"table", "plot"} <= {words[0] for words in command.PAGE.commands(text)}
