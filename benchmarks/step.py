@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         help="shapes of examples/llama.py; 8b:4 has 4 decoder layers",
     )  # fmt: skip
     add("--layers", type=positive, help="decoder layers, in place of the presets' numbers")
+    add("--by-layer", action="store_true", help="compile each decoder layer by itself")
     add("--vocabulary", type=positive, default=32000)
     add("--batch", type=positive, help="default: 8, of 8b 1")
     add("--length", type=positive, default=1024)

@@ -48,6 +48,7 @@ class StepCase:
         optimizer: of POET-X, a key of `OPTIMIZERS`.
         preset: shapes of `examples/llama.py`.
         layers: how many decoder layers; ``None`` for as many as the preset has.
+        by_layer: compile each decoder layer by itself: equal ones share what is compiled.
         accumulation: batches whose gradients are added before a step of the optimiser.
         keep_folded: the backend's option, of POET-X.
         memory_budget: the field of `POETXConfig`.
@@ -67,6 +68,7 @@ class StepCase:
     optimizer: str = "adamw"
     preset: str = "1b"
     layers: int | None = None
+    by_layer: bool = False
     vocabulary: int = 32000
     batch: int = 8
     length: int = 1024
@@ -198,7 +200,8 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             model.parameters(), lr=case.lr, betas=(0.9, 0.95), fused=True
         )
-        return Trained(model, torch.compile(model, backend=case.stage, **compile_kwargs), optimizer)
+        forward = _compiled(model, case, backend=case.stage, **compile_kwargs)
+        return Trained(model, forward, optimizer)
     if case.method == PEER:
         assert case.peer is not None
         other = peer.load(Path(case.peer))
@@ -220,7 +223,7 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
     sides: dict[str, Any] = {"alternate": True} if case.sides == "one" else {}
     ours: Any = OPTIMIZERS[case.optimizer](model, lr=case.lr, **sides)
     compile_kwargs.setdefault("options", {}).update(stage=case.stage, keep_folded=case.keep_folded)
-    forward = torch.compile(model, backend=poetx.poetx_backend, **compile_kwargs)
+    forward = _compiled(model, case, backend=poetx.poetx_backend, **compile_kwargs)
     merging = None if config.merged else lambda: merge(model, redraw=True)
     return Trained(model, forward, ours, merging, lambda: ours.schedule.merges)
 
@@ -239,6 +242,15 @@ def turn_of(room: str | None) -> Iterator[None]:
     with Path(folder, "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _compiled(model: nn.Module, case: StepCase, **how: Any) -> Callable[..., Tensor]:
+    """`model` compiled as a whole, or its layers in place and nothing around them."""
+    if not case.by_layer:
+        return torch.compile(model, **how)
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.compile(**how)  # type: ignore[operator]
+    return model
 
 
 def untrained(case: StepCase) -> nn.Module:

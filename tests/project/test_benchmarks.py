@@ -263,11 +263,13 @@ def test_step(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_this_process")
 def test_step_of_the_merged_form(tmp_path: Path) -> None:
     arguments = ["--merge-interval", "1", "--optimizers", "muon", "--gains", "rows"]
+    arguments += ["--layers", "1", "--by-layer"]
     arguments += ["--sides", "both,one", "--output", str(tmp_path)]
     dense, ours, one = step.main([*STEP, *arguments])
     assert (dense["sides"], ours["sides"], one["sides"]) == (None, "both", "one")
     assert (dense["merge_interval"], ours["merge_interval"], ours["merge_ms"]) == (None, 1, 0)
     assert (dense["gains"], ours["gains"]) == (None, "rows")
+    assert (ours["layers"], ours["by_layer"]) == (1, True)
     assert ours["ms"] == ours["step_ms"]
     assert ours["gradients_mib"] < 0.6 * dense["gradients_mib"]
 
