@@ -19,6 +19,7 @@ from benchmarks.quality.baselines.adamw import BETAS
 from poetx_compile import POETXConfig
 from poetx_compile.layers.initialise import initialise
 from poetx_compile.layers.permutation import chunk_size
+from poetx_compile.ops.newton_schulz import newton_schulz
 from poetx_compile.ops.orthogonalize import orthogonalize
 from poetx_compile.ops.polynomial import polynomial
 
@@ -246,11 +247,7 @@ def whitened(blocks: Tensor, steps: int) -> Tensor:
     """`orthogonalize`, or so many of Muon's steps at the same norm, which whiten less."""
     if not steps:
         return orthogonalize(blocks.flatten(0, 1)).to(blocks.dtype).view_as(blocks)
-    a, b, c = MUON_STEP
-    x = blocks / _norm(blocks)
-    for _ in range(steps):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+    x = newton_schulz((blocks / _norm(blocks)).flatten(0, 1), (MUON_STEP,) * steps).view_as(blocks)
     return x * (0.92 * math.sqrt(x.shape[-1]) / _norm(x))
 
 
