@@ -29,7 +29,7 @@ def cap(size: str | None, device: torch.device) -> float | None:
     if device.type != "cuda":
         raise RunError(f"--gpu-memory caps a CUDA device, and the run is on {device}: leave it out")
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device.index or 0)
     return min(limit, total) / GIB
 
 
