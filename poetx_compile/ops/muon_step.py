@@ -1,6 +1,6 @@
-"""The fused step of `POETXMuon` on a GPU: what it takes, and when it is there.
+"""``POETXMuon(fused_rotations=True)`` on a GPU: what its kernels take, and when they are there.
 
-Its definition are the plain torch operations of the optimiser, which run everywhere else.
+Their definition are the plain torch operations of the optimiser, which run everywhere else.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from poetx_compile._torch import _disable_dynamo
 from poetx_compile.ops.kernels import Kernel
-from poetx_compile.ops.precision import without_autocast
 
 
 class Part(NamedTuple):
@@ -50,8 +50,7 @@ def fused(parts: Sequence[Part], block_size: int) -> bool:
     return _kernel().applies(*(tensor for part in parts for tensor in part if tensor is not None))
 
 
-@torch.compiler.disable  # a compiled step of the optimiser calls it as it is
-@without_autocast
+@_disable_dynamo  # a compiled step of the optimiser calls it as it is
 def muon_step(
     parts: Sequence[Part],
     block_size: int,

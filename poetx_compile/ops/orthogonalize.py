@@ -56,4 +56,5 @@ orthogonalize_skew = define(
     check=check_skew,
     fake=lambda skew, _: skew.new_empty(skew.shape),
     kernel=Kernel("orthogonalize.orthogonalize_skew", _kernel_takes),
+    expands=lambda *_: False,  # an optimiser's
 )

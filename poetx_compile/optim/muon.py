@@ -50,6 +50,9 @@ class POETXMuon(torch.optim.Optimizer):
         betas, eps, weight_decay: of AdamW; `weight_decay` for dense parameters with two dimensions
             or more.
         fused: default: AdamW's fused kernel where every dense parameter is on a CUDA device.
+        fused_rotations: on a CUDA device, momentum, direction and rotations of eight parameters in
+            one pass each, where they are fp32, for the rest as without it. Experimental: its
+            kernels have run in Triton's interpreter and not yet on a device.
 
     Attributes:
         schedule: the `MergeSchedule`.
@@ -76,11 +79,13 @@ class POETXMuon(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         fused: bool | None = None,
+        fused_rotations: bool = False,
     ):
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum = {momentum!r} is not allowed: use a number in [0, 1)")
         self.momentum_dtype = stored.parse_dtype(momentum_dtype)
         self.alternate = alternate
+        self.fused_rotations = fused_rotations
         model = ensure_prepared(model, config)
         groups = param_groups(
             model, lr=lr, poetx_lr=poetx_lr, weight_decay=weight_decay, rule=self.poetx_rule
@@ -143,7 +148,7 @@ class POETXMuon(torch.optim.Optimizer):
             some = [skew for skew in skews if (skew not in resting) == turns]
             for kind, alike in by_kind([(skew, b) for skew in some]).items():
                 keep = 1 - rate * group["weight_decay"]
-                if self._by_kernels(alike, b, mu, rate, keep, turns):
+                if self.fused_rotations and self._by_kernels(alike, b, mu, rate, keep, turns):
                     continue
                 turned = [local(p) for p in alike] if turns else []
                 if turned and keep != 1:

@@ -322,6 +322,43 @@ for dtype, b, counts, tiling in (
     assert_close(moved, -0.1 * direction, torch.bfloat16, str(dtype))  # the steps are steep
     muon_step(parts, b, 0.9, 0.1, 0.5, 5, 3, False, operands=torch.float32)  # momenta alone
     assert torch.equal(torch.cat(skews) - 0.5 * before, moved)
+
+# The optimiser with it, beside the one without.
+import contextlib
+import poetx_compile as poetx
+from poetx_compile.ops import kernels
+from poetx_compile.optim import muon
+from tests.helpers.rotations import skews as rotations_of
+
+def trainer():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 33), torch.nn.Linear(33, 9))
+    config = poetx.POETXConfig(block_size=8, merge_interval=1000, max_angle=None)
+    optimizer = poetx.POETXMuon(model, config=config, alternate=True, momentum_dtype="int8")
+    return rotations_of(model), optimizer
+
+def trained(rotations, optimizer):
+    torch.manual_seed(1)
+    for _ in range(2):
+        for p in rotations:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    return [(p.detach(), optimizer.state[p]) for p in rotations]
+
+expected, (rotations, optimizer) = trained(*trainer()), trainer()
+assert not optimizer.fused_rotations
+optimizer.fused_rotations = True
+calls, host = [], muon.muon_step
+muon.muon_step = lambda *given: calls.append(host(*given))
+kernels._DEVICE_TYPE, kernels._triton_runs_on = "cpu", lambda index: True
+torch.cuda.device, torch.cuda.current_device = contextlib.nullcontext, lambda: 0
+muon_step.__kwdefaults__["operands"] = torch.float32
+actual = trained(rotations, optimizer)
+assert len(calls) == 4  # of those that turn, and of those at rest
+for (a, state), (e, wanted) in zip(actual, expected):
+    assert (a - e).norm() < 0.01 * e.norm()
+    for key in keys:
+        assert_close(state[key].float(), wanted[key].float(), torch.float32, key)
 """,
     "turn_weight": """
 import triton

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import poetx_compile as poetx
-from poetx_compile.ops import muon_step
 from poetx_compile.optim import muon
 from tests.helpers.rotations import skews
 from tests.helpers.tolerances import assert_close
@@ -17,13 +16,16 @@ from tests.helpers.tolerances import assert_close
 pytestmark = pytest.mark.gpu
 
 
-def trained(b: int, dtype: torch.dtype, gradients: torch.dtype) -> tuple[list[Tensor], list[Any]]:
+def trained(
+    b: int, dtype: torch.dtype, gradients: torch.dtype, fused: bool
+) -> tuple[list[Tensor], list[Any]]:
     """Rotations and states after two steps, of four layers: more sides than a launch takes."""
     generator = torch.Generator("cuda").manual_seed(b)
     layers = [nn.Linear(2 * b + i, 3 * b, device="cuda") for i in range(5)]
     model = nn.Sequential(*layers)
     config = poetx.POETXConfig(block_size=b, merge_interval=1000, max_angle=None)
-    optimizer = poetx.POETXMuon(model, poetx_lr=0.01, config=config, momentum_dtype=dtype)
+    options = {"momentum_dtype": dtype, "fused_rotations": fused}
+    optimizer = poetx.POETXMuon(model, poetx_lr=0.01, config=config, **options)
     for _ in range(2):
         for skew in skews(model):
             gradient = torch.randn(skew.shape, generator=generator, device="cuda")
@@ -39,13 +41,12 @@ def trained(b: int, dtype: torch.dtype, gradients: torch.dtype) -> tuple[list[Te
 @pytest.mark.parametrize("b", [40, 77, 256, 320])
 def test_kernels_do_what_torch_does(monkeypatch, b, gradients, dtype) -> None:
     ran = []
-    fused = muon_step.fused
-    monkeypatch.setattr(muon, "fused", lambda *given: bool(ran.append(fused(*given)) or ran[-1]))
-    actual, states = trained(b, dtype, gradients)
-    assert ran
-    assert all(ran)
-    monkeypatch.setattr(muon, "fused", lambda *_: False)
-    expected, others = trained(b, dtype, gradients)
+    step = muon.muon_step
+    monkeypatch.setattr(muon, "muon_step", lambda *given: ran.append(step(*given)))
+    actual, states = trained(b, dtype, gradients, True)
+    assert len(ran) == 2
+    expected, others = trained(b, dtype, gradients, False)
+    assert len(ran) == 2
     for a, e in zip(states, others, strict=True):
         assert a.keys() == e.keys()
         for key in e:
