@@ -121,6 +121,7 @@ def _command(commands: Any, name: str, what: str, examples: str) -> argparse.Arg
     )
     add("--dtype", choices=DTYPES, help="convert the model (default: as it is)")
     add("--block-size", type=int, default=256, metavar="B", help="default: 256")
+    add("--base", choices=("dense", "int8"), default="dense", help="default: dense")
     add("--permutation", choices=("random", "chunked"), default="chunked", help="default: chunked")
     add(
         "--formulation",
@@ -229,6 +230,7 @@ def _source(args: argparse.Namespace) -> Any:
 def _config(args: argparse.Namespace, **fields: Any) -> POETXConfig:
     return POETXConfig(
         block_size=args.block_size,
+        base=args.base,
         permutation=args.permutation,
         formulation=args.formulation,
         **fields,

@@ -20,11 +20,12 @@ def test_explain_prints_the_table_and_writes_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "page.html"
-    inputs = ["--input", "3x16", "--verbose", "--html", str(page), "--graphs"]
+    inputs = ["--input", "3x16", "--verbose", "--html", str(page), "--graphs", "--base", "int8"]
     assert main(["explain", *FACTORY, *inputs, "--option", "disable_passes=batch_cayley"]) == 0
     out = capsys.readouterr().out
     assert "3 of 3 nn.Linear rewritten in 1 graph\n" in out
     assert "poetx.rotate_blocks(" in out
+    assert "poetx.dequantize(" in out
     assert "split(" not in out
     assert f"page: {page}" in out
     assert "SwiGLU" in page.read_text(encoding="utf-8")
