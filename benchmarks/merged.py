@@ -185,7 +185,9 @@ def step_of(optimizer: Any, rests: int | None = None) -> Callable[[], None]:
     def step() -> None:
         turner.open(turner._layers, resting)
         optimizer._update(resting)
-        turner._turn(3, moving)  # the angle of steps 1, 2, 4 … is measured, of most it is not
+        turner._turn(
+            3, moving, resting
+        )  # the angle of steps 1, 2, 4 … is measured, of most it is not
         for _, equivalence in turner._open:
             equivalence.interrupted = False
         turner._finite = {}

@@ -176,11 +176,14 @@ def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | N
     together = []
     for turn in turns:
         steps = [skew for skew, _ in turn.steps if skew.numel()]
-        # The kernels of layers, unlike the op's, take a side without blocks.
-        asked = turn._replace(skew_in=steps[0], skew_out=steps[-1]) if steps else turn
-        if kernel.applies(*asked[:8], seed, step, turn.layer, apply):
+        if not steps:
+            continue
+        # The kernels of layers, unlike the op's, take a side that stays; of a size of one none do.
+        asked = turn._replace(skew_in=steps[0], skew_out=steps[-1])
+        two = min(turn.weight.shape) > 1
+        if two and kernel.applies(*asked[:8], seed, step, turn.layer, apply):
             together.append(turn)
-        elif steps:
+        else:
             turn_weight_(*turn[:8], seed, step, turn.layer, apply)
     if together:
         from poetx_compile.ops.kernels.turn_layers import turn_layers  # loads Triton

@@ -91,7 +91,7 @@ class Turner:
                 continue
             try:
                 update({skew for _, e in self._open for skew in e.skews})
-                self._turn(number, moving)
+                self._turn(number, moving, resting)
             finally:
                 self.close()
         self._finish()
@@ -149,21 +149,22 @@ class Turner:
     # --- the weights ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _turn(self, number: int, moving: set[Tensor]) -> None:
-        """Turn the open layers by the sides that move: what has a rate of zero keeps its bits.
+    def _turn(self, number: int, moving: set[Tensor], resting: Collection[Tensor] = ()) -> None:
+        """Turn the open layers that move: what has a rate of zero keeps its bits.
 
-        They are marked as interrupted until `_finish`.
+        They are marked as interrupted until `_finish`. A side at rest is none of a turn.
         """
         layers = [(m, e, skews) for m, e in self._open if not moving.isdisjoint(skews := e.skews)]
-        self._look_at([s for *_, skews in layers for s in skews if s in moving and s.numel()])
+        self._look_at([s for *_, skews in layers for s in skews if s not in resting and s.numel()])
         if _measured(number):
             sides = [side for _, e, _ in layers for side in e.sides if side.blocks]
-            self._angles += largest_norms([(s.skew, s.block) for s in sides if s.skew in moving])
+            turned = [(s.skew, s.block) for s in sides if s.skew not in resting]
+            self._angles += largest_norms(turned)
         turns: dict[torch.device, list[Turn]] = defaultdict(list)
         for module, e, skews in layers:
             weight = stored_weight(module)
             e.note_norm(weight)
-            step_in, step_out = (skew if skew in moving else skew[:0] for skew in skews)
+            step_in, step_out = (skew[:0] if skew in resting else skew for skew in skews)
             of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
             turn = Turn(weight, step_in, step_out, *of_sides, e.order, self._numbers[e])
             turns[weight.device].append(turn)

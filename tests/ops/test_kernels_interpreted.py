@@ -380,7 +380,7 @@ for n, m, b_in, b_out in ((7, 10, 3, 2), (75, 66, 33, 70), (130, 20, 4, 65)):
     turned(torch.randn(n, m), b_in, b_out, pair(m), pair(n))
 turned(torch.randn(96, 144), 72, 80, pair(18), pair(6))  # chunks: in the kernels
 turned(torch.randn(96, 128), 64, 96, pair(8), pair(96), torch.tensor(1.0))
-# Two layers in one launch, and what a step adds to them. fp16 in place of bf16.
+# Two layers, from one side in one launch, and what a step adds to them. fp16 in place of bf16.
 def together(n, m, b_out, b_in, chunks, sides):
     made, before, expected = [], [], []
     stacks = []
@@ -401,12 +401,15 @@ def together(n, m, b_out, b_in, chunks, sides):
         before.append((old, rows, columns))
     if sides == "in out":
         turn_layers.turn_panels.fits = lambda *_: True
-    turn_layers._turn_group(made, 5, 2, None)
+        for layer in made:
+            turn_layers._turn_both(layer, 5, 2, None)
+    else:
+        turn_layers._turn_one(made, 5, 2, None)
     for layer, change, (old, rows, columns) in zip(made, expected, before):
         after = layer.turn.weight.double()[rows][:, columns]
         assert_close(after - old, change, torch.float16, f"{sides}, {n}x{m}")
 
-# One panel of rows and two, tails, columns in chunks.
+# Both sides in one launch: one panel of rows and two, tails, columns in chunks.
 together(300, 160, 136, 72, (8, 4), "in out")
 together(80, 288, 72, 136, (8, 4), "in out")
 # Resident blocks; tiles; blocks of several tiles, single columns and rows.

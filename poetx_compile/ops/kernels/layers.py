@@ -16,26 +16,16 @@ ALIGNED = 16
 
 @triton.jit
 def layer_of(table, layers, index, weight, row_pair, column_pair):
-    """(weight, row pair, column pair, number) of a layer: pointers and its counter of rounding."""
+    """(weight, row pair, column pair, number, first block of its deltas) of a layer.
+
+    Pointers, and its counter of rounding.
+    """
     entry = table + index
     weight += tl.load(entry) * 16
     row_pair += tl.load(entry + layers)
     column_pair += tl.load(entry + 2 * layers)
-    return weight, row_pair, column_pair, tl.load(entry + 3 * layers).to(tl.int32)
-
-
-@triton.jit
-def first_blocks(table, layers, index):
-    """The numbers of a layer's first deltas: of the rows, of the columns."""
-    entry = table + 4 * layers + index
-    return tl.load(entry), tl.load(entry + layers)
-
-
-@triton.jit
-def natural_rows(index, rows, inside, CHUNK: tl.constexpr):
-    """Where `rows` lie under one row of a permutation pair, as 64-bit numbers."""
-    chunk = tl.load(index + rows // CHUNK, mask=inside, other=0)
-    return chunk * CHUNK + rows % CHUNK
+    number = tl.load(entry + 3 * layers).to(tl.int32)
+    return weight, row_pair, column_pair, number, tl.load(entry + 4 * layers)
 
 
 def together(weight: Tensor, other: Tensor) -> bool:
@@ -48,10 +38,9 @@ def table_of(
     row_pairs: Sequence[Tensor],
     column_pairs: Sequence[Tensor],
     numbers: Sequence[int],
-    first_rows: Sequence[int],
-    first_columns: Sequence[int],
+    first_blocks: Sequence[int],
 ) -> Tensor:
-    """The table of a launch: int64 [6, layers], of addresses relative to the first layer's."""
+    """The table of a launch: int64 [5, layers], of addresses relative to the first layer's."""
 
     def apart(tensors: Sequence[Tensor], unit: int) -> list[int]:
         addresses = [tensor.data_ptr() for tensor in tensors]
@@ -62,8 +51,7 @@ def table_of(
         apart(row_pairs, 8),
         apart(column_pairs, 8),
         numbers,
-        first_rows,
-        first_columns,
+        first_blocks,
     )
     return _on_device(tuple(tuple(column) for column in columns), weights[0].device)
 

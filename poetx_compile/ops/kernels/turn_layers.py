@@ -1,9 +1,8 @@
-"""`turn_weights_` by Triton kernels: the weights of several layers, in as few launches as there are
-kinds of them.
+"""`turn_weights_` by Triton kernels: the weights of several layers in few launches.
 
 The packed steps of one block size become ``R_in − I`` and ``R_outᵀ − I`` in the same launches. Then
-weights of one shape are turned together: by one side, by `turn_side`; by both, in one launch up to
-b = 256, by `turn_panels`. Both sides of larger blocks take two launches a layer, by `turn_weight`.
+weights of one shape that turn from one side are turned together, by `turn_side`. From both sides
+each weight takes a launch up to b = 256, by `turn_panels`, and two beyond, by `turn_weight`.
 """
 
 from __future__ import annotations
@@ -95,6 +94,9 @@ def turn_layers(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | Non
     """`turn_weights_` of bf16 and fp32 weights, order 3, contiguous."""
     groups: dict[Any, list[list[Layer]]] = defaultdict(list)
     for layer in with_deltas(turns):
+        if layer.side_in.blocks and layer.side_out.blocks:
+            _turn_both(layer, seed, step, apply)
+            continue
         alike = groups[_kind(layer)]
         for group in alike:
             if together(group[0].turn.weight, layer.turn.weight):
@@ -104,7 +106,7 @@ def turn_layers(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | Non
             alike.append([layer])
     for alike in groups.values():
         for group in alike:
-            _turn_group(group, seed, step, apply)
+            _turn_one(group, seed, step, apply)
 
 
 def with_deltas(turns: Sequence[Turn]) -> list[Layer]:
@@ -148,22 +150,20 @@ def _kind(layer: Layer) -> tuple[Any, ...]:
     )
 
 
-def _turn_group(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
+def _turn_both(layer: Layer, seed: int, step: int, apply: Tensor | None) -> None:
+    """Turn a weight from both sides."""
+    turn, delta_in, delta_out = layer.turn, layer.side_in.deltas, layer.side_out.deltas
+    given = delta_in, delta_out, turn.perm_in, turn.perm_out, seed, step, turn.layer, apply
+    if turn_panels.fits(turn.weight, delta_in, delta_out, turn.perm_in):
+        turn_panels.turn_panels(turn.weight, *given)
+    else:
+        turn_weight.turn_by_deltas(turn.weight, *given)
+
+
+def _turn_one(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
+    """Turn weights of one kind from the side that has blocks."""
     turn, side_in, side_out = group[0]
-    if side_in.blocks and side_out.blocks:
-        if turn_panels.fits(turn.weight, side_in.stack, side_out.stack, turn.perm_in):
-            turn_panels.turn_panels(
-                *(turn.weight, side_in.stack, side_out.stack, turn.perm_in, turn.perm_out),
-                *(_table(group), (side_in.blocks, side_out.blocks), seed, step, apply),
-            )
-            return
-        for turn, side_in, side_out in group:
-            turn_weight.turn_by_deltas(
-                turn.weight,
-                *(side_in.deltas, side_out.deltas, turn.perm_in, turn.perm_out),
-                *(seed, step, turn.layer, apply),
-            )
-    elif side_out.blocks:
+    if side_out.blocks:
         _turn_side(group, seed, step, apply, columns=False)
     elif side_in.blocks:
         b, width = side_in.stack.shape[1], turn.weight.shape[1]
@@ -184,7 +184,7 @@ def _turn_side(
     """Turn weights from one side in one launch: their columns, or their rows."""
     turn, side_in, side_out = group[0]
     weight, side = turn.weight, side_in if columns else side_out
-    table = _table(group)
+    table = _table(group, columns)
     (rows, width), b = weight.shape, side.stack.shape[1]
     length = rows if columns else width
     narrow = weight.element_size() == 2
@@ -247,13 +247,12 @@ def _resident(b: int, width: int) -> bool:
     return 64 < b <= 256 and aligned and resident_bytes(b) <= shared_memory()
 
 
-def _table(group: Sequence[Layer]) -> Tensor:
+def _table(group: Sequence[Layer], columns: bool) -> Tensor:
     turns, sides_in, sides_out = zip(*group, strict=True)
     return table_of(
         [turn.weight for turn in turns],
         [turn.perm_out for turn in turns],
         [turn.perm_in for turn in turns],
         [turn.layer for turn in turns],
-        [side.first for side in sides_out],
-        [side.first for side in sides_in],
+        [side.first for side in (sides_in if columns else sides_out)],
     )

@@ -1,4 +1,4 @@
-"""Triton kernel that turns weights from both sides in place, several of them in one launch.
+"""Triton kernel of `turn_weight_` that turns both sides in one launch, in place.
 
 A program takes whole blocks, which nobody else reads or writes, one block of the permuted weight at
 a time, and goes through it by panels of rows, as wide as the block::
@@ -27,37 +27,38 @@ from poetx_compile.ops.kernels.common import (
     run_length,
     shared_memory,
 )
-from poetx_compile.ops.kernels.layers import first_blocks, layer_of, natural_rows
-from poetx_compile.ops.kernels.permute import source_columns
-from poetx_compile.ops.kernels.rounding import COUNTERS, matrix_bits, signed, stochastic_bf16
-
-SIZES = (
-    "blocks_left", "blocks_right", "column_blocks", "row_blocks", "layers", "programs",
-)  # fmt: skip
+from poetx_compile.ops.kernels.permute import chunk_columns
+from poetx_compile.ops.kernels.rounding import matrix_bits, signed, stochastic_bf16
 
 
-@triton.jit(do_not_specialize=[*SIZES, *COUNTERS])
+@triton.jit
+def natural_rows(index, rows, inside, CHUNK: tl.constexpr):
+    """Where `rows` lie under one row of a permutation pair, as 64-bit numbers."""
+    chunk = tl.load(index + rows // CHUNK, mask=inside, other=0)
+    return chunk * CHUNK + rows % CHUNK
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "layer"])
 def turn_panels_kernel(
-    weight,  # [rows, width], 2-byte elements: of the first layer, read and written
-    left_delta,  # [all blocks, B_LEFT, B_LEFT], like the weight
-    right_delta,  # [all blocks, B_RIGHT, B_RIGHT]
-    row_pair,  # int64 [2, rows / ROW_CHUNK]
-    column_pair,  # int64 [2, width / CHUNK]
-    table,  # int64 [6, layers]
+    out,  # [rows, width], 2-byte elements: the weight, read and written
+    left_delta,  # [blocks_left, B_LEFT, B_LEFT], like the weight
+    right_delta,  # [blocks_right, B_RIGHT, B_RIGHT]
+    row_index,  # int64 [rows / ROW_CHUNK]
+    gather,  # int64 [width / CHUNK]; CHUNK = 0: not read
     apply,  # int32: nothing is written where it is zero; HAS_APPLY = False: not read
     operand_out,  # [programs, PANEL, PADDED], like the weight: scratch
     saved_out,  # [programs, PANELS, PANEL, PADDED], like the weight: scratch
     rows,
     width,
-    blocks_left,  # of a layer
+    blocks_left,
     blocks_right,
     column_blocks,  # with those behind the last one that is rotated
-    row_blocks,  # the same way
-    layers,
+    items,  # column_blocks times the blocks of rows, the same way
     programs,
     seed_low,  # all of these are 32 bits
     seed_high,
     step,
+    layer,
     B_LEFT: tl.constexpr,
     B_RIGHT: tl.constexpr,
     ROW_CHUNK: tl.constexpr,
@@ -80,20 +81,17 @@ def turn_panels_kernel(
     operand_out += program * (PANEL * PADDED)
     saved_out += program.to(tl.int64) * (PANELS * PANEL * PADDED)
     in_panel = local[:, None] * PADDED + ns[None, :]
-    for item in range(program, layers * row_blocks * column_blocks, programs):
+    for item in range(program, items, programs):
         # Neighbouring programs share rows: what they read of a row is one piece of memory.
-        block = item % column_blocks
-        row_block = item // column_blocks % row_blocks
-        index = item // (column_blocks * row_blocks)
-        out, row_index, gather, layer = layer_of(
-            table, layers, index, weight, row_pair, column_pair
-        )
-        first_left, first_right = first_blocks(table, layers, index)
+        block, row_block = item % column_blocks, item // column_blocks
         columns = block * B_RIGHT + ns
         there = (ns < B_RIGHT) & (columns < width)
-        source = source_columns(gather, columns, there, CHUNK, RUN)
-        left_block = left_delta + (first_left + row_block) * (B_LEFT * B_LEFT)
-        right_block = right_delta + (first_right + block) * (B_RIGHT * B_RIGHT)
+        source = columns
+        if CHUNK > 0:
+            chunk = tl.load(gather + columns // CHUNK, mask=there, other=0)
+            source = chunk_columns(chunk, columns, CHUNK, RUN)
+        left_block = left_delta + row_block.to(tl.int64) * (B_LEFT * B_LEFT)
+        right_block = right_delta + block.to(tl.int64) * (B_RIGHT * B_RIGHT)
         for panel in range(PANELS):
             ms = panel * PANEL + local
             row = row_block * B_LEFT + ms
@@ -112,7 +110,7 @@ def turn_panels_kernel(
                 stream = out + (stream * width)[:, None] + source[None, :]
                 total = tl.dot(left, tl.load(stream, mask=read, other=0.0), total)
             tl.debug_barrier()  # the panel before has been read
-            tl.store(operand_out + in_panel, total.to(weight.dtype.element_ty))
+            tl.store(operand_out + in_panel, total.to(out.dtype.element_ty))
             tl.debug_barrier()
             for start in range(0, tl.where(block < blocks_right, B_RIGHT, 0), TILE_K):
                 ks = start + tl.arange(0, TILE_K)
@@ -125,7 +123,7 @@ def turn_panels_kernel(
                 bits = matrix_bits(row, columns, seed_low, seed_high, step, layer, B_RIGHT % 8 == 0)
                 result = stochastic_bf16(total, bits)
             else:
-                result = total.to(weight.dtype.element_ty)
+                result = total.to(out.dtype.element_ty)
             tl.store(saved_out + panel * (PANEL * PADDED) + in_panel, result)
         tl.debug_barrier()  # what other threads have saved; and all have read the block by now
         for panel in range(PANELS):
@@ -163,51 +161,43 @@ def turn_panels(
     delta_out: Tensor,
     perm_in: Tensor,
     perm_out: Tensor,
-    table: Tensor,
-    blocks: tuple[int, int],
     seed: int,
     step: int,
+    layer: int,
     apply: Tensor | None,
 ) -> None:
-    """Turn the weights of a launch where it `fits`.
-
-    Args:
-        weight, perm_in, perm_out: of the first layer.
-        delta_in, delta_out: ``R_in − I`` and ``R_outᵀ − I`` [all blocks, b, b] of its dtype.
-        table: `layers.table_of`.
-        blocks: of the input and of the output side of each layer.
-        seed, step, apply: those of `turn_weights_`.
-    """
+    """`turn_weight.turn_by_deltas` where it `fits`."""
     rows, width = weight.shape
-    b_left, b_right = delta_out.shape[1], delta_in.shape[1]
+    blocks_left, b_left, _ = delta_out.shape
+    blocks_right, b_right, _ = delta_in.shape
     padded = power_of_two(b_right, 128, 256)
     column_blocks, row_blocks = -(-width // b_right), -(-rows // b_left)
-    layers = table.shape[1]
-    programs = min(layers * column_blocks * row_blocks, MULTIPROCESSORS)
+    items = column_blocks * row_blocks
+    programs = min(items, MULTIPROCESSORS)
     panels = -(-b_left // PANEL)
+    index = perm_out.select(0, 0)
     launch(
         turn_panels_kernel,
         programs,
         weight,
         delta_out,
         delta_in,
-        perm_out,
-        perm_in,
-        table,
-        table if apply is None else apply.to(torch.int32),
+        index,
+        perm_in.select(0, 0),
+        index if apply is None else apply.to(torch.int32),
         weight.new_empty(programs, PANEL, padded),
         weight.new_empty(programs, panels, PANEL, padded),
         rows,
         width,
-        blocks[1],
-        blocks[0],
+        blocks_left,
+        blocks_right,
         column_blocks,
-        row_blocks,
-        layers,
+        items,
         programs,
         signed(seed),
         signed(seed >> 32),
         signed(step),
+        signed(layer),
         B_LEFT=b_left,
         B_RIGHT=b_right,
         ROW_CHUNK=chunk_length(perm_out, rows),

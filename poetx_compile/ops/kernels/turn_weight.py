@@ -32,9 +32,9 @@ from poetx_compile.ops.kernels.common import (
     row_or,
     run_length,
 )
-from poetx_compile.ops.kernels.layers import natural_rows
 from poetx_compile.ops.kernels.permute import chunk_columns, permute_columns, source_columns
 from poetx_compile.ops.kernels.rounding import matrix_bits, signed, stochastic_bf16
+from poetx_compile.ops.kernels.turn_panels import natural_rows
 
 
 @triton.jit
