@@ -160,8 +160,8 @@ class _Growth:
             left = self.left if i >= self.second else 0
             return max(left, self._of(self.kept, batch))
         unfinished, gradients = moment.second[self.number]
-        gradients -= min(gradients, self.run.rounded)
-        return self._of(gradients + in_batches, batch + unfinished)
+        lasting = max(0, gradients + in_batches - self.run.rounded)
+        return self._of(lasting, batch + unfinished)
 
     def _of(self, each: float, each_in_batch: float) -> int:
         filling = min(self.run.layers, self.run.filling)
