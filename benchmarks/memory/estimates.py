@@ -22,6 +22,8 @@ TOLERANCE = 0.05
 
 GIB = 2**30
 
+_COMPILED = {"blocks": "layers", "whole": "model"}
+
 PARTS = ("weights", "gradients", "state", "activations", "peak")
 
 
@@ -64,7 +66,7 @@ def estimated(case: Case) -> MemoryRow:
     if ours:
         settings = {"optimizer": case.optimizer, "variants": [config.variant]}
         settings |= {"momentum_dtype": case.momentum} if case.momentum else {}
-        settings |= {"gradient_dtype": case.gradients}
+        settings |= {"gradient_dtype": case.gradients, "compiled": _COMPILED[case.compile]}
     else:
         settings = {"variants": []}
     found = poetx.estimate(

@@ -187,9 +187,8 @@ def test_estimates_are_held_to_the_measured_peaks(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(estimates, "estimated", lambda case: Estimated())
     parts = {"weights_gib": 15.0, "gradients_gib": 1.0, "state_gib": 1.0, "activations_gib": 5.0}
     rows = [row_of(merged(256), **parts, peak_gib=peak, tokens_per_s=1.0) for peak in (20.5, 24.0)]
-    rows.append(
-        row_of(dataclasses.replace(ADAMW, optimizer="muon"), peak_gib=1.0, tokens_per_s=1.0)
-    )
+    other = dataclasses.replace(ADAMW, optimizer="muon")
+    rows.append(row_of(other, peak_gib=1.0, tokens_per_s=1.0))
     lines = estimates.compared(rows)
     assert [line["error, %"] for line in lines] == pytest.approx([100 / 41, -12.5])
     assert estimates.missed(lines) == lines[1:]

@@ -108,7 +108,7 @@ def step_memory(traced: Sequence[TracedGraph], longer: Sequence[Longer] = ()) ->
         gradients += total(left)
     all_kept = {s: n for storages_of in kept for s, n in storages_of.items()}
     growths = [
-        _Growth(run, number, owners.kept_by(all_kept, run.second))
+        _Growth(run, number, owners.kept_by(all_kept, run))
         for number, run in enumerate(longer)
     ]
     for growth in growths:
@@ -160,8 +160,8 @@ class _Growth:
             left = self.left if i >= self.second else 0
             return max(left, self._of(self.kept, batch))
         unfinished, gradients = moment.second[self.number]
-        gradients -= min(gradients, self.run.rounded)
-        return self._of(gradients + in_batches, batch + unfinished)
+        lasting = max(0, gradients + in_batches - self.run.rounded)
+        return self._of(lasting, batch + unfinished)
 
     def _of(self, each: float, each_in_batch: float) -> int:
         filling = min(self.run.layers, self.run.filling)
@@ -187,8 +187,8 @@ class _Owners:
         if not longer:
             return
         made = [g for t in traced for g in (t.forward, t.backward)]
-        nodes = [n for g in made for n in g.nodes if n.op == "call_function"]
-        for place, node in enumerate(nodes):
+        self._nodes = [n for g in made for n in g.nodes if n.op == "call_function"]
+        for place, node in enumerate(self._nodes):
             layer, batched = _layer(node), _is_batched(node)
             for storage in storages(node):
                 self._layer.setdefault(storage, layer)
@@ -196,6 +196,7 @@ class _Owners:
                 if batched:
                     self._batched.add(storage)
             for pair in longer if not batched else ():
+                self._bound(place, layer, pair.first)
                 self._bound(place, layer, pair.second)
         self._lasting = {
             s for g in made for n in g.output_node().all_input_nodes for s in storages(n)
@@ -216,11 +217,26 @@ class _Owners:
         elif own in self._begins and not _within(own, layer) and layer.startswith(_OF_THE_STEP):
             self._ends.setdefault(own, place)
 
-    def kept_by(self, kept: Bytes, layer: str) -> int:
-        """What a layer makes of it, and its parents right after it, such as a residual sum."""
-        begin = self._begins.get(layer, 0)
-        end = self._ends.get(layer, len(self._layer))
-        return sum(n for s, n in kept.items() if begin <= self._place.get(s, -1) < end)
+    def kept_by(self, kept: Bytes, pair: Longer) -> int:
+        """What the second layer makes of it, and its parents right after it, such as a residual sum.
+
+        Its output may be kept as the input of a layer behind it, which the last one does not have:
+        the input that it has itself counts then.
+        """
+        begin = self._begins.get(pair.second, 0)
+        end = self._ends.get(pair.second, len(self._nodes))
+        period = begin - self._begins.get(pair.first, begin)
+        second = set(self._nodes[begin:end])
+        places = {self._place.get(s, -1): n for s, n in kept.items()}
+        found = sum(n for s, n in kept.items() if begin <= self._place.get(s, -1) < end)
+        for place, size in places.items():
+            if not begin - period <= place < begin <= place + period < end:
+                continue
+            node, output = self._nodes[place], self._nodes[place + period]
+            is_input = not second.isdisjoint(node.users) and node.target == output.target
+            if is_input and place + period not in places and size in storages(output).values():
+                found += size
+        return found
 
     def run(
         self, graph: fx.Graph, held: Bytes, others: int, stack: str
