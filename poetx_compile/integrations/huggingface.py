@@ -268,6 +268,6 @@ def _save_under_own_names(model: nn.Module) -> None:
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
     if any(True for _ in prepared_linears(model)):
-        warn_of_saving(model, kwargs.get("state_dict"))
+        warn_of_saving(model, *args, **kwargs)
         kwargs.setdefault(_ORIGINAL, False)
     type(model).save_pretrained(model, *args, **kwargs)

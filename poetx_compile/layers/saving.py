@@ -1,12 +1,15 @@
 """A prepared model that is saved by `save_pretrained`: told that nobody else can read the result.
 
 `from_pretrained` takes the stored weights and packed rotations for nothing it knows, and fills the
-weights with random values. A Trainer resumes from such a folder, so it is written all the same.
+weights with random values. A Trainer resumes from such a folder, so it is written all the same; of
+the folders that it names ``checkpoint-<step>``, which serve nothing else, nothing is said.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
@@ -19,6 +22,8 @@ log = logging.getLogger("poetx_compile")
 
 _NAME = "save_pretrained"
 _TOLD = "_poetx_told_of_saving"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+"""The Trainer's name of a folder to resume from."""
 
 
 def watch_saving(model: nn.Module) -> None:
@@ -37,13 +42,25 @@ def unwatch_saving(model: nn.Module) -> None:
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The method of the model's class, after a word where what it writes is not plain."""
-    warn_of_saving(model, kwargs.get("state_dict"))
+    warn_of_saving(model, *args, **kwargs)
     return type(model).save_pretrained(model, *args, **kwargs)
 
 
-def warn_of_saving(model: nn.Module, state: Mapping[str, Any] | None = None) -> None:
-    """Say once that the state of a prepared model is no plain model; of a plain `state` nothing."""
-    if state is not None and not any(".parametrizations." in f".{name}" for name in state):
+def warn_of_saving(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str] = "",
+    *_: Any,
+    state_dict: Mapping[str, Any] | None = None,
+    **__: Any,
+) -> None:
+    """Say once that the state of a prepared model is no plain model.
+
+    Takes the arguments of `save_pretrained`. Says nothing of a plain `state_dict`, nor of a
+    checkpoint of the Trainer.
+    """
+    if state_dict is not None and not any(".parametrizations." in f".{n}" for n in state_dict):
+        return
+    if _CHECKPOINT.fullmatch(os.path.basename(os.path.normpath(save_directory))):
         return
     if vars(model).get(_TOLD) or next(iter(prepared_linears(model)), None) is None:
         return

@@ -56,6 +56,7 @@ def test_saving_by_habit_says_once_what_to_do(
     model = tied_llama()
     poetx.prepare(model, CONFIG)
     model.save_pretrained(tmp_path / "plain", state_dict=poetx.plain_state_dict(model))
+    model.save_pretrained(tmp_path / "checkpoint-20")  # the Trainer's, to resume from
     assert caplog.records == []
     for _ in range(2):
         model.save_pretrained(tmp_path / "state")
