@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -359,7 +360,7 @@ def test_an_unfrozen_layer_that_was_held_trains_on_as_before(name: str) -> None:
     assert all(map(torch.equal, stores(model), before))
 
 
-RATIO_OF = {"POETXAdamW": 16.0, "POETXMuon": 2.0}
+RATIO_OF = {"POETXAdamW": 64 / 4, "POETXMuon": 2 + math.log2(12 / (2 * 4)) / 3}  # b = 4, d = 12
 
 
 @pytest.mark.parametrize("name", RATIO_OF)

@@ -25,6 +25,9 @@ from poetx_compile.ops.polynomial import polynomial
 
 MUON_STEP = (3.4445, -4.7750, 2.0315)
 
+EARLY = (1, 20)
+"""Steps after which a subspace is taken before the first redraw: it begins by chance."""
+
 
 class Side:
     """The rotations of the inputs (dim 2) or outputs (dim 1) of weights [N, n, m].
@@ -203,8 +206,9 @@ class Variant(torch.optim.Optimizer):
         self.number += 1
         every = self.config.redraw_interval
         for stack in self.stacks:
-            if every and self.number % every == 0:
-                for side in stack.sides:
+            for side in stack.sides:
+                early = side.basis is not None and self.number in EARLY
+                if early or (every and self.number % every == 0):
                     side.redraw()
             stack.write()
 
