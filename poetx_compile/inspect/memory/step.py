@@ -108,8 +108,7 @@ def step_memory(traced: Sequence[TracedGraph], longer: Sequence[Longer] = ()) ->
         gradients += total(left)
     all_kept = {s: n for storages_of in kept for s, n in storages_of.items()}
     growths = [
-        _Growth(run, number, owners.kept_by(all_kept, run))
-        for number, run in enumerate(longer)
+        _Growth(run, number, owners.kept_by(all_kept, run)) for number, run in enumerate(longer)
     ]
     for growth in growths:
         growth.find(forward, backward)
@@ -218,7 +217,7 @@ class _Owners:
             self._ends.setdefault(own, place)
 
     def kept_by(self, kept: Bytes, pair: Longer) -> int:
-        """What the second layer makes of it, and its parents right after it, such as a residual sum.
+        """What the second layer makes of it, and its parents right after, such as a residual sum.
 
         Its output may be kept as the input of a layer behind it, which the last one does not have:
         the input that it has itself counts then.
