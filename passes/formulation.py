@@ -73,9 +73,9 @@ class Formulation(GraphPass[Weight]):
     The tangents are zeros that carry gradients and are never computed; where both sides are folded,
     no activation is rotated or permuted, and nothing but x and v is saved.
 
-    An int8 S comes with its scales, the last argument. ``fold_weight`` takes them too; where no
-    side is folded, the linear reads ``s: [n, m] dtype = poetx.dequantize(S, scale, dtype)``. The
-    backward makes either of them again: no dense form of an int8 weight outlives its product.
+    An int8 S comes with its scales, the last argument. In its place the linear or the fold reads
+    ``s: [n, m] dtype = poetx.dequantize(S, scale, dtype)``. The backward makes it, and what is
+    folded, again: no dense form of an int8 weight outlives what reads it.
 
     With ``formulation="auto"`` each side takes the cheaper form by the model of `cost`, at the
     sizes seen while tracing; it rotates unless the layer computes in bf16 or fp16, with rotations
@@ -188,12 +188,13 @@ class Formulation(GraphPass[Weight]):
                 rotations[side.name] = sides.rotation(self.contexts, node, side, first, narrow)
         scale = sides.scale_of(node)
         product: tuple[Any, ...] = (graphs.LINEAR, weight, None)
-        args: tuple[Any, ...]
         if site.folded:
             (d_in, e_in, pair_in), (d_out, e_out, pair_out) = folds.values()
-            args = weight, d_in, d_out, pair_in, pair_out, sides.compute_dtype(first)
-            args += () if scale is None else (scale,)
-            role = graphs.FOLDED_WEIGHT if scale is None else graphs.DEQUANTIZED
+            role = graphs.FOLDED_WEIGHT
+            if scale is not None:
+                weight = sides.dequantized(self.contexts, node, weight, scale, first)
+                role = graphs.DEQUANTIZED
+            args = (weight, d_in, d_out, pair_in, pair_out, sides.compute_dtype(first))
             fold_weight = torch.ops.poetx.fold_weight.default
             weight = sides.once(self.contexts, node, fold_weight, args, first, role)
             folded_linear = torch.ops.poetx.folded_linear.default

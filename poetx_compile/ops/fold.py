@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poetx_compile.ops.dequantize import check_stored, dequantize_reference
 from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.kernels.common import FLOATS, LOW_PRECISION, permutable, static
 from poetx_compile.ops.permute import check_pair
@@ -13,8 +12,14 @@ from poetx_compile.ops.registry import define
 from poetx_compile.ops.rotate import rotate_by_delta
 
 
-def _check(weight, delta_in, delta_out, perm_in, perm_out, dtype, scale) -> None:
-    check_stored(weight, scale)
+def _check(weight, delta_in, delta_out, perm_in, perm_out, dtype) -> None:
+    torch._check(
+        weight.dim() == 2 and weight.is_floating_point(),
+        lambda: (
+            "poetx: weight must be a floating point matrix, "
+            f"got {weight.dtype} {list(weight.shape)}"
+        ),
+    )
     _check_side("in", delta_in, perm_in, weight.shape[1], dtype)
     _check_side("out", delta_out, perm_out, weight.shape[0], dtype)
 
@@ -50,7 +55,6 @@ def fold_weight_reference(
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     dtype: torch.dtype,
-    scale: Tensor | None = None,
 ) -> Tensor:
     """``W[perm_out][:, perm_in] = L S D_inᵀ`` with ``L = D_outᵀ``: what plain products use.
 
@@ -66,13 +70,12 @@ def fold_weight_reference(
             ``None``.
         dtype: of the result, rounded to once where one launch folds both sides (and by the
             reference), else after each side.
-        scale: [n, ⌈m/64⌉], where `weight` is int8: S is `dequantize` of both.
 
     Returns:
         [n, m] of `dtype`, contiguous, a new tensor.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    folded = weight.to(wide) if scale is None else dequantize_reference(weight, scale, wide)
+    folded = weight.to(wide)
     if delta_out is not None:
         folded = rotate_by_delta(folded.mT, delta_out.mT.to(wide), None, perm_out).mT
     if delta_in is not None:
@@ -80,13 +83,12 @@ def fold_weight_reference(
     return folded.to(dtype)
 
 
-def _fake(weight, delta_in, delta_out, perm_in, perm_out, dtype, scale):
+def _fake(weight, delta_in, delta_out, perm_in, perm_out, dtype):
     return weight.new_empty(weight.shape, dtype=dtype)
 
 
-def _kernel_takes(weight: Tensor, delta_in, delta_out, perm_in, perm_out, dtype, scale) -> bool:
-    known = (weight if scale is None else scale).dtype in FLOATS
-    if dtype not in LOW_PRECISION or not known or delta_in is delta_out is None:
+def _kernel_takes(weight: Tensor, delta_in, delta_out, perm_in, perm_out, dtype) -> bool:
+    if dtype not in LOW_PRECISION or weight.dtype not in FLOATS or delta_in is delta_out is None:
         return False
     return static(*weight.shape) and permutable(weight, perm_in)
 

@@ -27,9 +27,10 @@ def requantize_reference(
     step: Tensor,
     seed: int,
     layer: int,
-    keep: bool,
 ) -> None:
-    """``q, s ← quantize(values)``, rounded stochastically.
+    """``q, s ← quantize(values)``, rounded stochastically, where they are not ``q · s``.
+
+    Groups whose values are those of q and s keep their bits; scales of NaN match no values.
 
     The bits are those of `matrix_bits` for the element at (row, column): the same on every device,
     in every process and in a run that resumes.
@@ -41,7 +42,6 @@ def requantize_reference(
         step: a counter of the bits, int64, a scalar on the device.
         seed: 64 bits, the key of the bits.
         layer: 32 bits, a counter.
-        keep: groups whose values are those of q and s keep their bits; else all are rounded.
     """
     n, m = weight.shape
     rows_at_once = max(1, ELEMENTS // m)
@@ -50,15 +50,12 @@ def requantize_reference(
         part, q, s = values[rows], weight[rows], scale[rows]
         bits = matrix_bits(len(part), m, seed, step, layer, part.device, first_row=first)
         new, new_scale = quantize(part, scale.dtype, bits)
-        if keep:
-            same = (grouped(part) == grouped(dequantize_reference(q, s, part.dtype))).all(-1)
-            new_scale = torch.where(same, s, new_scale)
-            new = torch.where(same.repeat_interleave(GROUP, 1)[:, :m], q, new)
-        q.copy_(new)
-        s.copy_(new_scale)
+        same = (grouped(part) == grouped(dequantize_reference(q, s, part.dtype))).all(-1)
+        q.copy_(torch.where(same.repeat_interleave(GROUP, 1)[:, :m], q, new))
+        s.copy_(torch.where(same, s, new_scale))
 
 
-def _check(weight, scale, values, step, seed, layer, keep) -> None:
+def _check(weight, scale, values, step, seed, layer) -> None:
     check_stored(weight, scale)
     torch._check(
         values.shape == weight.shape and values.dtype in (torch.float32, torch.float64),
@@ -73,7 +70,7 @@ def _check(weight, scale, values, step, seed, layer, keep) -> None:
     )
 
 
-def _kernel_takes(weight, scale, values, step, seed, layer, keep) -> bool:
+def _kernel_takes(weight, scale, values, step, seed, layer) -> bool:
     return values.dtype == torch.float32 and all(t.is_contiguous() for t in (weight, scale, values))
 
 

@@ -8,6 +8,7 @@ did not change keeps its bits: of blocks without rotation, and where a redraw mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,7 +40,7 @@ def merge_int8(
     if deltas:
         with ieee_fp32():
             values = rotate_in_place(values, *deltas)
-    weight, scale, whole = stored, e.scale, True
+    weight, scale = stored, e.scale
     for dim, permutation in enumerate((e.perm_out, e.perm_in)):
         if permutation not in moves:
             continue
@@ -49,11 +50,11 @@ def merge_int8(
             scale = scale.index_select(0, index)
         elif permutation.chunk % GROUP == 0:
             scale = scale.index_select(1, index[::GROUP] // GROUP)
-        else:
-            scale, whole = scale.clone(), False
+        else:  # no scale is that of a group any more
+            scale = torch.full_like(scale, math.nan)
     # What was gathered is a copy; what was not is written itself.
     counters = e.merges, e.config.seed, number
-    ops.requantize_(weight, scale, values.contiguous(), *counters, whole)
+    ops.requantize_(weight, scale, values.contiguous(), *counters)
     if weight is not stored:
         stored.copy_(weight)
         e.scale.copy_(scale)

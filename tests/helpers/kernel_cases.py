@@ -171,14 +171,6 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "fold_weight",
         (meta(1000, 528, dtype=BF16), rounded(4, 128), rounded(4, 248), None, None, BF16),
     ),
-    "fold both, int8": (
-        "fold_weight",
-        (
-            meta(1000, 528, dtype=torch.int8),
-            *(rounded(2, 256), rounded(3, 256), pair(33), None, BF16),
-            meta(1000, 9, dtype=BF16),
-        ),
-    ),
     "fold one after the other, odd": (
         "fold_weight",
         (meta(99, 200, dtype=BF16), rounded(2, 77), rounded(1, 77), None, pair(99), BF16),

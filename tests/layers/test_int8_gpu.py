@@ -36,8 +36,10 @@ def test_compiled_code_is_eagers_and_keeps_no_dense_weight(formulation: str) -> 
     assert kept < 512 * 1024 * 2  # one dense weight
     expected = other(x)
     assert_close(y, expected, torch.bfloat16)
+    # Not the squares: their sum is what rotations of the output keep, and cancels.
+    weights = torch.randn(expected.shape, device="cuda")
     for out in (y, expected):
-        out.float().square().sum().backward()
+        (out.float() * weights).sum().backward()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         if two.grad is not None:
             assert_close(one.grad, two.grad, torch.bfloat16)
@@ -46,18 +48,19 @@ def test_compiled_code_is_eagers_and_keeps_no_dense_weight(formulation: str) -> 
     assert (compiled(x) - expected).norm() < 0.03 * expected.norm()
 
 
-@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("match", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rounding_has_the_bits_of_the_cpu(dtype: torch.dtype, keep: bool) -> None:
+def test_rounding_has_the_bits_of_the_cpu(dtype: torch.dtype, match: bool) -> None:
     values = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
     weight, scale = quantize(values, dtype)
     values = dequantize_reference(weight, scale, torch.float32)
     values[:100] += 0.1
+    scale = scale if match else torch.full_like(scale, torch.nan)
     made = []
     for device in ("cpu", "cuda"):
         given = [t.clone().to(device) for t in (weight, scale, values, torch.tensor(3))]
-        ops.requantize_(*given, 5, 2, keep)
+        ops.requantize_(*given, 5, 2)
         made.append(given[:2])
-    assert torch.equal(made[0][0][100:], weight[100:]) == keep
+    assert torch.equal(made[0][0][100:], weight[100:]) or not match
     for cpu, gpu in zip(*made, strict=True):
         assert torch.equal(cpu, gpu.cpu())

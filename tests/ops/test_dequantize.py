@@ -40,22 +40,23 @@ def test_rounding_again_keeps_the_bits_of_groups_that_did_not_change(dtype: torc
     weight //= 2  # no group is at its largest: a new scale would be another one
     values = ops.dequantize(weight, scale, torch.float32)
     again, steps, step = weight.clone(), scale.clone(), torch.tensor(2)
-    ops.requantize_(again, steps, values, step, 1, 3, True)
+    ops.requantize_(again, steps, values, step, 1, 3)
     assert torch.equal(again, weight)
     assert torch.equal(steps, scale)
     values[5, 70] += 0.1
-    ops.requantize_(again, steps, values, step, 1, 3, True)
+    ops.requantize_(again, steps, values, step, 1, 3)
     changed = (again != weight).nonzero()
     assert set(changed[:, 0].tolist()) == {5}
     assert set((changed[:, 1] // GROUP).tolist()) == {1}
     assert (steps != scale).nonzero().tolist() == [[5, 1]]
 
 
-def test_all_groups_are_rounded_where_none_is_to_be_kept(monkeypatch) -> None:
+def test_scales_of_nan_match_no_values(monkeypatch) -> None:
     monkeypatch.setattr(requantize, "ELEMENTS", 450)  # two rows at once
     values, step = normal(5, 200), torch.tensor(2)
-    weight, scale = torch.zeros(5, 200, dtype=torch.int8), torch.ones(5, 4)
-    ops.requantize_(weight, scale, values, step, 1, 3, False)
+    weight, scale = torch.zeros(5, 200, dtype=torch.int8), torch.full((5, 4), torch.nan)
+    values[1] = 0
+    ops.requantize_(weight, scale, values, step, 1, 3)
     bits = matrix_bits(5, 200, seed=1, step=2, layer=3, device=CPU)
     expected = quantize(values, torch.float32, bits)
     assert torch.equal(weight, expected[0])
@@ -105,4 +106,4 @@ def test_argument_errors(weight, scale, dtype, message: str) -> None:
 )
 def test_argument_errors_of_rounding_again(values, step, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        ops.requantize_(torch.zeros(2, 70).char(), torch.ones(2, 2), values, step, 0, 0, True)
+        ops.requantize_(torch.zeros(2, 70).char(), torch.ones(2, 2), values, step, 0, 0)

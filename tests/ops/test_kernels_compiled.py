@@ -192,7 +192,7 @@ def test_a_step_of_momenta_is_a_launch_for_eight_rotations(dtype, compiled_launc
 def test_int8_is_rounded_again_in_one_launch(dtype, compiled_launches, tmp_path):
     step = torch.empty((), dtype=torch.int64, device="meta")
     stored = meta(1000, 512, dtype=torch.int8), meta(1000, 8, dtype=dtype)
-    OPS["requantize_"].kernel.load()(*stored, meta(1000, 512), step, 5, 3, True)
+    OPS["requantize_"].kernel.load()(*stored, meta(1000, 512), step, 5, 3)
     (rounding,) = compiled_launches
     assert stack_bytes(rounding.asm["cubin"], tmp_path) == 0
     assert re.search(r"ld\.global\S*\.v4", rounding.asm["ptx"])

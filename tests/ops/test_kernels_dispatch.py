@@ -31,14 +31,14 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "cayley_neumann_backward": (blocks, skew, 32, 3, False),
         "rotation_delta": (skew, 32, 3, bf16, 0),
         "rotation_tangent_backward": (blocks, skew, 32, 3, True, 0),
-        "fold_weight": (x, blocks.to(bf16), None, None, None, bf16, None),
+        "fold_weight": (x, blocks.to(bf16), None, None, None, bf16),
         "rotate_blocks": (x, blocks, None, None, False),
         "block_product": (x, x, 2, 32, None, None),
         "stacked_block_products": (x, x, x, x, 2, 2, 32, None, None),
         "skew_block_products": (x, x, 2, 32, pair, x, x, 2, None),
         "orthogonalize_skew": (skew, 32),
         "turn_weight_": (x, skew, new(1, 15), pair, rows, 32, 6, 3, 0, 0, 0, None),
-        "requantize_": (int8, new(6, 1), new(6, 64), new(dtype=torch.int64), 0, 0, True),
+        "requantize_": (int8, new(6, 1), new(6, 64), new(dtype=torch.int64), 0, 0),
         "permute_columns": (x, pair, False),
     }[op]
 

@@ -19,7 +19,6 @@ from poetx_compile.compile.lowerings import ExpandOps, compile_inner, register
 from poetx_compile.ops import OPS
 from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
-from poetx_compile.ops.dequantize import quantize
 from poetx_compile.ops.fold import fold_weight_reference
 from poetx_compile.ops.kernels.common import MAX_PERMUTE_WIDTH
 from poetx_compile.ops.orthogonalize import orthogonalize_skew_reference
@@ -278,10 +277,6 @@ def test_fold_weight(dtype, shape, b_in, b_out, permuted, poisoned):
         assert actual.dtype == dtype
         assert actual.is_contiguous()
         assert_close(actual, fold_weight_reference(*wide(*args), torch.float64), dtype)
-        int8, scale = quantize(weight, torch.float32 if stored == dtype else dtype)
-        actual = torch.ops.poetx.fold_weight(int8, *args[1:], dtype, scale)
-        expected = fold_weight_reference(int8, *wide(*args[1:]), torch.float64, scale)
-        assert_close(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

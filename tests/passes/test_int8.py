@@ -67,9 +67,10 @@ args_0: bf16[3, 12]
 %4: f32[2, 28] = .detach(skew_out)
 %5: bf16[2, 8, 8] = poetx.rotation_delta(%4, 8, 3, torch.bfloat16, 2)
 %6: f32[2, 8, 8] = poetx.rotation_tangent(skew_out, 8, 3, True, 2)
-%7: bf16[20, 12] = poetx.fold_weight(original, %2, %5, perm_in, perm_out, torch.bfloat16, scale)
-%8: bf16[3, 20] = poetx.folded_linear(args_0, %7, %3, %6, perm_in, perm_out)
-return (%8)
+%7: bf16[20, 12] = poetx.dequantize(original, scale, torch.bfloat16)
+%8: bf16[20, 12] = poetx.fold_weight(%7, %2, %5, perm_in, perm_out, torch.bfloat16)
+%9: bf16[3, 20] = poetx.folded_linear(args_0, %8, %3, %6, perm_in, perm_out)
+return (%9)
 """,
         )
 

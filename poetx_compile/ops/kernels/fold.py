@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from poetx_compile.ops.dequantize import dequantize_reference
 from poetx_compile.ops.kernels.common import (
     MULTIPROCESSORS,
     ceil_div,
@@ -91,15 +90,11 @@ def fold_weight(
     perm_in: Tensor | None,
     perm_out: Tensor | None,
     dtype: torch.dtype,
-    scale: Tensor | None = None,
 ) -> Tensor:
     """`ops.fold_weight` to bf16 or fp16, with at least one rotation."""
-    if delta_in is not None and delta_out is not None and fits(weight, delta_in, delta_out):
-        stored = weight.contiguous() if scale is not None else weight.to(dtype).contiguous()
-        return fold_both(stored, delta_in, delta_out, perm_in, perm_out, scale)
-    if scale is not None:
-        weight = dequantize_reference(weight, scale, dtype)
     folded = weight.to(dtype).contiguous()
+    if delta_in is not None and delta_out is not None and fits(weight, delta_in, delta_out):
+        return fold_both(folded, delta_in, delta_out, perm_in, perm_out)
     if delta_out is not None:
         folded = _fold_rows(folded, delta_out.contiguous(), perm_out)
     if delta_in is not None:

@@ -9,7 +9,6 @@ its columns::
 U never leaves the program, nor its registers: what the first product leaves in a thread is what the
 second wants of its left operand. So the weight is read from memory once, written once and rounded
 once. Rows are written where they belong, columns too where they come in runs (`common.is_fused`).
-An int8 weight is multiplied by its scales as it arrives.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from poetx_compile.ops.dequantize import GROUP, groups_of
 from poetx_compile.ops.kernels.common import (
     MULTIPROCESSORS,
     chunk_length,
@@ -37,16 +35,14 @@ from poetx_compile.ops.kernels.permute import chunk_columns, permute_columns
 
 @triton.jit
 def fold_both_kernel(
-    weight,  # [rows, width], 2-byte elements, or int8
-    scale,  # [rows, groups]: of GROUP columns of an int8 weight each; GROUP = 0: not read
-    left_delta,  # [blocks_left, B_LEFT, B_LEFT]: G_out - I, like out
-    right_delta,  # [blocks_right, B_RIGHT, B_RIGHT]: G_in - I, like out
+    weight,  # [rows, width], 2-byte elements
+    left_delta,  # [blocks_left, B_LEFT, B_LEFT]: G_out - I, like weight
+    right_delta,  # [blocks_right, B_RIGHT, B_RIGHT]: G_in - I, like weight
     row_index,  # int64 [rows / ROW_CHUNK]: where the chunks of rows belong; ROW_CHUNK = 0: not read
     scatter,  # int64 [width / SCATTER], the same of the columns
-    out,  # [rows, width], 2-byte elements
+    out,  # like weight
     rows,
     width,
-    groups,
     blocks_left,
     blocks_right,
     column_programs,  # the blocks of columns, with those behind the last one that is rotated
@@ -54,7 +50,6 @@ def fold_both_kernel(
     panels_a_split,
     B_LEFT: tl.constexpr,
     B_RIGHT: tl.constexpr,
-    GROUP: tl.constexpr,
     ROW_CHUNK: tl.constexpr,
     SCATTER: tl.constexpr,
     RUN: tl.constexpr,
@@ -91,14 +86,6 @@ def fold_both_kernel(
         block_rows = weight + row_block.to(tl.int64) * B_LEFT * width
         own = tl.load(block_rows + (ms * width)[:, None] + columns[None, :], inside, other=0.0)
         total = own.to(tl.float32)
-        if GROUP > 0:
-            block_scales = scale + row_block.to(tl.int64) * B_LEFT * groups
-            block_scales += (columns // GROUP)[None, :]
-            own_steps = tl.load(block_scales + (ms * groups)[:, None], inside, other=0.0)
-            total *= own_steps.to(tl.float32)
-            js = tl.arange(0, TILE_K)
-            read = (js < B_LEFT)[:, None] & there[None, :] & (row_block < blocks_left)
-            steps = tl.load(block_scales + (js * groups)[:, None], mask=read, other=0.0)
         left_rows = left_delta + row_block.to(tl.int64) * (B_LEFT * B_LEFT)
         left_rows += (ms * B_LEFT)[:, None]
         for start in range(0, tl.where(row_block < blocks_left, B_LEFT, 0), TILE_K):
@@ -108,14 +95,8 @@ def fold_both_kernel(
             source = block_rows + (js * width)[:, None] + columns[None, :]
             read = (js < B_LEFT)[:, None] & there[None, :]
             stream = tl.load(source, mask=read, other=0.0)
-            if GROUP > 0:
-                stream = (stream.to(tl.float32) * steps.to(tl.float32)).to(out.dtype.element_ty)
-                # Those of the next rows: a load that is not waited for.
-                read = (js < B_LEFT - TILE_K)[:, None] & there[None, :]
-                ahead = block_scales + ((js + TILE_K) * groups)[:, None]
-                steps = tl.load(ahead, mask=read, other=0.0)
             total = tl.dot(left, stream, total)
-        result = tl.dot(total.to(out.dtype.element_ty), right, total)
+        result = tl.dot(total.to(weight.dtype.element_ty), right, total)
         to_row = row
         if ROW_CHUNK > 0:
             to_row = tl.load(row_index + row // ROW_CHUNK, mask=row_there, other=0) * ROW_CHUNK
@@ -159,7 +140,6 @@ def fold_both(
     delta_out: Tensor,
     perm_in: Tensor | None,
     perm_out: Tensor | None,
-    scale: Tensor | None = None,
     *,
     tiling: FoldTiling | None = None,
 ) -> Tensor:
@@ -168,9 +148,8 @@ def fold_both(
     One launch, and one more that permutes single columns.
 
     Args:
-        weight: S [n, m], contiguous: in the dtype of the deltas, which is that of the result, or
-            int8 with `scale`.
-        delta_in, delta_out, perm_in, perm_out, scale: those of the op.
+        weight: S [n, m], contiguous bf16 or fp16, also the dtype of the result.
+        delta_in, delta_out, perm_in, perm_out: those of the op.
         tiling: sizes to try.
     """
     rows, width = weight.shape
@@ -185,12 +164,11 @@ def fold_both(
     # Panels of whole blocks: of the last one, which may be cut short, as many as of the others.
     panels = -(-rows // b_left) * -(-b_left // tiling.panel)
     splits = column_splits(column_programs, panels, MULTIPROCESSORS * (256 // padded))
-    out = torch.empty_like(weight, dtype=delta_in.dtype)
+    out = torch.empty_like(weight)
     launch(
         fold_both_kernel,
         splits * column_programs,
         weight,
-        weight if scale is None else scale.contiguous(),
         delta_out.contiguous(),
         delta_in.contiguous(),
         row_or(perm_out, 0, weight),
@@ -198,7 +176,6 @@ def fold_both(
         out,
         rows,
         width,
-        groups_of(width),
         blocks_left,
         blocks_right,
         column_programs,
@@ -206,7 +183,6 @@ def fold_both(
         -(-panels // splits),
         B_LEFT=b_left,
         B_RIGHT=b_right,
-        GROUP=0 if scale is None else GROUP,
         ROW_CHUNK=chunk_length(perm_out, rows),
         SCATTER=chunk_length(perm_in, width),
         RUN=run_length(width, b_right, perm_in),

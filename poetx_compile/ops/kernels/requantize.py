@@ -28,7 +28,6 @@ def requantize_kernel(
     seed_high,
     layer,
     EXCESS: tl.constexpr,
-    KEEP: tl.constexpr,
     LARGEST: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -50,12 +49,11 @@ def requantize_kernel(
     bits = matrix_bits(row, columns, seed_low, seed_high, tl.load(step).to(tl.int32), layer, True)
     parts = tl.div_rn(x, tl.broadcast_to(steps[:, None], x.shape)) + bits.to(tl.float32) / 65536
     new = tl.minimum(tl.maximum(tl.floor(parts), -LARGEST), LARGEST)
-    if KEEP:
-        old = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
-        old_steps = tl.load(scale + own, mask=there, other=1.0).to(tl.float32)
-        same = tl.min((old * old_steps[:, None] == x).to(tl.int32), axis=1) == 1
-        steps = tl.where(same, old_steps, steps)
-        new = tl.where(same[:, None], old, new)
+    old = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
+    old_steps = tl.load(scale + own, mask=there, other=1.0).to(tl.float32)
+    same = tl.min((old * old_steps[:, None] == x).to(tl.int32), axis=1) == 1
+    steps = tl.where(same, old_steps, steps)
+    new = tl.where(same[:, None], old, new)
     tl.store(weight + at, new.to(tl.int8), mask=inside)
     tl.store(scale + own, steps.to(scale.dtype.element_ty), mask=there)
 
@@ -67,7 +65,6 @@ def requantize_(
     step: Tensor,
     seed: int,
     layer: int,
-    keep: bool,
 ) -> None:
     """`ops.requantize_` of contiguous tensors, in fp32."""
     rows, width = weight.shape
@@ -86,7 +83,6 @@ def requantize_(
         signed(seed >> 32),
         signed(layer),
         EXCESS=1 + torch.finfo(scale.dtype).eps,
-        KEEP=keep,
         LARGEST=LARGEST,
         GROUP=GROUP,
         ROWS=_ROWS,
