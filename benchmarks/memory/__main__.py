@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--output", type=Path, required=True, help="the .png")
 
     command("page", "write tables and figures into docs/memory.md", lambda args: PAGE.write())
-    estimate = command("estimate", "`poetx_compile.estimate` beside the measured peaks", _estimate)
+    estimate = command("estimate", "`poetx_compile.estimate`, beside the measured peaks", _estimate)
     _add_selection(estimate)
     return parser
 
@@ -152,8 +152,9 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    rows = selected(all_rows(args.results), args.plans, args.model, args.seq)
-    compared = estimates.compared(rows)
+    cases = [c for name in args.plans or PLANS for c in PLANS[name] if c.model != "tiny"]
+    cases = [c for c in cases if args.model in (None, c.model) and args.seq in (None, c.seq)]
+    compared = estimates.compared(dict.fromkeys(cases), all_rows(args.results))
     print(estimates.table(compared))
     return int(bool(estimates.missed(compared)))
 

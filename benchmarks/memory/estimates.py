@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,24 +27,26 @@ _COMPILED = {"blocks": "layers", "whole": "model"}
 PARTS = ("weights", "gradients", "state", "activations", "peak")
 
 
-def compared(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """For each row that the package estimates, both sides of every part and the error of the peak.
+def compared(cases: Iterable[Case], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For each case that the package estimates, every part as measured and as estimated.
 
     What it has no estimate for are optimisers of others, and weights in another dtype than the
     products.
+
+    Args:
+        rows: of one GPU; a case without a row has the estimate alone.
     """
     found = []
-    for row in filter(is_measured, rows):
-        case = of_row(row)
-        if not estimable(case):
-            continue
+    measured = {of_row(row): row for row in filter(is_measured, rows)}
+    for case in filter(estimable, cases):
+        row = measured.get(case, {})
         ours = estimated(case)
         names = {"state": "optimizer_state"}
         sizes = {part: getattr(ours, names.get(part, part)) / GIB for part in PARTS}
         line: dict[str, Any] = {"case": named(case)}
         for part in PARTS:
-            line |= {part: row[f"{part}_gib"], f"{part}, est.": sizes[part]}
-        line["error, %"] = 100 * (sizes["peak"] / row["peak_gib"] - 1)
+            line |= {part: row.get(f"{part}_gib"), f"{part}, est.": sizes[part]}
+        line["error, %"] = 100 * (sizes["peak"] / row["peak_gib"] - 1) if row else None
         found.append(line)
     return found
 
@@ -81,7 +83,7 @@ def estimated(case: Case) -> MemoryRow:
 
 def missed(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those whose peak is off by more than `TOLERANCE`."""
-    return [line for line in lines if abs(line["error, %"]) > 100 * TOLERANCE]
+    return [line for line in lines if abs(line["error, %"] or 0) > 100 * TOLERANCE]
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:

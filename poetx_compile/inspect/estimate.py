@@ -207,7 +207,8 @@ class _Step:
         """What training the whole model takes, for each choice."""
         constant = parts.weights(model) + parts.optimizer_state(model, optimizer, momentum)
         batch = sum(t.nbytes for t in example.tensors(self.inputs, self.kwargs))
-        update = parts.step(model, optimizer)
+        narrow = not momentum == self.gradient == torch.float32
+        update = parts.step(model, optimizer, narrow)
 
         def of(choices: Sequence[BackendOptions | None]) -> list[Peak]:
             found = self.memory(model, choices, name)

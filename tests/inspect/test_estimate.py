@@ -24,7 +24,7 @@ from poetx_compile.inspect.memory.attention import as_on_cuda
 from poetx_compile.inspect.memory.liveness import run
 from poetx_compile.layers.registry import registry
 from tests.helpers.held import kept
-from tests.helpers.models import MLP
+from tests.helpers.models import MLP, Block
 from tests.helpers.tolerances import MEMORY
 
 RESULTS = Path(benchmark.__file__).parent / "results"
@@ -134,6 +134,25 @@ def test_a_few_layers_say_what_all_do() -> None:
     saved = parts.rounded_off(model.layers[0], torch.bfloat16)
     assert saved == sum(p.nbytes // 2 for p in skews) > 0
     assert some.backward[-1] - rounded.backward[-1] == 4 * saved  # the layers beyond two
+
+
+def test_a_few_checkpointed_layers_say_what_all_do() -> None:
+    """Each keeps its input, and the last one's output is kept by nobody."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.norm = nn.ModuleList(Block() for _ in range(5)), nn.RMSNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return self.norm(x)
+
+    with torch.device("meta"):
+        model, x = Model(), torch.empty(2, 33, 16)
+    few, every = (_Step((x,), {}, None, None, whole=whole) for whole in (False, True))
+    assert few.memory(model, [None])[0].kept == every.memory(model, [None])[0].kept > 4 * x.nbytes
 
 
 def test_checkpoints_and_autocast_count() -> None:

@@ -40,13 +40,13 @@ def optimizer_state(
     return moments + _COUNTER * len(rest)
 
 
-def step(model: nn.Module, optimizer: str) -> int:
+def step(model: nn.Module, optimizer: str, narrow: bool = False) -> int:
     """The most that a step of the optimiser allocates and frees again: its merge, or its update.
 
     AdamW is fused and updates in place. A merge holds one layer twice in fp32 and twice as it is
-    stored; orthogonalised momentum holds the direction of each skew
-    parameter, and some batches of blocks. In the merged form the steps of a batch of layers are
-    alive, and a layer in fp32.
+    stored; orthogonalised momentum holds the direction of each skew parameter, or of a batch where
+    momenta or gradients are `narrow`, and some batches of blocks. In the merged form the steps of a
+    batch of layers are alive, and a layer in fp32.
     """
     unpacked = 4 * sum(s.elements for _, _, e in prepared_linears(model) for s in e.sides)
     blocks = 4 * min(CHUNK_BYTES, unpacked) if optimizer == "muon" else 0
@@ -54,8 +54,8 @@ def step(model: nn.Module, optimizer: str) -> int:
         return merged + blocks
     layers = [stored_weight(module) for _, module, _ in prepared_linears(model)]
     merge = max((2 * (4 + w.element_size()) * w.numel() for w in layers), default=0)
-    update = _bytes(_skews(model)) + blocks if blocks else 0
-    return max(merge, update)
+    directions = 0 if narrow else _bytes(_skews(model))
+    return max(merge, directions + blocks if blocks else 0)
 
 
 def _turn(model: nn.Module) -> int | None:

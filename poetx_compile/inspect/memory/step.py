@@ -226,9 +226,10 @@ class _Owners:
         end = self._ends.get(pair.second, len(self._nodes))
         period = begin - self._begins.get(pair.first, begin)
         second = set(self._nodes[begin:end])
-        places = {self._place.get(s, -1): n for s, n in kept.items()}
-        found = sum(n for s, n in kept.items() if begin <= self._place.get(s, -1) < end)
-        for place, size in places.items():
+        made = [(self._place.get(storage, -1), size) for storage, size in kept.items()]
+        found = sum(size for place, size in made if begin <= place < end)
+        places = {place for place, _ in made}
+        for place, size in made:
             if not begin - period <= place < begin <= place + period < end:
                 continue
             node, output = self._nodes[place], self._nodes[place + period]
