@@ -215,7 +215,9 @@ def in_transform(node: fx.Node) -> bool:
     """
     if "functorch" in str(getattr(node.target, "__module__", "")):
         return True
-    values = [n.meta.get(VALUE) for n in (node, *node.all_input_nodes)]
+    # What is taken out of a tuple is all of it that counts: a batch has hundreds of entries.
+    read = () if node.target is operator.getitem else node.all_input_nodes
+    values = [n.meta.get(VALUE) for n in (node, *read)]
     return any(
         isinstance(v, torch.Tensor) and is_functorch_wrapped_tensor(v)
         for v in pytree.tree_leaves(values)

@@ -62,11 +62,6 @@ def _threads() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _collector() -> None:
-    gc.freeze()  # what was imported stays
-
-
-@pytest.fixture(scope="session", autouse=True)
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The session's own cache folder: nothing stale is hit, nothing is left behind.
 

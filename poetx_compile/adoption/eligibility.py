@@ -47,8 +47,14 @@ class EligibilityCheck:
 
     def __init__(self, config: POETXConfig, live: LiveObjects | None = None):
         self.config = config
-        self.live = live or LiveObjects()
+        self._live = live
         self._roots: dict[int, dict[int, tuple[str, str | None]]] = {}
+
+    @property
+    def live(self) -> LiveObjects:
+        """Looked for when they are needed: a walk over the heap, a second in a large process."""
+        self._live = self._live or LiveObjects()
+        return self._live
 
     def __call__(self, weight: Tensor) -> Eligibility:
         if (reason := declined_for(weight)) is not None:
@@ -56,7 +62,7 @@ class EligibilityCheck:
         owners = self.live.owners(weight)
         if len(owners) > 1:  # one of them may be garbage that nobody has collected yet
             gc.collect()
-            self.live, self._roots = LiveObjects(), {}
+            self._live, self._roots = LiveObjects(), {}
             owners = self.live.owners(weight)
         if not owners and hidden():
             raise AdoptionError(
