@@ -33,8 +33,8 @@ class POETXMuon(torch.optim.Optimizer):
     With `alternate` both momenta of a layer go on in every step, and one of its sides turns, at
     twice the rate: the inputs of every other layer and the outputs of the rest, then the others.
     A step then orthogonalises half of the blocks, and turns a weight of the merged form from one
-    side, in one pass; how fast that is on a GPU has not been measured yet. Rotations grow as fast as
-    without, on average.
+    side, in one pass; how fast that is on a GPU has not been measured yet. Rotations grow as fast
+    as without, on average.
 
     Args:
         model: prepared here, with `config`, if nobody has; compiled or not.
