@@ -43,23 +43,22 @@ LEAN: dict[str, Any] = {"momentum": "int8", "gradients": "bfloat16"}
 ONE_SIDE: dict[str, Any] = {"alternate": True}
 XQ = LEAN | {"base": "int8"}
 
-LEANEST = merged(256, variant="mem", checkpointing=True, **ONE_SIDE)
+LEANEST = merged(256, variant="mem", checkpointing=True)
 LONG = dataclasses.replace(LEANEST, loss_chunk=2048)
 
 TARGETS = [
     ADAMW,
-    merged(256, **ONE_SIDE),
+    merged(256),
     stored(256, "fast", **LEAN),
     stored(256, "mem", **LEAN),
-    merged(256, variant="mem", **ONE_SIDE),
-    merged(1024, **ONE_SIDE),
-    merged(512, **ONE_SIDE),
+    merged(256, variant="mem"),
+    merged(1024),
+    merged(512),
     stored(256, "mem", **XQ),
     stored(256, "mem", checkpointing=True, **XQ),
     IN_THE_BACKWARD,
     dataclasses.replace(IN_THE_BACKWARD, optimizer="adafactor"),
-    *at([merged(256, variant="mem", **ONE_SIDE)], model="13b", seq=2048),
-    merged(256),
+    *at([merged(256, variant="mem")], model="13b", seq=2048),
     *at([LONG], seq=32768),
     stored(256, "mem", **PAPER),
     stored(256, "fast", **PAPER),
@@ -73,7 +72,8 @@ RIVALS = [
 ]
 FORMS = [
     stored(256, "fast", **XQ),
-    merged(1024),
+    merged(256, **ONE_SIDE),
+    merged(1024, **ONE_SIDE),
     stored(256, "fast", memory_budget=0.5, **LEAN),
     merged(256, "float32", gradients="float32"),
     merged(256, "float32"),
@@ -84,11 +84,11 @@ FORMS = [
 ]
 CHECKPOINTED = [
     LEANEST,
-    *at([merged(1024, **ONE_SIDE), ADAMW], checkpointing=True),
+    *at([merged(1024), ADAMW], checkpointing=True),
 ]
 SWEPT = [
-    merged(256, **ONE_SIDE),
-    merged(1024, **ONE_SIDE),
+    merged(256),
+    merged(1024),
     stored(256, "mem", **LEAN),
     stored(256, "mem", **XQ),
     ADAMW,
