@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import fcntl
 import gc
+import importlib
 import json
 import os
 import statistics
@@ -193,7 +194,7 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     # `torch.compile` imports Inductor when it is called, if that is the backend: so it is for all.
-    import torch._inductor.compile_fx
+    importlib.import_module("torch._inductor.compile_fx")
 
     compile_kwargs: dict[str, Any] = {"dynamic": False}
     if case.cuda_graphs:
