@@ -34,7 +34,7 @@ from poetx_compile.layers.layout import Layout
 from poetx_compile.layers.parametrization import QUANTISED, OrthogonalEquivalence, norm_of
 from poetx_compile.layers.permutation import Permutation
 from poetx_compile.layers.prepared import equivalence_of, share_permutations_with, stored_weight
-from poetx_compile.ops.dequantize import dequantize, groups_of, quantize
+from poetx_compile.ops.dequantize import dequantize, groups_of, norm, quantize
 from poetx_compile.ops.gains import GAINS
 from poetx_compile.ops.precision import rotation_dtype
 
@@ -369,5 +369,4 @@ def _quantised(stored: Tensor, e: OrthogonalEquivalence) -> list[Tensor]:
     """A weight in stored order as int8, and what belongs to it, in the order of `QUANTISED`."""
     assert e.merges is not None
     weight, scale = quantize(stored, stored.dtype)
-    norm = norm_of(dequantize(weight, scale, rotation_dtype(scale.dtype)))
-    return [weight, norm, scale, e.merges.clone()]
+    return [weight, norm(weight, scale), scale, e.merges.clone()]

@@ -26,7 +26,7 @@ from poetx_compile.layers.registry import registry
 from poetx_compile.layers.resting import zero_skews
 from poetx_compile.layers.seal import Seal
 from poetx_compile.layers.sides import Side, side_blocks
-from poetx_compile.ops.dequantize import groups_of, quantize
+from poetx_compile.ops.dequantize import groups_of, norm, quantize
 from poetx_compile.ops.gains import GAINS
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
@@ -179,7 +179,7 @@ class OrthogonalEquivalence(nn.Module):
 
     def norm(self, stored: Tensor) -> Tensor:
         """The Frobenius norm of the stored weight."""
-        return norm_of(self.dequantised(stored, self.skew_in.dtype))
+        return norm_of(stored) if self.scale is None else norm(stored, self.scale)
 
     def rest(self) -> None:
         """Let the skew parameters be zeros: in the merged form those that take no bytes."""

@@ -7,16 +7,22 @@ of two such short numbers is exact in fp32 (docs/numerics.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from poetx_compile._torch import FakeTensor
 from poetx_compile.ops.precision import rotation_dtype
 from poetx_compile.ops.registry import define
 
 GROUP = 64
 """Columns that share a scale: as many as a chunk of ``permutation="chunked"`` has at most, so that
 whole groups change places in a redraw."""
+
+ELEMENTS = 2**22
+"""Of the rows that are rounded at once, with a few copies in fp32."""
 
 LARGEST = 127
 """Of the numbers stored: −128 has no counterpart."""
@@ -114,9 +120,32 @@ def quantize(
     Returns:
         q, int8 [n, m]; s, [n, ⌈m/64⌉] of `dtype`.
     """
-    entries = grouped(values.to(rotation_dtype(values.dtype)))
-    scale = _scales(entries, dtype)
-    return _rounded(entries, scale, bits, values.shape[1]), scale
+    n, m = values.shape
+    weight = torch.empty((n, m), dtype=torch.int8, device=values.device)
+    scale = torch.empty((n, groups_of(m)), dtype=dtype, device=values.device)
+    for rows in slabs(values):
+        entries = grouped(values[rows].to(rotation_dtype(values.dtype)))
+        scale[rows] = steps = _scales(entries, dtype)
+        weight[rows] = _rounded(entries, steps, bits if isinstance(bits, int) else bits[rows], m)
+    return weight, scale
+
+
+def norm(weight: Tensor, scale: Tensor) -> Tensor:
+    """The Frobenius norm of a quantised weight, a scalar of its rotations' dtype."""
+    dtype = rotation_dtype(scale.dtype)
+    parts = [
+        torch.linalg.vector_norm(dequantize_reference(weight[rows], scale[rows], dtype))
+        for rows in slabs(weight)
+    ]
+    return torch.linalg.vector_norm(torch.stack(parts))
+
+
+def slabs(matrix: Tensor) -> Iterator[slice]:
+    """Rows of a matrix, `ELEMENTS` at once; all where there are no values."""
+    rows, columns = matrix.shape
+    empty = matrix.is_meta or isinstance(matrix, FakeTensor)
+    step = rows if empty else max(1, ELEMENTS // columns)
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
 def grouped(matrix: Tensor) -> Tensor:

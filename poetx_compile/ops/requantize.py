@@ -11,13 +11,11 @@ from poetx_compile.ops.dequantize import (
     dequantize_reference,
     grouped,
     quantize,
+    slabs,
 )
 from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.random import matrix_bits
 from poetx_compile.ops.registry import define_in_place
-
-ELEMENTS = 2**22
-"""Of the rows that the reference rounds at once: 40 bytes each, for a while."""
 
 
 def requantize_reference(
@@ -43,12 +41,10 @@ def requantize_reference(
         seed: 64 bits, the key of the bits.
         layer: 32 bits, a counter.
     """
-    n, m = weight.shape
-    rows_at_once = max(1, ELEMENTS // m)
-    for first in range(0, n, rows_at_once):
-        rows = slice(first, min(first + rows_at_once, n))
+    m = weight.shape[1]
+    for rows in slabs(weight):
         part, q, s = values[rows], weight[rows], scale[rows]
-        bits = matrix_bits(len(part), m, seed, step, layer, part.device, first_row=first)
+        bits = matrix_bits(len(part), m, seed, step, layer, part.device, first_row=rows.start)
         new, new_scale = quantize(part, scale.dtype, bits)
         same = (grouped(part) == grouped(dequantize_reference(q, s, part.dtype))).all(-1)
         q.copy_(torch.where(same.repeat_interleave(GROUP, 1)[:, :m], q, new))

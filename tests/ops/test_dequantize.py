@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from poetx_compile import ops
-from poetx_compile.ops import requantize
-from poetx_compile.ops.dequantize import GROUP, LARGEST, groups_of, quantize
+from poetx_compile.ops.dequantize import GROUP, LARGEST, groups_of, norm, quantize
 from poetx_compile.ops.random import matrix_bits
+from tests.helpers.tolerances import assert_close
 
 CPU = torch.device("cpu")
 
@@ -52,13 +54,15 @@ def test_rounding_again_keeps_the_bits_of_groups_that_did_not_change(dtype: torc
 
 
 def test_scales_of_nan_match_no_values(monkeypatch) -> None:
-    monkeypatch.setattr(requantize, "ELEMENTS", 450)  # two rows at once
+    monkeypatch.setattr(sys.modules[quantize.__module__], "ELEMENTS", 450)  # two rows at once
     values, step = normal(5, 200), torch.tensor(2)
     weight, scale = torch.zeros(5, 200, dtype=torch.int8), torch.full((5, 4), torch.nan)
     values[1] = 0
     ops.requantize_(weight, scale, values, step, 1, 3)
     bits = matrix_bits(5, 200, seed=1, step=2, layer=3, device=CPU)
+    monkeypatch.undo()
     expected = quantize(values, torch.float32, bits)
+    assert_close(norm(*expected), values.norm(), torch.bfloat16)
     assert torch.equal(weight, expected[0])
     assert torch.equal(scale, expected[1])
 

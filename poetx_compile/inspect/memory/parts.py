@@ -53,7 +53,8 @@ def step(model: nn.Module, optimizer: str, narrow: bool = False) -> int:
     if (merged := _turn(model)) is not None:
         return merged + blocks
     layers = [stored_weight(module) for _, module, _ in prepared_linears(model)]
-    merge = max((2 * (4 + w.element_size()) * w.numel() for w in layers), default=0)
+    # Of int8 as much as of bf16: its product copies an operand.
+    merge = max((2 * (4 + max(2, w.element_size())) * w.numel() for w in layers), default=0)
     directions = 0 if narrow else _bytes(_skews(model))
     return max(merge, directions + blocks if blocks else 0)
 
