@@ -119,12 +119,7 @@ def test_gradcheck(leading, width, blocks, b, gathers) -> None:
 
 @pytest.mark.parametrize(("leading", "width", "blocks", "b"), CASES[1:4] + CASES[6:8])
 @pytest.mark.parametrize(
-    ("gathers", "dtype"),
-    [
-        ((False, False), torch.float32),
-        ((True, True), torch.float32),
-        ((True, True), torch.bfloat16),
-    ],
+    ("gathers", "dtype"), [((False, False), torch.float32), ((True, True), torch.bfloat16)]
 )
 def test_opcheck(leading, width, blocks, b, gathers, dtype) -> None:
     x, y = (torch.randn(*leading, width).to(dtype).requires_grad_() for _ in "xy")
