@@ -19,7 +19,7 @@ from benchmarks.rows import Row
 from benchmarks.tolerances import ORTHOGONALIZED
 from poetx_compile import ops
 from poetx_compile.layers.permutation import draw_permutation
-from poetx_compile.ops.muon_step import Part, fused, muon_step
+from poetx_compile.ops.muon_step import Part, fused, muon_steps
 from poetx_compile.ops.newton_schulz import newton_schulz
 from poetx_compile.ops.turn_weight import Turn, turn_weights_
 
@@ -142,19 +142,23 @@ class _Layer:
         """Momenta, directions and rotations of both sides, by torch's operations and by kernels."""
         sides = [[self._packed(side.blocks) for _ in range(3)] for side in sizes.sides]
         skews, gradients, momenta = (list(tensors) for tensors in zip(*sides, strict=True))
-        parts = [Part(skew, gradient, momentum, None) for skew, gradient, momentum in sides]
+        parts = [Part(gradient, momentum, None) for _, gradient, momentum in sides]
+        counts = [len(skew) for skew in skews]
 
         def by_torch() -> None:
             torch._foreach_lerp_(momenta, gradients, 0.05)
             directions = torch._foreach_lerp(gradients, momenta, 0.95)
             update = ops.orthogonalize_skew(torch.cat(directions), self.b).mul_(0.01)
-            torch._foreach_sub_(skews, update.split([skew.shape[0] for skew in skews]))
+            torch._foreach_sub_(skews, update.split(counts))
+
+        def by_kernels() -> None:
+            steps = muon_steps(parts, len(parts), self.b, 0.95, 0.01, 0, 1)
+            torch._foreach_add_(skews, steps.split(counts))
 
         floor = self._floor(sizes, "orthogonalise", "momentum")
         yield "torch", by_torch, floor, 0.0
         if fused(parts, self.b):
-            run = functools.partial(muon_step, parts, self.b, 0.95, 0.01, 1.0, 0, 1)
-            yield "kernels", run, floor, 0.0
+            yield "kernels", by_kernels, floor, 0.0
 
     def _turn(self, sizes: floors.Layer) -> Iterator[Piece]:
         weight = self.session.normal(self.n, self.m)

@@ -35,7 +35,7 @@ def is_sharded(*tensors: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds, the same memory; without gradients."""
-    part: Any = tensor.detach()
+    part: Any = tensor.detach() if tensor.requires_grad else tensor
     return part.to_local() if is_sharded(tensor) else part
 
 

@@ -1,4 +1,4 @@
-"""``POETXMuon(fused_rotations=True)`` on a GPU: what its kernels take, and when they are there.
+"""A step of `POETXMuon` on a GPU: what its kernels take, and when they are there.
 
 Their definition are the plain torch operations of the optimiser, which run everywhere else.
 """
@@ -16,10 +16,8 @@ from poetx_compile.ops.kernels import Kernel
 
 
 class Part(NamedTuple):
-    """A run of blocks of a parameter, and what a step does with them: contiguous tensors."""
+    """A run of blocks of a parameter, at least one: contiguous tensors of one device."""
 
-    skew: Tensor
-    """fp32 [blocks, b(b−1)/2], written: Q."""
     gradient: Tensor
     """[blocks, b(b−1)/2], fp32, bf16 or fp16."""
     momentum: Tensor
@@ -29,47 +27,47 @@ class Part(NamedTuple):
 
     def of(self, rows: slice) -> Part:
         """Some of its blocks."""
-        skew, gradient, momentum, scale = self
-        cut = None if scale is None else scale[rows]
-        return Part(skew[rows], gradient[rows], momentum[rows], cut)
+        gradient, momentum, scale = self
+        return Part(gradient[rows], momentum[rows], None if scale is None else scale[rows])
 
 
-def _takes(*tensors: Tensor) -> bool:
-    return all(t.is_contiguous() for t in tensors)
-
-
-def _kernel() -> Kernel:
-    return Kernel("muon.muon_step", _takes)
+_KERNEL = Kernel("muon.muon_steps", lambda *_: True)
 
 
 def fused(parts: Sequence[Part], block_size: int) -> bool:
-    """Whether the kernels of `muon_step` run for these parts: at least one, none of them empty."""
-    dtypes = {(p.skew.dtype, p.gradient.dtype, p.momentum.dtype) for p in parts}
-    if len(dtypes) > 1 or parts[0].skew.dtype != torch.float32 or block_size < 2:
-        return False
-    return _kernel().applies(*(tensor for part in parts for tensor in part if tensor is not None))
+    """Whether the kernels of `muon_steps` run for these parts of fp32 rotations."""
+    kinds = {(p.gradient.dtype, p.momentum.dtype, p.gradient.device) for p in parts}
+    return (
+        len(kinds) == 1
+        and block_size >= 2
+        and all(p.gradient.is_contiguous() and p.momentum.is_contiguous() for p in parts)
+        and _KERNEL.applies(parts[0].gradient, parts[0].momentum)
+    )
 
 
 @_disable_dynamo  # a compiled step of the optimiser calls it as it is
-def muon_step(
+def muon_steps(
     parts: Sequence[Part],
+    turning: int,
     block_size: int,
     mu: float,
     rate: float,
-    keep: float,
     seed: int,
     step: int,
-    wanted: bool = True,
-) -> None:
-    """A step of some blocks: ``m ← m + (1 − μ)(g − m)``, ``Q ← keep Q − rate msign(g + μ(m − g))``.
+) -> Tensor:
+    """Momenta ``m ← m + (1 − μ)(g − m)``, and steps ``−rate · msign(g + μ(m − g))``.
 
     Args:
         parts: for which `fused` holds.
+        turning: how many of them turn, from the first on; of the others there is the momentum
+            alone.
         block_size: b.
         mu: μ, of the momentum.
-        rate, keep: of the rotations.
+        rate: of the rotations.
         seed, step: what the rounding of a narrow momentum follows from.
-        wanted: whether rotations are written at all.
+
+    Returns:
+        fp32 [blocks of those that turn, b(b−1)/2], one part after another.
     """
-    with torch.cuda.device(parts[0].skew.device):
-        _kernel().load()(parts, block_size, mu, rate, keep, seed, step, wanted)
+    with torch.cuda.device(parts[0].gradient.device):
+        return _KERNEL.load()(parts, turning, block_size, mu, rate, seed, step)

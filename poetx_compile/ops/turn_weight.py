@@ -7,7 +7,7 @@ become rotations R, and ``W ← R_outᵀ W R_inᵀ`` in the coordinates of the p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,14 +174,21 @@ def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | N
     kernel = OPS["turn_weight_"].kernel
     assert kernel is not None
     together = []
+    applies: dict[Any, bool] = {}
     for turn in turns:
         steps = [skew for skew, _ in turn.steps if skew.numel()]
         if not steps:
             continue
-        # The kernels of layers, unlike the op's, take a side that stays; of a size of one none do.
-        asked = turn._replace(skew_in=steps[0], skew_out=steps[-1])
-        two = min(turn.weight.shape) > 1
-        if two and kernel.applies(*asked[:8], seed, step, turn.layer, apply):
+        weight = turn.weight
+        of_weight = weight.dtype, weight.shape, weight.stride(), turn.order
+        kind = *of_weight, turn.perm_in.shape, turn.perm_out.shape, steps[0].dtype
+        if kind not in applies:
+            # The kernels of layers, unlike the op's, take a side that stays; of a size of one none
+            # do.
+            asked = turn._replace(skew_in=steps[0], skew_out=steps[-1])
+            given = *asked[:8], seed, step, turn.layer, apply
+            applies[kind] = min(weight.shape) > 1 and kernel.applies(*given)
+        if applies[kind]:
             together.append(turn)
         else:
             turn_weight_(*turn[:8], seed, step, turn.layer, apply)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,17 +18,27 @@ CHUNK_BYTES = 64 * 2**20
 """Bytes of unpacked fp32 blocks in one batch: 256 blocks of 256×256, enough to fill a GPU."""
 
 
+Item = TypeVar("Item")
+
+
 def layer_batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     """The layers in order, in batches whose rotations take `ROTATIONS_BYTES`, or of one layer."""
-    batch: list[Layer] = []
+    return bounded(layers, lambda layer: 4 * sum(side.elements for side in layer[1].sides))
+
+
+def bounded(
+    items: Iterable[Item], size: Callable[[Item], int], limit: int = ROTATIONS_BYTES
+) -> Iterator[list[Item]]:
+    """The items in order, in batches whose sizes sum up to `limit` at most, or of one item."""
+    batch: list[Item] = []
     held = 0
-    for layer in layers:
-        size = 4 * sum(side.elements for side in layer[1].sides)
-        if batch and held + size > ROTATIONS_BYTES:
+    for item in items:
+        more = size(item)
+        if batch and held + more > limit:
             yield batch
             batch, held = [], 0
-        batch.append(layer)
-        held += size
+        batch.append(item)
+        held += more
     if batch:
         yield batch
 

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from poetx_compile import ops
+from poetx_compile._torch import _disable_dynamo
 from poetx_compile.config import POETXConfig
 from poetx_compile.distributed.shards import local
 from poetx_compile.errors import ConfigError
-from poetx_compile.ops.muon_step import Part, fused, muon_step
+from poetx_compile.ops.muon_step import Part, fused, muon_steps
 from poetx_compile.optim import momentum as stored
 from poetx_compile.optim.adamw import adamw_step, fusible
-from poetx_compile.optim.blocks import ROTATIONS_BYTES, BlockKind, by_kind, chunks, gather
+from poetx_compile.optim.blocks import BlockKind, bounded, by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
+from poetx_compile.optim.turning import Steps
 
 
 class POETXMuon(torch.optim.Optimizer):
@@ -51,9 +53,6 @@ class POETXMuon(torch.optim.Optimizer):
         betas, eps, weight_decay: of AdamW; `weight_decay` for dense parameters with two dimensions
             or more.
         fused: default: AdamW's fused kernel where every dense parameter is on a CUDA device.
-        fused_rotations: on a CUDA device, momentum, direction and rotations of eight parameters in
-            one pass each, where they are fp32, for the rest as without it. Experimental: its
-            kernels have run in Triton's interpreter and not yet on a device.
 
     Attributes:
         schedule: the `MergeSchedule`.
@@ -80,13 +79,11 @@ class POETXMuon(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         fused: bool | None = None,
-        fused_rotations: bool = False,
     ):
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum = {momentum!r} is not allowed: use a number in [0, 1)")
         self.momentum_dtype = stored.parse_dtype(momentum_dtype)
         self.alternate = alternate
-        self.fused_rotations = fused_rotations
         model = ensure_prepared(model, config)
         groups = param_groups(
             model, lr=lr, poetx_lr=poetx_lr, weight_decay=weight_decay, rule=self.poetx_rule
@@ -123,56 +120,89 @@ class POETXMuon(torch.optim.Optimizer):
         schedule = getattr(self, "schedule", None)  # a copy for a trial has none
         resting = schedule.resting() if self.alternate and schedule is not None else set()
         if schedule is None or schedule.turner is None:
-            self._update(resting)
+            for group in self.param_groups:
+                if BLOCK in group:
+                    self._turn(group, resting)
+            self._step_dense()
         else:
-            schedule.turn_by_batches(self, partial(self._update, resting), resting)
+            self._step_merged(schedule, resting)
         return loss
 
-    def _update(self, resting: Collection[nn.Parameter] = ()) -> None:
-        """One step of all that is in the groups; of `resting` rotations the momentum alone."""
-        for group in self.param_groups:
-            if BLOCK in group:
-                self._turn(group, resting)
+    @_disable_dynamo  # where Dynamo compiles `step`, none of this is in its graphs
+    def _step_merged(self, schedule: MergeSchedule, resting: Collection[nn.Parameter]) -> None:
+        """The step of the merged form, which writes no rotation."""
+        owners = {p: g for g in self.param_groups if BLOCK in g for p in g["params"]}
+        schedule.turn_by(self, partial(self._steps, owners, resting))
+        self._step_dense()
+
+    def _step_dense(self) -> None:
         self._adamw.param_groups = [g for g in self.param_groups if BLOCK not in g]
         self._adamw.state = self.state
         adamw_step(self._adamw)
 
     def _turn(self, group: dict[str, Any], resting: Collection[nn.Parameter]) -> None:
-        skews = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
+        """Bring the rotations of a group on by a step; of those that rest the momentum alone."""
+        keep = 1 - _rate(group, resting) * group["weight_decay"]
+        for batch in bounded(_trained(group["params"]), lambda skew: local(skew).nbytes):
+            for steps, _, skews in self._of_group(group, resting, batch):
+                turned = [local(skew) for skew in skews]
+                if keep != 1:
+                    torch._foreach_mul_(turned, keep)
+                torch._foreach_add_(turned, list(steps.split([len(skew) for skew in turned])))
+
+    def _steps(
+        self,
+        owners: dict[nn.Parameter, dict[str, Any]],
+        resting: Collection[nn.Parameter],
+        skews: Sequence[nn.Parameter],
+    ) -> Steps:
+        """The steps of these rotations from zero, by the groups that have them."""
+        of_group: dict[int, list[nn.Parameter]] = {}
+        for skew in _trained(skews):
+            if skew in owners:
+                of_group.setdefault(id(owners[skew]), []).append(skew)
+        several = of_group.values()
+        return [s for some in several for s in self._of_group(owners[some[0]], resting, some)]
+
+    def _of_group(
+        self,
+        group: dict[str, Any],
+        resting: Collection[nn.Parameter],
+        skews: Sequence[nn.Parameter],
+    ) -> Iterator[tuple[Tensor, int, Sequence[Tensor]]]:
+        """Bring momenta up to date; the steps of what turns, as `Steps`."""
         for skew in skews:
             state = self.state[skew]
             if not state:
                 stored.create(state, skew, self.momentum_dtype)
-        mu, b = group["momentum"], group[BLOCK]
-        rate = group["lr"] * (2 if resting else 1)  # a side turns in every other step
-        for turns in (False, True):
-            some = [skew for skew in skews if (skew not in resting) == turns]
-            for kind, alike in by_kind([(skew, b) for skew in some]).items():
-                keep = 1 - rate * group["weight_decay"]
-                if self.fused_rotations and self._by_kernels(alike, b, mu, rate, keep, turns):
-                    continue
-                turned = [local(p) for p in alike] if turns else []
-                if turned and keep != 1:
-                    torch._foreach_mul_(turned, keep)
-                for batch, direction in self._directions(alike, kind, mu, turns):
-                    update = ops.orthogonalize_skew(direction, b).mul_(rate)
-                    counts = [rows.stop - rows.start for _, rows in batch]
-                    torch._foreach_sub_(
-                        [turned[i][rows] for i, rows in batch], update.split(counts)
-                    )
+        b, rate = group[BLOCK], _rate(group, resting)
+        for kind, alike in by_kind([(skew, b) for skew in skews]).items():
+            turning = [skew for skew in alike if skew not in resting]
+            others = [skew for skew in alike if skew in resting]
+            parts = [_part(skew, self.state[skew]) for skew in (*turning, *others)]
+            given = group["momentum"], rate
+            if kind.dtype == torch.float32 and fused(parts, b):
+                steps = muon_steps(parts, len(turning), b, *given, *self._counters())
+            else:
+                steps = self._by_torch(turning, others, kind, *given)
+            if turning:
+                yield steps, b, turning
 
-    def _by_kernels(
-        self, alike: Sequence[Tensor], b: int, mu: float, rate: float, keep: float, turns: bool
-    ) -> bool:
-        """The same, where kernels take these rotations; whether they did."""
-        parts = [_part(skew, self.state[skew]) for skew in alike]
-        if not fused(parts, b):
-            return False
-        # As many as the merged form turns at once.
-        for batch in chunks([part.skew for part in parts], b, ROTATIONS_BYTES):
-            some = [parts[i].of(rows) for i, rows in batch]
-            muon_step(some, b, mu, rate, keep, *self._counters(), turns)
-        return True
+    def _by_torch(
+        self,
+        turning: Sequence[Tensor],
+        others: Sequence[Tensor],
+        kind: BlockKind,
+        mu: float,
+        rate: float,
+    ) -> Tensor:
+        """What `muon_steps` does, which this defines."""
+        for _ in self._directions(others, kind, mu, False):
+            pass
+        steps = []
+        for direction in self._directions(turning, kind, mu, True):
+            steps.append(ops.orthogonalize_skew(direction, kind.size).mul_(-rate))
+        return steps[0] if len(steps) == 1 else torch.cat(steps) if steps else torch.empty(0)
 
     def _counters(self) -> tuple[int, int]:
         """Seed and step: what the rounding of a narrow momentum follows from."""
@@ -181,7 +211,7 @@ class POETXMuon(torch.optim.Optimizer):
 
     def _directions(
         self, alike: Sequence[Tensor], kind: BlockKind, mu: float, wanted: bool
-    ) -> Iterator[tuple[stored.Batch, Tensor]]:
+    ) -> Iterator[Tensor]:
         """Bring momenta up to date; the directions that follow, batch by batch, where `wanted`."""
         states = [self.state[p] for p in alike]
         gradients = [local(p.grad) for p in alike if p.grad is not None]
@@ -190,7 +220,7 @@ class POETXMuon(torch.optim.Optimizer):
             g.dtype != kind.dtype for g in gradients
         )
         directions: Sequence[Tensor] = ()
-        if not narrow:
+        if not narrow and gradients:
             momenta = [local(state[stored.BUFFER]) for state in states]
             torch._foreach_lerp_(momenta, gradients, 1 - mu)
             if not wanted:
@@ -203,7 +233,7 @@ class POETXMuon(torch.optim.Optimizer):
             else:
                 direction = gather(directions, batch)
             if wanted:
-                yield batch, direction
+                yield direction
 
     def _narrow_direction(
         self,
@@ -219,11 +249,21 @@ class POETXMuon(torch.optim.Optimizer):
         return gradient.lerp(momentum, mu)
 
 
+def _trained(skews: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Those with a gradient of which this process has any block."""
+    return [p for p in skews if p.grad is not None and local(p.grad).numel() > 0]
+
+
+def _rate(group: dict[str, Any], resting: Collection[nn.Parameter]) -> Any:
+    """That of what turns: twice the group's where a side does in every other step."""
+    return group["lr"] * (2 if resting else 1)
+
+
 def _part(skew: Tensor, state: stored.State) -> Part:
     """What this process has of a rotation."""
     assert skew.grad is not None
     scale = local(state[stored.SCALE]) if stored.SCALE in state else None
-    return Part(local(skew), local(skew.grad).contiguous(), local(state[stored.BUFFER]), scale)
+    return Part(local(skew.grad).contiguous(), local(state[stored.BUFFER]), scale)
 
 
 def _fit_momentum(optimizer: torch.optim.Optimizer) -> None:

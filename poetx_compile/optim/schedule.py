@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ from poetx_compile.optim.probe import Probed, probe, reset_state
 from poetx_compile.optim.rates import RateWatch
 from poetx_compile.optim.regroup import drop_weights, regroup
 from poetx_compile.optim.transport import transport
-from poetx_compile.optim.turning import Turner
+from poetx_compile.optim.turning import Make, Turner
 
 log = logging.getLogger("poetx_compile")
 
@@ -315,18 +315,12 @@ class MergeSchedule:
         return None if _by_batches(optimizer) else self.turner.before_step(args, kwargs)
 
     @_disable_dynamo  # where Dynamo compiles `optimizer.step`, this stays out of its graphs
-    def turn_by_batches(
-        self,
-        optimizer: Optimizer,
-        update: Callable[[], Any],
-        resting: Collection[nn.Parameter] = (),
-    ) -> None:
+    def turn_by_batches(self, optimizer: Optimizer, update: Callable[[], Any]) -> None:
         """The step of an optimiser of this package in the merged form (`Turner.step`).
 
         Args:
             update: one step of all that is in the groups. It is called for the dense parameters,
                 then for the rotations, a batch of layers at a time.
-            resting: rotations that `update` will not write.
         """
         assert self.turner is not None
 
@@ -336,8 +330,12 @@ class MergeSchedule:
 
         with only(optimizer, lambda p: p not in self._skews):
             update()
-        moving = self._moving(optimizer).difference(resting)
-        self.turner.step(self.step + 1, moving, update_those, resting)
+        self.turner.step(self.step + 1, self._moving(optimizer), update_those)
+
+    def turn_by(self, optimizer: Optimizer, make: Make) -> None:
+        """The same for the rotations alone, by an optimiser that makes steps (`Turner.turn_by`)."""
+        assert self.turner is not None
+        self.turner.turn_by(self.step + 1, self._moving(optimizer), make)
 
     def resting(self) -> set[nn.Parameter]:
         """The rotations that do not turn in the step under way, where sides take turns.

@@ -4,8 +4,9 @@ Between steps the skew parameters are zeros that take no bytes (`OrthogonalEquiv
 step they are given memory, and the optimiser's update of a zero parameter *is* the step Q: it
 becomes a rotation R, ``W ← R_outᵀ W R_inᵀ`` is written in place (`turn_weights_`), and the
 parameters are at rest again. Any optimiser does so for all layers at once, between the hooks of
-`attach`; `POETXAdamW` and `POETXMuon` do it by batches of layers (`Turner.step`), so that no more
-than a batch of steps is ever alive.
+`attach`. `POETXAdamW` does it by batches of layers (`Turner.step`), so that no more than a batch of
+steps is ever alive; so does `POETXMuon`, whose steps are made as such (`Turner.turn_by`): its
+parameters stay at rest.
 
 A step that is NaN or infinite is written into no weight: a flag on the device says so to
 `turn_weights_`, and to the host before the next step, which has not to wait for it by then.
@@ -15,14 +16,15 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poetx_compile.errors import AdoptionError, DivergedError
 from poetx_compile.layers.integrity import INTERRUPTED
+from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.prepared import Layer, stored_weight
 from poetx_compile.ops.turn_weight import Turn, turn_weights_
 from poetx_compile.optim.blocks import layer_batches
@@ -48,6 +50,12 @@ log = logging.getLogger("poetx_compile")
 Update = Callable[[set[Tensor]], None]
 """Lets an optimiser update the parameters of a set, and no others."""
 
+Steps = Sequence[tuple[Tensor, int, Sequence[Tensor]]]
+"""Packed steps [blocks, b(b−1)/2], b, and the rotations whose they are, one after another."""
+
+Make = Callable[[Sequence[nn.Parameter]], Steps]
+"""Makes the steps of rotations from zero; of those that stay it makes none."""
+
 
 class Turner:
     """Turns the weights of some layers, for one optimiser.
@@ -63,6 +71,7 @@ class Turner:
     def __init__(self, layers: Sequence[Layer]):
         self._numbers = {e: number for number, (_, e) in enumerate(layers)}
         self._layers = list(layers)
+        self._skews = {e: e.skews for _, e in layers}  # the same as long as there is this object
         self._batches = list(layer_batches(layers))
         self._open: list[Layer] = []
         self._finite: dict[torch.device, Tensor] = {}
@@ -73,9 +82,7 @@ class Turner:
 
     # --- what an optimiser of this package does ---------------------------------------------------
 
-    def step(
-        self, number: int, moving: set[Tensor], update: Update, resting: Collection[Tensor] = ()
-    ) -> None:
+    def step(self, number: int, moving: set[Tensor], update: Update) -> None:
         """Update and turn by batches.
 
         Args:
@@ -83,17 +90,30 @@ class Turner:
             moving: parameters whose rate is not zero; the others are updated as well, for the
                 sake of the optimiser's state.
             update: called once for each batch.
-            resting: what `update` will not write: it stays at rest.
         """
         for batch in self._batches:
-            self.open(_with_gradients(batch), resting)
+            self.open(self._with_gradients(batch))
             if not self._open:
                 continue
             try:
                 update({skew for _, e in self._open for skew in e.skews})
-                self._turn(number, moving, resting)
+                self._turn_open(number, moving)
             finally:
                 self.close()
+        self._finish()
+
+    def turn_by(self, number: int, moving: set[Tensor], make: Make) -> None:
+        """Turn by batches of layers; no parameter is given memory.
+
+        Args:
+            number, moving: as for `step`.
+            make: called once for each batch, for its rotations: those of the inputs first.
+        """
+        for batch in self._batches:
+            layers = self._with_gradients(batch)
+            if layers:
+                of_sides = zip(*(self._skews[e] for _, e in layers), strict=True)
+                self._turn(layers, number, moving, make([s for side in of_sides for s in side]))
         self._finish()
 
     # --- what is done around the step of any other ------------------------------------------------
@@ -107,7 +127,7 @@ class Turner:
         _, *given = args
         closure = given[0] if given else kwargs.get("closure")
         if closure is None:
-            self.open(_with_gradients(self._layers))
+            self.open(self._with_gradients(self._layers))
             return None
         ran = False
 
@@ -116,7 +136,7 @@ class Turner:
             if ran:
                 raise AdoptionError(_ONE_CLOSURE)
             loss, ran = closure(), True
-            self.open(_with_gradients(self._layers))
+            self.open(self._with_gradients(self._layers))
             return loss
 
         return (args[0], then_open), {k: v for k, v in kwargs.items() if k != "closure"}
@@ -124,16 +144,22 @@ class Turner:
     def after_step(self, number: int, moving: set[Tensor]) -> None:
         """Turn the weights by what the parameters hold now; arguments as for `step`."""
         try:
-            self._turn(number, moving)
+            self._turn_open(number, moving)
         finally:
             self.close()
         self._finish()
 
-    def open(self, layers: Sequence[Layer], resting: Collection[Tensor] = ()) -> None:
-        """Give the skew parameters of `layers` memory of their own, zeros, but those `resting`."""
+    def _with_gradients(self, layers: Sequence[Layer]) -> list[Layer]:
+        def has(e: OrthogonalEquivalence) -> bool:
+            return any(skew.grad is not None for skew in self._skews[e])
+
+        return [(m, e) for m, e in layers if has(e)]
+
+    def open(self, layers: Sequence[Layer]) -> None:
+        """Give the skew parameters of `layers` memory of their own, zeros."""
         self.close()
         self._open = list(layers)
-        skews: list[Tensor] = [s for _, e in layers for s in e.skews if s not in resting]
+        skews: list[Tensor] = [s for _, e in layers for s in e.skews]
         with torch.no_grad():
             for skew in skews:
                 skew.data = torch.empty_like(skew)
@@ -148,23 +174,34 @@ class Turner:
 
     # --- the weights ------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _turn(self, number: int, moving: set[Tensor], resting: Collection[Tensor] = ()) -> None:
-        """Turn the open layers that move: what has a rate of zero keeps its bits.
+    def _turn_open(self, number: int, moving: set[Tensor]) -> None:
+        sides = [side for _, e in self._open for side in e.sides if side.blocks]
+        steps = [(side.skew.detach(), side.block, [side.skew]) for side in sides]
+        self._turn(self._open, number, moving, steps)
 
-        They are marked as interrupted until `_finish`. A side at rest is none of a turn.
+    @torch.no_grad()
+    def _turn(
+        self, layers: Sequence[Layer], number: int, moving: set[Tensor], steps: Steps
+    ) -> None:
+        """Turn the layers that move: what has a rate of zero keeps its bits.
+
+        They are marked as interrupted until `_finish`. A side without a step is none of a turn.
         """
-        layers = [(m, e, skews) for m, e in self._open if not moving.isdisjoint(skews := e.skews)]
-        self._look_at([s for *_, skews in layers for s in skews if s not in resting and s.numel()])
+        steps = [step for step in steps if not moving.isdisjoint(step[-1])]
+        self._look_at([made for made, *_ in steps])
         if _measured(number):
-            sides = [side for _, e, _ in layers for side in e.sides if side.blocks]
-            turned = [(s.skew, s.block) for s in sides if s.skew not in resting]
-            self._angles += largest_norms(turned)
+            self._angles += largest_norms([(made, b) for made, b, _ in steps])
+        of_skew: dict[Tensor, Tensor] = {}
+        for made, _, skews in steps:
+            of_skew.update(zip(skews, made.split([len(skew) for skew in skews]), strict=True))
         turns: dict[torch.device, list[Turn]] = defaultdict(list)
-        for module, e, skews in layers:
+        for module, e in layers:
+            skews = self._skews[e]
+            if moving.isdisjoint(skews):
+                continue
             weight = stored_weight(module)
             e.note_norm(weight)
-            step_in, step_out = (skew[:0] if skew in resting else skew for skew in skews)
+            step_in, step_out = (of_skew[s] if s in of_skew else s[:0] for s in skews)
             of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
             turn = Turn(weight, step_in, step_out, *of_sides, e.order, self._numbers[e])
             turns[weight.device].append(turn)
@@ -172,7 +209,7 @@ class Turner:
         try:
             for device, several in turns.items():
                 seed = layers[0][1].config.seed
-                turn_weights_(several, seed, number, self._finite[device])
+                turn_weights_(several, seed, number, self._finite.get(device))
         except BaseException as error:
             error.add_note(f"poetx: {INTERRUPTED}")
             raise
@@ -231,10 +268,6 @@ class Turner:
     def forget(self) -> None:
         """Another state has been loaded: what was told of steps before it says nothing."""
         self._told = []
-
-
-def _with_gradients(layers: Sequence[Layer]) -> list[Layer]:
-    return [(m, e) for m, e in layers if any(skew.grad is not None for skew in e.skews)]
 
 
 def _measured(number: int) -> bool:

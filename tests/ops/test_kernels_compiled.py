@@ -170,22 +170,21 @@ def test_a_weight_is_turned_in_two_launches(dtype, n, m, b, chunk, compiled_laun
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.int8])
-def test_a_step_of_momenta_is_a_launch_for_eight_rotations(dtype, compiled_launches, tmp_path):
-    from poetx_compile.ops.kernels.muon import muon_step
+def test_a_step_of_momenta_is_one_launch(dtype, compiled_launches, tmp_path):
+    from poetx_compile.ops.kernels.muon import muon_steps
     from poetx_compile.ops.muon_step import Part
 
     b, blocks, parts = 256, 16, 9
     one = meta(blocks, b * (b - 1) // 2)
     scale = meta(blocks, 128) if dtype == torch.int8 else None
-    some = [Part(one, one, one.to(dtype), scale)] * parts
-    muon_step(some, b, 0.95, 0.02, 1.0, 2**63 - 1, 7, True)
+    some = [Part(one, one.to(dtype), scale)] * parts
+    muon_steps(some, parts - 1, b, 0.95, 0.02, 2**63 - 1, 7)
     names = [kernel.metadata.name for kernel in compiled_launches]
-    between = ["unpack_kernel", "tiles_kernel"]
-    assert names == ["momentum_kernel"] * 2 + between + ["turn_kernel"] * 2
-    for kernel in compiled_launches[:2]:
-        assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
-        assert re.search(r"ld\.global\S*\.v4", kernel.asm["ptx"])
-    assert stack_bytes(compiled_launches[-1].asm["cubin"], tmp_path) == 0
+    assert names == ["momentum_kernel", "unpack_kernel", "tiles_kernel", "pack_kernel"]
+    momentum, *_, pack = compiled_launches
+    assert stack_bytes(momentum.asm["cubin"], tmp_path) == 0
+    assert re.search(r"ld\.global\S*\.v4", momentum.asm["ptx"])
+    assert stack_bytes(pack.asm["cubin"], tmp_path) == 0
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])

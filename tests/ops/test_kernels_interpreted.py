@@ -280,80 +280,90 @@ for b, given in ((2, {}), (5, {}), (33, {}), (70, {}), (20, tiles)):
     actual = orthogonalize_skew(packed, b, operands=torch.float32, **given)
     assert_close(actual, expected, torch.float32, f"b = {b}")
 """,
-    "muon_step": """
-from poetx_compile.ops.kernels.muon import muon_step
+    "muon_steps": """
+from poetx_compile.ops.kernels.muon import muon_steps
 from poetx_compile.ops.kernels.orthogonalize import Tiling
 from poetx_compile.ops.muon_step import Part
 from poetx_compile.optim import momentum as stored
 
-# More rotations than a launch takes; groups of 256 with a tail; by tiles and as whole blocks.
+# Some turn, the last one's momentum alone moves; groups of 256 with a tail; by tiles and as whole
+# blocks; tensors that lie apart by multiples of 16 elements, and by others.
 for dtype, b, counts, tiling in (
-    (torch.float32, 8, (2, 1), None),
+    (torch.float32, 8, (2, 1, 3), None),
     (torch.bfloat16, 24, (1, 1), Tiling(16, 16, 1, 1, 2, None)),
-    (torch.int8, 24, (1,) * 9, None),
+    (torch.int8, 24, (1,) * 4, None),
 ):
-    given = [torch.randn(2, n, b * (b - 1) // 2) for n in counts]
-    skews, gradients = [skew(n, b) for n in counts], [g[0].bfloat16() for g in given]
+    packed = b * (b - 1) // 2
+    drawn = [torch.randn(1 + 2 * n * packed)[1:].view(2, n, packed) for n in counts]
+    gradients = [g[0] if dtype == torch.float32 else g[0].bfloat16() for g in drawn]
     batch = [(i, slice(0, n)) for i, n in enumerate(counts)]
     states, expected = [], []
     for both in (states, expected):
-        for one in skews:
+        for gradient in gradients:
             both.append({})
-            stored.create(both[-1], one, dtype)
-        noise = stored.rounding_noise(b * (b - 1) // 2, 1, 2, one.device)
-        stored.store(both, batch, torch.cat([g[1] for g in given]), noise)
+            stored.create(both[-1], gradient.float(), dtype)
+        noise = stored.rounding_noise(packed, 1, 2, gradient.device)
+        stored.store(both, batch, torch.cat([g[1] for g in drawn]), noise)
     keys = stored.BUFFER, stored.SCALE
-    parts = [Part(*both, *map(s.get, keys)) for *both, s in zip(skews, gradients, states)]
-    before = torch.cat(skews)
-    muon_step(parts, b, 0.9, 0.1, 0.5, 5, 2**40, True, tiling=tiling, operands=torch.float32)
+    parts = [Part(g, *map(s.get, keys)) for g, s in zip(gradients, states)]
+    given = b, 0.9, 0.1, 5, 2**40
+    steps = muon_steps(parts, len(counts) - 1, *given, tiling=tiling, operands=torch.float32)
     gradient = torch.cat(gradients).float()
     m = stored.read(expected, batch, torch.float32).lerp_(gradient, 1 - 0.9)
-    stored.store(expected, batch, m, stored.rounding_noise(b * (b - 1) // 2, 5, 2**40, m.device))
+    stored.store(expected, batch, m, stored.rounding_noise(packed, 5, 2**40, m.device))
     for actual, wanted in zip(states, expected):
         for key in wanted:  # of what is rounded the same, but for sums in another order
             assert_close(actual[key].float(), wanted[key].float(), torch.float32, key)
     direction = reference("orthogonalize_skew", "orthogonalize")(gradient.lerp(m, 0.9).double(), b)
-    moved = torch.cat(skews) - 0.5 * before
-    assert_close(moved, -0.1 * direction, torch.bfloat16, str(dtype))  # the steps are steep
-    muon_step(parts, b, 0.9, 0.1, 0.5, 5, 3, False, operands=torch.float32)  # momenta alone
-    assert torch.equal(torch.cat(skews) - 0.5 * before, moved)
+    assert len(steps) == sum(counts[:-1])
+    wanted = -0.1 * direction[: len(steps)]
+    assert_close(steps, wanted, torch.bfloat16, str(dtype))  # the steps are steep
+    before = [s[stored.BUFFER].clone() for s in states]
+    assert not len(muon_steps(parts, 0, b, 0.9, 0.1, 5, 3, operands=torch.float32))
+    assert not torch.equal(states[0][stored.BUFFER], before[0])  # momenta alone
 
-# The optimiser with it, beside the one without.
+# The optimiser with it, beside the one without, in both forms.
 import contextlib
 import poetx_compile as poetx
+from poetx_compile.layers.prepared import prepared_linears, stored_weight
 from poetx_compile.ops import kernels
 from poetx_compile.optim import muon
 from tests.helpers.rotations import skews as rotations_of
 
-def trainer():
+def trainer(interval):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 33), torch.nn.Linear(33, 9))
-    config = poetx.POETXConfig(block_size=8, merge_interval=1000, max_angle=None)
+    config = poetx.POETXConfig(block_size=8, merge_interval=interval, max_angle=None)
     optimizer = poetx.POETXMuon(model, config=config, alternate=True, momentum_dtype="int8")
-    return rotations_of(model), optimizer
+    return model, rotations_of(model), optimizer
 
-def trained(rotations, optimizer):
+def trained(model, rotations, optimizer):
     torch.manual_seed(1)
+    start = [p.detach().clone() for p in model.parameters()]
     for _ in range(2):
         for p in rotations:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    return [(p.detach(), optimizer.state[p]) for p in rotations]
+    moved = [p.detach() - s for p, s in zip(model.parameters(), start)]
+    weights = [stored_weight(m).detach() for _, m, _ in prepared_linears(model)]
+    return moved, weights, [optimizer.state[p] for p in rotations]
 
-expected, (rotations, optimizer) = trained(*trainer()), trainer()
-assert not optimizer.fused_rotations
-optimizer.fused_rotations = True
-calls, host = [], muon.muon_step
-muon.muon_step = lambda *given: calls.append(host(*given))
+expected = [trained(*trainer(interval)) for interval in (1000, 1)]
+trainers = [trainer(interval) for interval in (1000, 1)]
+calls, host = [], muon.muon_steps
+muon.muon_steps = lambda *given: calls.append(given) or host(*given)
 kernels._DEVICE_TYPE, kernels._triton_runs_on = "cpu", lambda index: True
 torch.cuda.device, torch.cuda.current_device = contextlib.nullcontext, lambda: 0
-muon_step.__kwdefaults__["operands"] = torch.float32
-actual = trained(rotations, optimizer)
-assert len(calls) == 4  # of those that turn, and of those at rest
-for (a, state), (e, wanted) in zip(actual, expected):
-    assert (a - e).norm() < 0.01 * e.norm()
-    for key in keys:
-        assert_close(state[key].float(), wanted[key].float(), torch.float32, key)
+muon_steps.__kwdefaults__["operands"] = torch.float32
+for one, (moved, weights, states) in zip(trainers, expected):
+    calls.clear()
+    actual = trained(*one)
+    assert len(calls) == 2
+    for a, e in zip(actual[0] + actual[1], moved + weights):
+        assert (a - e).norm() <= 0.01 * e.norm()
+    for state, wanted in zip(actual[2], states):
+        for key in keys:
+            assert_close(state[key].float(), wanted[key].float(), torch.float32, key)
 """,
     "turn_weight": """
 import triton
@@ -396,10 +406,7 @@ def together(n, m, b_out, b_in, chunks, sides):
         before.append((old, rows, columns))
     if sides == "in out":
         turn_layers.turn_panels.fits = lambda *_: True
-        for layer in made:
-            turn_layers._turn_both(layer, 5, 2, None)
-    else:
-        turn_layers._turn_one(made, 5, 2, None)
+    turn_layers._turn_alike(made, 5, 2, None)
     for layer, change, (old, rows, columns) in zip(made, expected, before):
         after = layer.turn.weight.double()[rows][:, columns]
         assert_close(after - old, change, torch.float16, f"{sides}, {n}x{m}")

@@ -1,9 +1,10 @@
-"""Several weights in one launch: where each one is, in a table that the kernels read."""
+"""Several tensors in one launch: where each one is, in a table that the kernels read."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,16 +17,19 @@ ALIGNED = 16
 
 @triton.jit
 def layer_of(table, layers, index, weight, row_pair, column_pair):
-    """(weight, row pair, column pair, number, first block of its deltas) of a layer.
-
-    Pointers, and its counter of rounding.
-    """
+    """(weight, row pair, column pair, number) of a layer: pointers, and its counter of rounding."""
     entry = table + index
     weight += tl.load(entry) * 16
     row_pair += tl.load(entry + layers)
     column_pair += tl.load(entry + 2 * layers)
     number = tl.load(entry + 3 * layers).to(tl.int32)
-    return weight, row_pair, column_pair, number, tl.load(entry + 4 * layers)
+    return weight, row_pair, column_pair, number
+
+
+@triton.jit
+def first_block_of(table, layers, index, OUT: tl.constexpr):
+    """The first of a layer's deltas of its inputs, or of its outputs."""
+    return tl.load(table + index + (4 + OUT) * layers)
 
 
 def together(weight: Tensor, other: Tensor) -> bool:
@@ -38,25 +42,24 @@ def table_of(
     row_pairs: Sequence[Tensor],
     column_pairs: Sequence[Tensor],
     numbers: Sequence[int],
-    first_blocks: Sequence[int],
+    first_in: Sequence[int],
+    first_out: Sequence[int],
 ) -> Tensor:
-    """The table of a launch: int64 [5, layers], of addresses relative to the first layer's."""
-
-    def apart(tensors: Sequence[Tensor], unit: int) -> list[int]:
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        return [(address - addresses[0]) // unit for address in addresses]
-
-    columns = (
-        apart(weights, ALIGNED * weights[0].element_size()),
-        apart(row_pairs, 8),
-        apart(column_pairs, 8),
-        numbers,
-        first_blocks,
-    )
-    return _on_device(tuple(tuple(column) for column in columns), weights[0].device)
+    """The table of a launch: int64 [6 · layers], of places behind the first layer's."""
+    places = tuple(place // ALIGNED for place in apart(weights))
+    pairs = apart(row_pairs) + apart(column_pairs)
+    return on_device((*places, *pairs, *numbers, *first_in, *first_out), weights[0].device)
 
 
-@functools.lru_cache(maxsize=256)
-def _on_device(values: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """A copy that waits for the device, of tables that are the same step by step."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+def apart(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """How many elements lie between the begin of the first tensor and those of all."""
+    first, size = tensors[0].data_ptr(), tensors[0].element_size()
+    return tuple((tensor.data_ptr() - first) // size for tensor in tensors)
+
+
+@functools.lru_cache(maxsize=1024)
+def on_device(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 on the device; of what is the same step by step, the same tensor. Nobody waits."""
+    pinned: dict[str, Any] = {"pin_memory": True} if device.type == "cuda" else {}
+    host = torch.tensor(values, dtype=torch.int64, **pinned)
+    return host.to(device, non_blocking=True)

@@ -68,6 +68,7 @@ def whole_blocks_kernel(
     packed,  # [blocks, B(B-1)/2]
     norm,  # f32[blocks]: of the packed entries
     out,  # f32[blocks, B(B-1)/2]
+    factor,
     B: tl.constexpr,
     N: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
@@ -76,7 +77,7 @@ def whole_blocks_kernel(
     OPERANDS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = msign(Q), a block a program."""
+    """out = factor msign(Q), a block a program."""
     block = tl.program_id(0).to(tl.int64)
     first = block * (B * (B - 1) // 2)
     rows = tl.arange(0, N)
@@ -104,18 +105,19 @@ def whole_blocks_kernel(
     # Not the addresses of the load: kept over all products they would fill the registers.
     rows += (inverse < 0).to(tl.int32)
     stored = above_diagonal(rows, rows, B)
-    tl.store(out + first + packed_index(rows, rows, B), total, mask=stored)
+    tl.store(out + first + packed_index(rows, rows, B), total * factor, mask=stored)
 
 
 @triton.jit
 def pack_kernel(
     matrix,  # [blocks, N, N]
     out,  # f32[blocks, B(B-1)/2]
+    factor,
     B: tl.constexpr,
     N: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """out = what is above the diagonal."""
+    """out = factor times what is above the diagonal."""
     block, row_tile, column_tile = position(N, TILE)
     if row_tile > column_tile:
         return
@@ -124,10 +126,10 @@ def pack_kernel(
     value = tile_of(matrix + block * (N * N), rows, columns, N).to(tl.float32)
     out += block * (B * (B - 1) // 2)
     stored = above_diagonal(rows, columns, B)
-    tl.store(out + packed_index(rows, columns, B), value, mask=stored)
+    tl.store(out + packed_index(rows, columns, B), value * factor, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def tiles_kernel(
     matrices,  # [3, blocks, N, N]: X; the others are scratch
     norm,  # f32[blocks]: of the packed entries
@@ -278,13 +280,7 @@ def orthogonalize_skew(
     norm = torch.linalg.vector_norm(skew, dim=1)
     if tiling is None and block_size <= WHOLE:
         return whole_blocks(skew, norm, block_size, operands, coefficients)
-    tiling = tiling or tiling_of(block_size)
-    out = torch.empty_like(skew)
-    matrices = unpacked(skew, block_size, tiling, operands)
-    result = by_tiles(matrices, norm, tiling, coefficients)
-    moved = constants_of_tiles(matrices, block_size)
-    launch(pack_kernel, _programs(result, moved["TILE"]), result, out, **moved)
-    return out
+    return by_tiles(skew, norm, block_size, operands, coefficients, tiling=tiling)
 
 
 def whole_blocks(
@@ -293,13 +289,15 @@ def whole_blocks(
     block_size: int,
     operands: torch.dtype = torch.bfloat16,
     coefficients: Coefficients = COEFFICIENTS,
+    *,
+    factor: float = 1.0,
 ) -> Tensor:
-    """msign of packed blocks of any dtype, by their norms: fp32 [blocks, b(b−1)/2]."""
+    """`factor` msign of packed blocks of any dtype, by their norms: fp32 [blocks, b(b−1)/2]."""
     out = torch.empty_like(skew, dtype=torch.float32)
     side = power_of_two(block_size, 16, 128)
     launch(
         whole_blocks_kernel,
-        *(skew.shape[0], skew, norm, out),
+        *(skew.shape[0], skew, norm, out, float(factor)),
         B=block_size,
         N=side,
         OPERANDS=getattr(tl, str(operands).removeprefix("torch.")),
@@ -310,23 +308,40 @@ def whole_blocks(
     return out
 
 
-def unpacked(skew: Tensor, block_size: int, tiling: Tiling, dtype: torch.dtype) -> Tensor:
+def by_tiles(
+    skew: Tensor,
+    norm: Tensor,
+    block_size: int,
+    operands: torch.dtype = torch.bfloat16,
+    coefficients: Coefficients = COEFFICIENTS,
+    *,
+    factor: float = 1.0,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """`whole_blocks` of larger blocks, whose products many programs share."""
+    tiling = tiling or tiling_of(block_size)
+    out = torch.empty_like(skew, dtype=torch.float32)
+    result = _products(_unpacked(skew, block_size, tiling, operands), norm, tiling, coefficients)
+    moved = _constants_of_tiles(result, block_size)
+    launch(pack_kernel, _programs(result, moved["TILE"]), result, out, float(factor), **moved)
+    return out
+
+
+def _unpacked(skew: Tensor, block_size: int, tiling: Tiling, dtype: torch.dtype) -> Tensor:
     """[3, blocks, N, N] with N a multiple of the tile: the first are the matrices, padded."""
     padded = -(-block_size // tiling.tile) * tiling.tile
     matrices = skew.new_empty(3, skew.shape[0], padded, padded, dtype=dtype)
-    moved = constants_of_tiles(matrices, block_size)
+    moved = _constants_of_tiles(matrices, block_size)
     given = skew, matrices, matrices, skew.shape[0]
     launch(unpack_kernel, _programs(matrices[0], moved["TILE"]), *given, HAS_REST=False, **moved)
     return matrices
 
 
-def by_tiles(
-    matrices: Tensor, norm: Tensor, tiling: Tiling, coefficients: Coefficients = COEFFICIENTS
-) -> Tensor:
+def _products(matrices: Tensor, norm: Tensor, tiling: Tiling, coefficients: Coefficients) -> Tensor:
     """The steps of `tiles_kernel`.
 
     Args:
-        matrices: as `unpacked` makes them; overwritten.
+        matrices: as `_unpacked` makes them; overwritten.
         norm: fp32 [blocks]: of the packed entries.
         coefficients: of the steps.
 
@@ -362,7 +377,7 @@ def _constants(coefficients: Coefficients) -> dict[str, Any]:
     }
 
 
-def constants_of_tiles(matrices: Tensor, block_size: int) -> dict[str, int]:
+def _constants_of_tiles(matrices: Tensor, block_size: int) -> dict[str, int]:
     """Constants of a launch that reads or writes all tiles of the matrices."""
     padded = matrices.shape[-1]
     tile = math.gcd(padded, 64)

@@ -1,8 +1,8 @@
 """`turn_weights_` by Triton kernels: the weights of several layers in few launches.
 
 The packed steps of one block size become ``R_in − I`` and ``R_outᵀ − I`` in the same launches. Then
-weights of one shape that turn from one side are turned together, by `turn_side`. From both sides
-each weight takes a launch up to b = 256, by `turn_panels`, and two beyond, by `turn_weight`.
+weights of one shape are turned together: from one side by `turn_side`, from both by `turn_panels`,
+up to b = 256. Beyond, each weight takes two launches of `turn_weight`.
 """
 
 from __future__ import annotations
@@ -94,9 +94,6 @@ def turn_layers(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | Non
     """`turn_weights_` of bf16 and fp32 weights, order 3, contiguous."""
     groups: dict[Any, list[list[Layer]]] = defaultdict(list)
     for layer in with_deltas(turns):
-        if layer.side_in.blocks and layer.side_out.blocks:
-            _turn_both(layer, seed, step, apply)
-            continue
         alike = groups[_kind(layer)]
         for group in alike:
             if together(group[0].turn.weight, layer.turn.weight):
@@ -106,7 +103,7 @@ def turn_layers(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | Non
             alike.append([layer])
     for alike in groups.values():
         for group in alike:
-            _turn_one(group, seed, step, apply)
+            _turn_alike(group, seed, step, apply)
 
 
 def with_deltas(turns: Sequence[Turn]) -> list[Layer]:
@@ -119,9 +116,9 @@ def with_deltas(turns: Sequence[Turn]) -> list[Layer]:
     made, counts = {}, {}
     for (b, dtype), (plain, transposed) in stacks.items():
         several = [*plain, *transposed]
-        packed = several[0] if len(several) == 1 else torch.cat(several)
+        packed = _joined(several)
         last = sum(len(skew) for skew in transposed)
-        made[b, dtype] = delta(packed.contiguous(), b, dtype, last)
+        made[b, dtype] = delta(packed, b, dtype, last)
         counts[b, dtype] = [0, len(packed) - last]
     layers = []
     for turn in turns:
@@ -137,6 +134,18 @@ def with_deltas(turns: Sequence[Turn]) -> list[Layer]:
     return layers
 
 
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after another along the first dimension: the same memory where they lie in it so."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != end or not tensor.is_contiguous():
+            return torch.cat(list(tensors))
+        end += tensor.nbytes
+    if end > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
+        return torch.cat(list(tensors))  # neighbours by chance
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+
+
 def _kind(layer: Layer) -> tuple[Any, ...]:
     """What layers must share to be turned in one launch."""
     turn, *sides = layer
@@ -150,20 +159,20 @@ def _kind(layer: Layer) -> tuple[Any, ...]:
     )
 
 
-def _turn_both(layer: Layer, seed: int, step: int, apply: Tensor | None) -> None:
-    """Turn a weight from both sides."""
-    turn, delta_in, delta_out = layer.turn, layer.side_in.deltas, layer.side_out.deltas
-    given = delta_in, delta_out, turn.perm_in, turn.perm_out, seed, step, turn.layer, apply
-    if turn_panels.fits(turn.weight, delta_in, delta_out, turn.perm_in):
-        turn_panels.turn_panels(turn.weight, *given)
-    else:
-        turn_weight.turn_by_deltas(turn.weight, *given)
-
-
-def _turn_one(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
-    """Turn weights of one kind from the side that has blocks."""
+def _turn_alike(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
+    """Turn weights of one kind from the sides that have blocks."""
     turn, side_in, side_out = group[0]
-    if side_out.blocks:
+    if side_in.blocks and side_out.blocks:
+        stacks = side_in.stack, side_out.stack
+        if turn_panels.fits(turn.weight, *stacks, turn.perm_in):
+            of_kind = turn.weight, *stacks, turn.perm_in, turn.perm_out
+            blocks = side_in.blocks, side_out.blocks
+            turn_panels.turn_panels(*of_kind, _table(group), blocks, seed, step, apply)
+            return
+        for turn, *sides in group:
+            by_deltas = sides[0].deltas, sides[1].deltas, turn.perm_in, turn.perm_out
+            turn_weight.turn_by_deltas(turn.weight, *by_deltas, seed, step, turn.layer, apply)
+    elif side_out.blocks:
         _turn_side(group, seed, step, apply, columns=False)
     elif side_in.blocks:
         b, width = side_in.stack.shape[1], turn.weight.shape[1]
@@ -184,7 +193,7 @@ def _turn_side(
     """Turn weights from one side in one launch: their columns, or their rows."""
     turn, side_in, side_out = group[0]
     weight, side = turn.weight, side_in if columns else side_out
-    table = _table(group, columns)
+    table = _table(group)
     (rows, width), b = weight.shape, side.stack.shape[1]
     length = rows if columns else width
     narrow = weight.element_size() == 2
@@ -247,12 +256,13 @@ def _resident(b: int, width: int) -> bool:
     return 64 < b <= 256 and aligned and resident_bytes(b) <= shared_memory()
 
 
-def _table(group: Sequence[Layer], columns: bool) -> Tensor:
+def _table(group: Sequence[Layer]) -> Tensor:
     turns, sides_in, sides_out = zip(*group, strict=True)
     return table_of(
         [turn.weight for turn in turns],
         [turn.perm_out for turn in turns],
         [turn.perm_in for turn in turns],
         [turn.layer for turn in turns],
-        [side.first for side in (sides_in if columns else sides_out)],
+        [side.first for side in sides_in],
+        [side.first for side in sides_out],
     )

@@ -1,4 +1,4 @@
-"""Triton kernel of `turn_weight_` that turns both sides in one launch, in place.
+"""Triton kernel of `turn_weight_` that turns both sides of several weights in one launch, in place.
 
 A program takes whole blocks, which nobody else reads or writes, one block of the permuted weight at
 a time, and goes through it by panels of rows, as wide as the block::
@@ -27,8 +27,9 @@ from poetx_compile.ops.kernels.common import (
     run_length,
     shared_memory,
 )
+from poetx_compile.ops.kernels.layers import first_block_of, layer_of
 from poetx_compile.ops.kernels.permute import chunk_columns
-from poetx_compile.ops.kernels.rounding import matrix_bits, signed, stochastic_bf16
+from poetx_compile.ops.kernels.rounding import COUNTERS, matrix_bits, signed, stochastic_bf16
 
 
 @triton.jit
@@ -38,27 +39,28 @@ def natural_rows(index, rows, inside, CHUNK: tl.constexpr):
     return chunk * CHUNK + rows % CHUNK
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "step", "layer"])
+@triton.jit(do_not_specialize=["layers", *COUNTERS])
 def turn_panels_kernel(
-    out,  # [rows, width], 2-byte elements: the weight, read and written
-    left_delta,  # [blocks_left, B_LEFT, B_LEFT], like the weight
-    right_delta,  # [blocks_right, B_RIGHT, B_RIGHT]
-    row_index,  # int64 [rows / ROW_CHUNK]
-    gather,  # int64 [width / CHUNK]; CHUNK = 0: not read
+    weight,  # [rows, width], 2-byte elements, read and written; of the first layer
+    left_deltas,  # [all blocks, B_LEFT, B_LEFT], like the weight
+    right_deltas,  # [all blocks, B_RIGHT, B_RIGHT]
+    row_pair,  # int64 [2, rows / ROW_CHUNK]; of the first layer
+    column_pair,  # int64 [2, width / CHUNK]; of the first layer
+    table,  # int64 [6, layers]: `layers.table_of`
     apply,  # int32: nothing is written where it is zero; HAS_APPLY = False: not read
     operand_out,  # [programs, PANEL, PADDED], like the weight: scratch
     saved_out,  # [programs, PANELS, PANEL, PADDED], like the weight: scratch
     rows,
     width,
-    blocks_left,
+    blocks_left,  # of a layer
     blocks_right,
     column_blocks,  # with those behind the last one that is rotated
-    items,  # column_blocks times the blocks of rows, the same way
+    items,  # of a layer: column_blocks times the blocks of rows, the same way
+    layers,
     programs,
     seed_low,  # all of these are 32 bits
     seed_high,
     step,
-    layer,
     B_LEFT: tl.constexpr,
     B_RIGHT: tl.constexpr,
     ROW_CHUNK: tl.constexpr,
@@ -81,15 +83,19 @@ def turn_panels_kernel(
     operand_out += program * (PANEL * PADDED)
     saved_out += program.to(tl.int64) * (PANELS * PANEL * PADDED)
     in_panel = local[:, None] * PADDED + ns[None, :]
-    for item in range(program, items, programs):
+    for place in range(program, layers * items, programs):
+        index, item = place // items, place % items
+        out, row_index, gather, number = layer_of(
+            table, layers, index, weight, row_pair, column_pair
+        )
+        left_delta = left_deltas + first_block_of(table, layers, index, 1) * (B_LEFT * B_LEFT)
+        right_delta = right_deltas + first_block_of(table, layers, index, 0) * (B_RIGHT * B_RIGHT)
         # Neighbouring programs share rows: what they read of a row is one piece of memory.
         block, row_block = item % column_blocks, item // column_blocks
         columns = block * B_RIGHT + ns
         there = (ns < B_RIGHT) & (columns < width)
-        source = columns
-        if CHUNK > 0:
-            chunk = tl.load(gather + columns // CHUNK, mask=there, other=0)
-            source = chunk_columns(chunk, columns, CHUNK, RUN)
+        chunk = tl.load(gather + columns // CHUNK, mask=there, other=0)
+        source = chunk_columns(chunk, columns, CHUNK, RUN)
         left_block = left_delta + row_block.to(tl.int64) * (B_LEFT * B_LEFT)
         right_block = right_delta + block.to(tl.int64) * (B_RIGHT * B_RIGHT)
         for panel in range(PANELS):
@@ -110,7 +116,7 @@ def turn_panels_kernel(
                 stream = out + (stream * width)[:, None] + source[None, :]
                 total = tl.dot(left, tl.load(stream, mask=read, other=0.0), total)
             tl.debug_barrier()  # the panel before has been read
-            tl.store(operand_out + in_panel, total.to(out.dtype.element_ty))
+            tl.store(operand_out + in_panel, total.to(weight.dtype.element_ty))
             tl.debug_barrier()
             for start in range(0, tl.where(block < blocks_right, B_RIGHT, 0), TILE_K):
                 ks = start + tl.arange(0, TILE_K)
@@ -120,10 +126,12 @@ def turn_panels_kernel(
                 right = tl.load(right, mask=turned, other=0.0)
                 total = tl.dot(left, tl.trans(right), total)
             if STOCHASTIC:
-                bits = matrix_bits(row, columns, seed_low, seed_high, step, layer, B_RIGHT % 8 == 0)
+                bits = matrix_bits(
+                    row, columns, seed_low, seed_high, step, number, B_RIGHT % 8 == 0
+                )
                 result = stochastic_bf16(total, bits)
             else:
-                result = total.to(out.dtype.element_ty)
+                result = total.to(weight.dtype.element_ty)
             tl.store(saved_out + panel * (PANEL * PADDED) + in_panel, result)
         tl.debug_barrier()  # what other threads have saved; and all have read the block by now
         for panel in range(PANELS):
@@ -161,43 +169,37 @@ def turn_panels(
     delta_out: Tensor,
     perm_in: Tensor,
     perm_out: Tensor,
+    table: Tensor,
+    blocks: tuple[int, int],
     seed: int,
     step: int,
-    layer: int,
     apply: Tensor | None,
 ) -> None:
-    """`turn_weight.turn_by_deltas` where it `fits`."""
+    """`turn_weight.turn_by_deltas` of several weights of one kind, where it `fits`.
+
+    Args:
+        weight, perm_in, perm_out: of the first layer.
+        delta_in, delta_out: of all layers.
+        table: of `layers.table_of`.
+        blocks: of the inputs and of the outputs of a layer.
+        seed, step, apply: those of the op.
+    """
     rows, width = weight.shape
-    blocks_left, b_left, _ = delta_out.shape
-    blocks_right, b_right, _ = delta_in.shape
+    b_right, b_left = delta_in.shape[1], delta_out.shape[1]
     padded = power_of_two(b_right, 128, 256)
     column_blocks, row_blocks = -(-width // b_right), -(-rows // b_left)
-    items = column_blocks * row_blocks
-    programs = min(items, MULTIPROCESSORS)
+    items, layers = column_blocks * row_blocks, len(table) // 6
+    programs = min(layers * items, MULTIPROCESSORS)
     panels = -(-b_left // PANEL)
-    index = perm_out.select(0, 0)
     launch(
         turn_panels_kernel,
         programs,
-        weight,
-        delta_out,
-        delta_in,
-        index,
-        perm_in.select(0, 0),
-        index if apply is None else apply.to(torch.int32),
+        *(weight, delta_out, delta_in, perm_out, perm_in, table),
+        table if apply is None else apply.to(torch.int32),
         weight.new_empty(programs, PANEL, padded),
         weight.new_empty(programs, panels, PANEL, padded),
-        rows,
-        width,
-        blocks_left,
-        blocks_right,
-        column_blocks,
-        items,
-        programs,
-        signed(seed),
-        signed(seed >> 32),
-        signed(step),
-        signed(layer),
+        *(rows, width, blocks[1], blocks[0], column_blocks, items, layers, programs),
+        *(signed(seed), signed(seed >> 32), signed(step)),
         B_LEFT=b_left,
         B_RIGHT=b_right,
         ROW_CHUNK=chunk_length(perm_out, rows),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from poetx_compile.ops.kernels.layers import layer_of
+from poetx_compile.ops.kernels.layers import first_block_of, layer_of
 from poetx_compile.ops.kernels.permute import source_columns
 from poetx_compile.ops.kernels.rounding import COUNTERS, group_bits, matrix_bits, stochastic_bf16
 from poetx_compile.ops.kernels.turn_panels import natural_rows
@@ -46,7 +46,7 @@ def turn_columns_resident_kernel(
     delta,  # [all blocks, B, B], like weight
     row_pair,  # int64 [2, rows / ROW_CHUNK]
     column_pair,  # int64 [2, width / CHUNK]
-    table,  # int64 [5, layers]
+    table,  # int64 [6, layers]: `layers.table_of`
     apply,  # int32: nothing is written where it is zero; HAS_APPLY = False: not read
     rows,
     width,
@@ -73,9 +73,10 @@ def turn_columns_resident_kernel(
     block = program % blocks
     split = program // blocks % splits
     index = program // (blocks * splits)
-    weight, row_pair, column_pair, number, first_block = layer_of(
+    weight, row_pair, column_pair, number = layer_of(
         table, layers, index, weight, row_pair, column_pair
     )
+    first_block = first_block_of(table, layers, index, 0)
     ns = tl.arange(0, PADDED)
     there = ns < B
     columns = block * B + ns
@@ -133,9 +134,10 @@ def turn_rows_resident_kernel(
     block = program % blocks
     split = program // blocks % splits
     index = program // (blocks * splits)
-    weight, row_pair, column_pair, number, first_block = layer_of(
+    weight, row_pair, column_pair, number = layer_of(
         table, layers, index, weight, row_pair, column_pair
     )
+    first_block = first_block_of(table, layers, index, 1)
     ks = tl.arange(0, PADDED)
     there = ks < B
     row = block * B + ks
@@ -203,9 +205,10 @@ def turn_columns_tiled_kernel(
     for item in range(program, layers * panels * blocks, programs):
         block = item % blocks
         index = item // (blocks * panels)
-        out, own_rows, own_columns, number, first_block = layer_of(
+        out, own_rows, own_columns, number = layer_of(
             table, layers, index, weight, row_pair, column_pair
         )
+        first_block = first_block_of(table, layers, index, 0)
         matrix = delta + (first_block + block) * (B * B)
         row = item // blocks % panels * TILE_M + local
         row_there = row < rows
@@ -293,9 +296,10 @@ def turn_rows_tiled_kernel(
         first_column = item % panels * TILE_N
         block = item // panels % blocks
         index = item // (blocks * panels)
-        out, own_rows, own_columns, number, first_block = layer_of(
+        out, own_rows, own_columns, number = layer_of(
             table, layers, index, weight, row_pair, column_pair
         )
+        first_block = first_block_of(table, layers, index, 1)
         matrix = delta + (first_block + block) * (B * B)
         columns = first_column + within
         column_there = columns < width
