@@ -127,7 +127,7 @@ def pack_kernel(
     tl.store(out + packed_index(rows, columns, B), value, mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def tiles_kernel(
     matrices,  # [3, blocks, N, N]: X; the others are scratch
     norm,  # f32[blocks]: of the packed entries
