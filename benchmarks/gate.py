@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.tolerances import relative_error, tolerance
+from poetx_compile.layers.prepared import prepared_linears
 
 ANGLE = 0.18
 """About the largest angle of the rotations that are checked and timed, below the guard's 0.25."""
@@ -34,6 +36,32 @@ def random_skew_(skew: Tensor, block_size: int, generator: torch.Generator) -> N
     """Fill packed skew blocks with normal entries whose spectral norm is about `ANGLE`."""
     values = torch.randn(skew.shape, generator=generator, device=skew.device)
     skew.copy_(ANGLE / (2 * block_size**0.5) * values)
+
+
+@contextlib.contextmanager
+def turned(model: nn.Module) -> Iterator[None]:
+    """Fill the rotations that `model` stores with `random_skew_`; at the end they are identities.
+
+    After a few steps at a small rate their entries are below half a unit in the last place of
+    bf16: what a formulation shows of them depends on where it rounds, and says nothing about it.
+    Their values are given up, as a copy would be in the peak. A merged form stores none: its
+    weights have turned.
+    """
+    stored = [
+        side
+        for _, _, equivalence in prepared_linears(model)
+        if not equivalence.merged
+        for side in equivalence.sides
+    ]
+    for number, side in enumerate(stored):
+        generator = torch.Generator(side.skew.device).manual_seed(number)
+        random_skew_(side.skew, side.block, generator)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for side in stored:
+                side.skew.zero_()
 
 
 def check_layer(

@@ -171,10 +171,11 @@ class _Run:
             self._checkpoint(trained)
 
     def _checked(self, trained: Trained, batch: tuple[Tensor, Tensor]) -> float:
-        """The gate: after a step the compiled loss is eager's."""
-        compiled = trained.forward(*batch).detach()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            eager = trained.forward(*batch)
+        """The gate: the compiled loss is eager's, after a step, of rotations that bf16 resolves."""
+        with gate.turned(trained.model):
+            compiled = trained.forward(*batch).detach()
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                eager = trained.forward(*batch)
         return gate.check(compiled, eager, torch.bfloat16, "loss of the compiled model")
 
     def _times(self, trained: Trained, seconds: list[float]) -> None:

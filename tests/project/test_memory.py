@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import llama
+from benchmarks.gate import GateError
 from benchmarks.memory import __main__ as command
-from benchmarks.memory import estimates, figures, queue, results, tables, worker
+from benchmarks.memory import estimates, figures, methods, queue, results, tables, worker
 from benchmarks.memory.cases import IN_BACKWARD, Case, of_row
+from benchmarks.memory.methods import Trained
 from benchmarks.memory.plans import ADAMW, LEAN, PLANS, at, merged, stored
 from benchmarks.rows import Row, write
 
@@ -64,6 +67,39 @@ def test_a_step_in_the_backward_leaves_no_gradient() -> None:
     assert (row["gradients_gib"], row["merge_ms"]) == (0, 0)
     assert row["gives_up"] == "accumulation, clipping, DDP"
     assert row["last_loss"] < row["first_loss"]
+
+
+def test_there_is_no_row_where_compiled_code_ignores_rotations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch._dynamo.reset()
+    built: list[Trained] = []
+
+    def build(*arguments: Any) -> Trained:
+        trained = methods.build(*arguments)
+        forward, built[:] = trained.forward, [trained]
+        # Of a width of 32: so that what the layers do shows in the loss, as it does of 4096.
+        trained.model.embed_tokens.weight.data.mul_(0.02)
+        trained.model.lm_head.weight.data.mul_(30)
+
+        def without_rotations(*batch: Tensor) -> Tensor:
+            stored = [p.data for n, p in trained.model.named_parameters() if "skew" in n]
+            shown = [skew.clone() for skew in stored]
+            if max(float(skew.abs().max()) for skew in shown) < 0.02 or not torch.is_grad_enabled():
+                return forward(*batch)
+            torch._foreach_zero_(stored)
+            loss = forward(*batch)
+            torch._foreach_copy_(stored, shown)
+            return loss
+
+        trained.forward = without_rotations
+        return trained
+
+    monkeypatch.setattr(worker, "build", build)
+    with pytest.raises(GateError, match="compiled model"):
+        worker.work(tiny(stored(8)), PLACE)
+    skews = [p for n, p in built[0].model.named_parameters() if "skew" in n]
+    assert not any(skew.any() for skew in skews)
 
 
 @pytest.mark.parametrize(
