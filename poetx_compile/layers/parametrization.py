@@ -163,7 +163,7 @@ class OrthogonalEquivalence(nn.Module):
     @torch.no_grad()
     def note_norm(self, stored: Tensor) -> None:
         """Note the norm of the stored weight where it drifts, unless it is noted already."""
-        if self.drifts and not self._has_norm and readable(stored):
+        if not self._has_norm and self.drifts and readable(stored):
             self.reference_norm.copy_(self.norm(stored))
             self._has_norm = True
 

@@ -16,6 +16,7 @@ from poetx_compile.ops.cayley import rotations
 from poetx_compile.ops.identity_equivalence import check_sides
 from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.kernels.common import permutable
+from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
 from poetx_compile.ops.precision import rotation_dtype, without_autocast
 from poetx_compile.ops.random import matrix_bits, round_stochastically
@@ -144,11 +145,11 @@ turn_weight_ = define_in_place(
 
 
 class Turn(NamedTuple):
-    """Arguments of `turn_weight_` for one of several weights."""
+    """Arguments of `turn_weight_` for one of several weights; without a step a side stays."""
 
     weight: Tensor
-    skew_in: Tensor
-    skew_out: Tensor
+    skew_in: Tensor | None
+    skew_out: Tensor | None
     perm_in: Tensor
     perm_out: Tensor
     block_in: int
@@ -157,9 +158,25 @@ class Turn(NamedTuple):
     layer: int
 
     @property
-    def steps(self) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
-        """(packed step, b) of the input and of the output side; a step of no blocks turns none."""
-        return (self.skew_in, self.block_in), (self.skew_out, self.block_out)
+    def steps(self) -> tuple[tuple[Tensor | None, int], tuple[Tensor | None, int]]:
+        """(packed step, b) of the input and of the output side; ``None`` of no block."""
+        skew_in = self.skew_in if self.skew_in is not None and len(self.skew_in) else None
+        skew_out = self.skew_out if self.skew_out is not None and len(self.skew_out) else None
+        return (skew_in, self.block_in), (skew_out, self.block_out)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What weights must share to be turned by the same launch."""
+        weight = self.weight
+        return (
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            *(
+                (None if step is None else step.shape[0], b, pair.shape[1])
+                for (step, b), pair in zip(self.steps, (self.perm_in, self.perm_out), strict=True)
+            ),
+        )
 
 
 def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | None = None) -> None:
@@ -173,29 +190,33 @@ def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | N
     """
     kernel = OPS["turn_weight_"].kernel
     assert kernel is not None
-    together = []
+    together: list[tuple[Turn, tuple[Any, ...]]] = []
     applies: dict[Any, bool] = {}
     for turn in turns:
-        steps = [skew for skew, _ in turn.steps if skew.numel()]
+        steps = [skew for skew, _ in turn.steps if skew is not None]
         if not steps:
             continue
-        weight = turn.weight
-        of_weight = weight.dtype, weight.shape, weight.stride(), turn.order
-        kind = *of_weight, turn.perm_in.shape, turn.perm_out.shape, steps[0].dtype
-        if kind not in applies:
+        kind = turn.kind
+        asked = *kind, turn.order, steps[0].dtype
+        if asked not in applies:
             # The kernels of layers, unlike the op's, take a side that stays; of a size of one none
             # do.
-            asked = turn._replace(skew_in=steps[0], skew_out=steps[-1])
-            given = *asked[:8], seed, step, turn.layer, apply
-            applies[kind] = min(weight.shape) > 1 and kernel.applies(*given)
-        if applies[kind]:
-            together.append(turn)
+            given = *turn._replace(skew_in=steps[0], skew_out=steps[-1])[:8], seed, step
+            two = min(turn.weight.shape) > 1
+            applies[asked] = two and kernel.applies(*given, turn.layer, apply)
+        if applies[asked]:
+            together.append((turn, kind))
         else:
-            turn_weight_(*turn[:8], seed, step, turn.layer, apply)
+            weight, *_, layer = turn
+            whole = [
+                weight.new_empty(0, packed_size(b), dtype=steps[0].dtype) if skew is None else skew
+                for skew, b in turn.steps
+            ]
+            turn_weight_(weight, *whole, *turn[3:8], seed, step, layer, apply)
     if together:
         from poetx_compile.ops.kernels.turn_layers import turn_layers  # loads Triton
 
-        weights = [turn.weight for turn in together]
+        weights = [turn.weight for turn, _ in together]
         with torch.cuda.device(weights[0].device):
             turn_layers(together, seed, step, apply)
         torch.autograd.graph.increment_version(weights)

@@ -132,7 +132,7 @@ class POETXMuon(torch.optim.Optimizer):
     def _step_merged(self, schedule: MergeSchedule, resting: Collection[nn.Parameter]) -> None:
         """The step of the merged form, which writes no rotation."""
         owners = {p: g for g in self.param_groups if BLOCK in g for p in g["params"]}
-        schedule.turn_by(self, partial(self._steps, owners, resting))
+        schedule.turn_by(self, partial(self._steps, owners, resting), self.alternate)
         self._step_dense()
 
     def _step_dense(self) -> None:

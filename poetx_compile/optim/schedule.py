@@ -332,10 +332,10 @@ class MergeSchedule:
             update()
         self.turner.step(self.step + 1, self._moving(optimizer), update_those)
 
-    def turn_by(self, optimizer: Optimizer, make: Make) -> None:
+    def turn_by(self, optimizer: Optimizer, make: Make, halves: bool) -> None:
         """The same for the rotations alone, by an optimiser that makes steps (`Turner.turn_by`)."""
         assert self.turner is not None
-        self.turner.turn_by(self.step + 1, self._moving(optimizer), make)
+        self.turner.turn_by(self.step + 1, self._moving(optimizer), make, halves)
 
     def resting(self) -> set[nn.Parameter]:
         """The rotations that do not turn in the step under way, where sides take turns.

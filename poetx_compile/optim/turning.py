@@ -26,8 +26,9 @@ from poetx_compile.errors import AdoptionError, DivergedError
 from poetx_compile.layers.integrity import INTERRUPTED
 from poetx_compile.layers.parametrization import OrthogonalEquivalence
 from poetx_compile.layers.prepared import Layer, stored_weight
+from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.turn_weight import Turn, turn_weights_
-from poetx_compile.optim.blocks import layer_batches
+from poetx_compile.optim.blocks import bounded, layer_batches
 from poetx_compile.optim.spectral_norm import largest_norms
 
 DIVERGED = (
@@ -39,6 +40,10 @@ _ONE_CLOSURE = (
     "an optimiser that evaluates its closure more than once in a step cannot train rotations with "
     "merge_interval=1, whose steps start from zero: use a larger merge_interval"
 )
+
+STEPS_BYTES = 256 * 2**20
+"""Bytes of packed steps that are made at once: fewer launches, each of which keeps a GPU busy. What
+they are made from takes four times as much."""
 
 LARGE = 0.1
 """θ of a step that is warned of: with order 3 it shrinks planes by θ⁴, a ten thousandth."""
@@ -73,6 +78,7 @@ class Turner:
         self._layers = list(layers)
         self._skews = {e: e.skews for _, e in layers}  # the same as long as there is this object
         self._batches = list(layer_batches(layers))
+        self._of_steps: dict[bool, list[list[Layer]]] = {}
         self._open: list[Layer] = []
         self._finite: dict[torch.device, Tensor] = {}
         self._angles: list[Tensor] = []
@@ -102,14 +108,18 @@ class Turner:
                 self.close()
         self._finish()
 
-    def turn_by(self, number: int, moving: set[Tensor], make: Make) -> None:
+    def turn_by(self, number: int, moving: set[Tensor], make: Make, halves: bool) -> None:
         """Turn by batches of layers; no parameter is given memory.
 
         Args:
             number, moving: as for `step`.
             make: called once for each batch, for its rotations: those of the inputs first.
+            halves: it makes the steps of about half of them.
         """
-        for batch in self._batches:
+        if halves not in self._of_steps:
+            limit = STEPS_BYTES * (1 + halves)
+            self._of_steps[halves] = list(bounded(self._layers, _bytes_of_steps, limit))
+        for batch in self._of_steps[halves]:
             layers = self._with_gradients(batch)
             if layers:
                 of_sides = zip(*(self._skews[e] for _, e in layers), strict=True)
@@ -192,8 +202,9 @@ class Turner:
         if _measured(number):
             self._angles += largest_norms([(made, b) for made, b, _ in steps])
         of_skew: dict[Tensor, Tensor] = {}
-        for made, _, skews in steps:
-            of_skew.update(zip(skews, made.split([len(skew) for skew in skews]), strict=True))
+        for stack, _, skews in steps:
+            sizes = [skew.shape[0] for skew in skews]
+            of_skew.update(zip(skews, stack.split(sizes), strict=True))
         turns: dict[torch.device, list[Turn]] = defaultdict(list)
         for module, e in layers:
             skews = self._skews[e]
@@ -201,7 +212,7 @@ class Turner:
                 continue
             weight = stored_weight(module)
             e.note_norm(weight)
-            step_in, step_out = (of_skew[s] if s in of_skew else s[:0] for s in skews)
+            step_in, step_out = map(of_skew.get, skews)
             of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
             turn = Turn(weight, step_in, step_out, *of_sides, e.order, self._numbers[e])
             turns[weight.device].append(turn)
@@ -273,6 +284,10 @@ class Turner:
 def _measured(number: int) -> bool:
     """Whether the angle of a step is measured: of the first ones often, later now and then."""
     return number & (number - 1) == 0 or number % MEASURED_EVERY == 0
+
+
+def _bytes_of_steps(layer: Layer) -> int:
+    return sum(4 * side.blocks * packed_size(side.block) for side in layer[1].sides)
 
 
 class _Told:

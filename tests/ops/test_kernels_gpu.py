@@ -531,13 +531,13 @@ def test_products_of_orthogonalisation(b, poisoned):
 
     blocks, coefficients = 9, (1.5, -0.75, 0.5)
     packed = torch.randn(blocks, b * (b - 1) // 2, device=DEVICE)
-    matrices = kernels.unpacked(packed, b, kernels.tiling_of(b), torch.bfloat16)
+    matrices = kernels._unpacked(packed, b, kernels.tiling_of(b), torch.bfloat16)
     x = matrices[0].double()
     assert_close(x[:, :b, :b], unpack(packed.double(), b), torch.bfloat16)
     assert not x[:, b:].any()
     assert not x[:, :, b:].any()
     norm = torch.linalg.vector_norm(packed, dim=1)
-    kernels.by_tiles(matrices, norm, kernels.tiling_of(b), [coefficients])
+    kernels._products(matrices, norm, kernels.tiling_of(b), [coefficients])
     alpha, beta, gamma = coefficients
     x /= (norm.double() * 2**0.5)[:, None, None]
     square = x @ x.mT

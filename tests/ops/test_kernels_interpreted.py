@@ -392,6 +392,7 @@ def together(n, m, b_out, b_in, chunks, sides):
     for size, b, turns in ((m, b_in, "in" in sides), (n, b_out, "out" in sides)):
         blocks = size // b if turns else 0
         stacks.append((0.4 / b**0.5 * torch.randn(1 + 2 * blocks, b, b).half(), blocks))
+    wanted = "in" in sides, "out" in sides
     for layer in range(2):
         weight, perms = torch.randn(n, m).half(), (pair(m // chunks[0]), pair(n // chunks[1]))
         of_sides = [turn_layers.Side(s, 1 + layer * blocks, blocks) for s, blocks in stacks]
@@ -402,7 +403,8 @@ def together(n, m, b_out, b_in, chunks, sides):
         old = weight.double()[rows][:, columns]
         expected.append(rotate_weight(old, delta_in, delta_out.mT) - old)
         turn = Turn(weight, None, None, *perms, b_in, b_out, 3, layer)
-        made.append(turn_layers.Layer(turn, *of_sides))
+        turning = (side if turns else None for side, turns in zip(of_sides, wanted))
+        made.append(turn_layers.Layer(turn, *turning))
         before.append((old, rows, columns))
     if sides == "in out":
         turn_layers.turn_panels.fits = lambda *_: True

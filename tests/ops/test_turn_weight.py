@@ -121,11 +121,13 @@ def test_layers_of_one_shape_share_their_launches(side: str, monkeypatch) -> Non
 
     def layer(number: int) -> Turn:
         turns = side == "both", True
-        steps = [meta(4 * turns[(number + i) % 2], 256 * 255 // 2) for i in range(2)]
+        one = meta(4, 256 * 255 // 2)
+        steps = [one if turns[(number + i) % 2] else None for i in range(2)]
         weight = meta(1024, 1024, dtype=torch.bfloat16)
         return Turn(weight, *steps, *(of_width(16), of_width(16)), 256, 256, 3, number)
 
-    turn_layers.turn_layers([layer(number) for number in range(6)], 0, 1, None)
+    turns = [layer(number) for number in range(6)]
+    turn_layers.turn_layers([(turn, turn.kind) for turn in turns], 0, 1, None)
     deltas = ["unpack_kernel", "rotation_kernel"]
     sides = ["turn_rows_resident_kernel", "turn_columns_resident_kernel"]
     assert launched == deltas + (["turn_panels_kernel"] if side == "both" else sides)

@@ -64,11 +64,11 @@ class Side(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A weight and what it is turned by; without blocks a side stays."""
+    """A weight and what it is turned by; ``None`` is a side that stays."""
 
     turn: Turn
-    side_in: Side
-    side_out: Side
+    side_in: Side | None
+    side_out: Side | None
 
 
 def turn_weight_(
@@ -87,14 +87,22 @@ def turn_weight_(
 ) -> None:
     """`ops.turn_weight_` of one weight; the arguments are those of the op."""
     given = weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, layer
-    turn_layers([Turn(*given)], seed, step, apply)
+    turn = Turn(*given)
+    turn_layers([(turn, turn.kind)], seed, step, apply)
 
 
-def turn_layers(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | None) -> None:
-    """`turn_weights_` of bf16 and fp32 weights, order 3, contiguous."""
+def turn_layers(
+    turns: Sequence[tuple[Turn, tuple[Any, ...]]], seed: int, step: int, apply: Tensor | None
+) -> None:
+    """`turn_weights_` of bf16 and fp32 weights, order 3, contiguous.
+
+    Args:
+        turns: with their kinds.
+        seed, step, apply: those of `turn_weights_`.
+    """
     groups: dict[Any, list[list[Layer]]] = defaultdict(list)
-    for layer in with_deltas(turns):
-        alike = groups[_kind(layer)]
+    for layer, (_, kind) in zip(with_deltas([turn for turn, _ in turns]), turns, strict=True):
+        alike = groups[kind]
         for group in alike:
             if together(group[0].turn.weight, layer.turn.weight):
                 group.append(layer)
@@ -110,26 +118,27 @@ def with_deltas(turns: Sequence[Turn]) -> list[Layer]:
     """The layers with their R − I, made of all steps of one block size and dtype at once."""
     stacks: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for turn in turns:
+        dtype = turn.weight.dtype
         for flipped, (skew, b) in enumerate(turn.steps):
-            if skew.numel():
-                stacks[b, turn.weight.dtype][flipped].append(skew)
+            if skew is not None:
+                stacks[b, dtype][flipped].append(skew)
     made, counts = {}, {}
     for (b, dtype), (plain, transposed) in stacks.items():
-        several = [*plain, *transposed]
-        packed = _joined(several)
-        last = sum(len(skew) for skew in transposed)
+        packed = _joined([*plain, *transposed])
+        last = sum(skew.shape[0] for skew in transposed)
         made[b, dtype] = delta(packed, b, dtype, last)
-        counts[b, dtype] = [0, len(packed) - last]
+        counts[b, dtype] = [0, packed.shape[0] - last]
     layers = []
     for turn in turns:
-        sides = []
+        dtype = turn.weight.dtype
+        sides: list[Side | None] = []
         for flipped, (skew, b) in enumerate(turn.steps):
-            key = b, turn.weight.dtype
-            if not skew.numel():
-                sides.append(Side(turn.weight.new_empty(0, b, b), 0, 0))
+            if skew is None:
+                sides.append(None)
                 continue
-            sides.append(Side(made[key], counts[key][flipped], len(skew)))
-            counts[key][flipped] += len(skew)
+            count, blocks = counts[b, dtype], skew.shape[0]
+            sides.append(Side(made[b, dtype], count[flipped], blocks))
+            count[flipped] += blocks
         layers.append(Layer(turn, *sides))
     return layers
 
@@ -146,53 +155,51 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
-def _kind(layer: Layer) -> tuple[Any, ...]:
-    """What layers must share to be turned in one launch."""
-    turn, *sides = layer
-    weight = turn.weight
-    return (
-        weight.shape,
-        weight.dtype,
-        turn.perm_in.shape,
-        turn.perm_out.shape,
-        *((side.stack.shape[1], side.blocks, side.stack.data_ptr()) for side in sides),
-    )
-
-
 def _turn_alike(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
-    """Turn weights of one kind from the sides that have blocks."""
+    """Turn weights of one kind from the sides that have steps."""
     turn, side_in, side_out = group[0]
-    if side_in.blocks and side_out.blocks:
+    if side_in is not None and side_out is not None:
         stacks = side_in.stack, side_out.stack
         if turn_panels.fits(turn.weight, *stacks, turn.perm_in):
             of_kind = turn.weight, *stacks, turn.perm_in, turn.perm_out
             blocks = side_in.blocks, side_out.blocks
             turn_panels.turn_panels(*of_kind, _table(group), blocks, seed, step, apply)
             return
-        for turn, *sides in group:
-            by_deltas = sides[0].deltas, sides[1].deltas, turn.perm_in, turn.perm_out
-            turn_weight.turn_by_deltas(turn.weight, *by_deltas, seed, step, turn.layer, apply)
-    elif side_out.blocks:
-        _turn_side(group, seed, step, apply, columns=False)
-    elif side_in.blocks:
+        for turn, one, other in group:
+            assert one is not None
+            assert other is not None
+            perms, counters = (turn.perm_in, turn.perm_out), (seed, step, turn.layer)
+            turn_weight.turn_by_deltas(
+                turn.weight, one.deltas, other.deltas, *perms, *counters, apply
+            )
+    elif side_out is not None:
+        _turn_side(group, side_out, seed, step, apply, columns=False)
+    elif side_in is not None:
         b, width = side_in.stack.shape[1], turn.weight.shape[1]
         if is_fused(turn.perm_in, width, b):
-            _turn_side(group, seed, step, apply, columns=True)
+            _turn_side(group, side_in, seed, step, apply, columns=True)
             return
         whole = turn.perm_in.new_zeros(2, 1)  # the order that a weight is in already
         for turn, *sides in group:  # single columns: a pass of their own, there and back
             matrix = permute_columns(turn.weight, turn.perm_in, False)
             there = Layer(turn._replace(weight=matrix, perm_in=whole), *sides)
-            _turn_side([there], seed, step, apply, columns=True)
+            _turn_side([there], side_in, seed, step, apply, columns=True)
             turn.weight.copy_(permute_columns(matrix, turn.perm_in, True))
 
 
 def _turn_side(
-    group: Sequence[Layer], seed: int, step: int, apply: Tensor | None, *, columns: bool
+    group: Sequence[Layer], side: Side, seed: int, step: int, apply: Tensor | None, *, columns: bool
 ) -> None:
-    """Turn weights from one side in one launch: their columns, or their rows."""
-    turn, side_in, side_out = group[0]
-    weight, side = turn.weight, side_in if columns else side_out
+    """Turn weights from one side in one launch: their columns, or their rows.
+
+    Args:
+        group: the layers.
+        side: the first one's.
+        seed, step, apply: those of the op.
+        columns: whether columns turn.
+    """
+    turn = group[0].turn
+    weight = turn.weight
     table = _table(group)
     (rows, width), b = weight.shape, side.stack.shape[1]
     length = rows if columns else width
@@ -263,6 +270,6 @@ def _table(group: Sequence[Layer]) -> Tensor:
         [turn.perm_out for turn in turns],
         [turn.perm_in for turn in turns],
         [turn.layer for turn in turns],
-        [side.first for side in sides_in],
-        [side.first for side in sides_out],
+        [0 if side is None else side.first for side in sides_in],
+        [0 if side is None else side.first for side in sides_out],
     )
