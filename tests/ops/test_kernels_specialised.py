@@ -18,7 +18,7 @@ pytestmark = needs_triton
 def launch_everything() -> None:
     """Every kernel at least once: the ops of `CASES`, and what optimisers call."""
     from poetx_compile.ops.kernels import turn_layers
-    from poetx_compile.ops.kernels.muon import muon_step
+    from poetx_compile.ops.kernels.muon import muon_steps
     from poetx_compile.ops.kernels.turn_weight import turn_by_deltas
     from poetx_compile.ops.muon_step import Part
 
@@ -31,8 +31,8 @@ def launch_everything() -> None:
         planes, perm = meta(8, b * (b - 1) // 2), pair(64)
         scale = meta(8, 128)
         for dtype in (torch.float32, torch.int8):
-            part = Part(planes, planes, planes.to(dtype), scale if dtype == torch.int8 else None)
-            muon_step([part], b, 0.95, 0.02, 1.0, 3, 7, True)
+            part = Part(planes, planes.to(dtype), scale if dtype == torch.int8 else None)
+            muon_steps([part], 1, b, 0.95, 0.02, 3, 7)
         weight = meta(8 * b, 8 * b, dtype=BF16)
         deltas = [meta(8, b, b, dtype=BF16)] * 2
         turn_by_deltas(weight, *deltas, perm, perm, 5, 3, 1, None)

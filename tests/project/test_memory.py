@@ -169,7 +169,7 @@ def test_rows_of_one_gpu_replace_those_of_the_same_case(tmp_path: Path) -> None:
     results.save(tmp_path, row_of(merged(256), peak_gib=3.0))
     rows = results.all_rows(tmp_path)
     assert [row["peak_gib"] for row in rows] == [2.0, 3.0]
-    assert results.selected(rows, ["targets"], "8b", 1024) == rows
+    assert results.selected(rows, ["targets", "forms"], "8b", 1024) == rows
     assert results.selected(rows, ["targets"], "3b") == []
 
 
