@@ -31,7 +31,8 @@ class Part(NamedTuple):
         return Part(gradient[rows], momentum[rows], None if scale is None else scale[rows])
 
 
-_KERNEL = Kernel("muon.muon_steps", lambda *_: True)
+def _kernel() -> Kernel:
+    return Kernel("muon.muon_steps", lambda *_: True)
 
 
 def fused(parts: Sequence[Part], block_size: int) -> bool:
@@ -41,7 +42,7 @@ def fused(parts: Sequence[Part], block_size: int) -> bool:
         len(kinds) == 1
         and block_size >= 2
         and all(p.gradient.is_contiguous() and p.momentum.is_contiguous() for p in parts)
-        and _KERNEL.applies(parts[0].gradient, parts[0].momentum)
+        and _kernel().applies(parts[0].gradient, parts[0].momentum)
     )
 
 
@@ -70,4 +71,4 @@ def muon_steps(
         fp32 [blocks of those that turn, b(b−1)/2], one part after another.
     """
     with torch.cuda.device(parts[0].gradient.device):
-        return _KERNEL.load()(parts, turning, block_size, mu, rate, seed, step)
+        return _kernel().load()(parts, turning, block_size, mu, rate, seed, step)
