@@ -27,6 +27,7 @@ from benchmarks.saved import MIB, saved_bytes
 from benchmarks.timing import training_step
 from poetx_compile.layers.prepared import equivalence_of, stored_weight
 from poetx_compile.optim.adamw import adamw_step
+from poetx_compile.optim.groups import BLOCK
 
 COLUMNS = (
     "tokens", "in_features", "out_features", "block_size", "sides", "variant", "permutation", "ms",
@@ -176,22 +177,20 @@ def step_of(optimizer: Any, rests: int | None = None) -> Callable[[], None]:
     Args:
         rests: the side whose turn it is not: 0, the inputs, or 1, the outputs.
     """
-    turner = optimizer.schedule.turner
-    equivalences = optimizer.schedule.equivalences
-    resting = set() if rests is None else {e.skews[rests] for e in equivalences}
-    moving = {skew for e in equivalences for skew in e.skews} - resting
+    schedule = optimizer.schedule
+    turner, sides = schedule.turner, zip(*(e.skews for e in schedule.equivalences), strict=True)
+    skews = [skew for side in sides for skew in side]  # those of the inputs first
+    resting = set() if rests is None else {e.skews[rests] for e in schedule.equivalences}
+    owners = {p: g for g in optimizer.param_groups if BLOCK in g for p in g["params"]}
 
     @torch.no_grad()
     def step() -> None:
-        turner.open(turner._layers, resting)
-        optimizer._update(resting)
-        turner._turn(
-            3, moving, resting
-        )  # the angle of steps 1, 2, 4 … is measured, of most it is not
-        for _, equivalence in turner._open:
+        steps = optimizer._steps(owners, resting, skews)
+        # The angle of steps 1, 2, 4 … is measured, of most it is not.
+        turner._turn(turner._layers, 3, set(skews), steps)
+        for equivalence in schedule.equivalences:
             equivalence.interrupted = False
         turner._finite = {}
-        turner.close()
 
     return step
 
