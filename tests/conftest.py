@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 
 _PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
@@ -19,6 +21,12 @@ gc.set_threshold(50_000)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tests.helpers import frozen  # noqa: E402
+
+# pytest listens to loggers that do not propagate, and for any listener the compiler formats every
+# graph, guard and stack of its trace: a tenth of the time.
+logging.getLogger("torch.__trace").propagate = True
 
 NO_GPU = "needs a CUDA GPU"
 # What a test may need of the machine, or of torch's version: the reasons of skips that CI allows.
@@ -62,6 +70,19 @@ def _threads() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _frozen() -> Iterator[None]:
+    """The collector leaves alone what was there before the first test, and walks the rest.
+
+    The owner of an adopted weight is looked for among the objects it knows: of the whole suite's
+    modules alone there are seven hundred thousand.
+    """
+    frozen.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("poetx_compile.adoption.eligibility.hidden", frozen.hidden)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The session's own cache folder: nothing stale is hit, nothing is left behind.
 
@@ -88,6 +109,9 @@ def fresh_inductor_cache(tmp_path, monkeypatch: pytest.MonkeyPatch) -> str:
 def _isolated() -> Iterator[None]:
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
+    if (guards := sys.modules.get("torch._dynamo.guards")) is not None:
+        # It empties the processor's caches to time each set of guards once, for a debug line.
+        guards.profile_guard_manager = lambda *_: 0.0
     yield
     torch.set_default_dtype(dtype)
     torch.set_float32_matmul_precision("highest")

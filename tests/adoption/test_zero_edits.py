@@ -5,6 +5,7 @@ Graphs run as the passes leave them (stage ``eager``) where it is not their comp
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from poetx_compile.errors import AdoptionError
 from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim.schedule import schedule_of
 from poetx_compile.optim.takeover import FOLLOWS
+from tests.helpers import frozen
 from tests.helpers.models import MLP, TinyLM
 from tests.helpers.rotations import skews
 from tests.helpers.tolerances import assert_close
@@ -599,14 +601,12 @@ def test_a_weight_tied_outside_of_the_graph_is_left_alone():
 
 
 def test_a_model_that_the_garbage_collector_hides_is_refused():
-    import gc
-
     model = mlp()
     gc.freeze()
     try:
         error = raised(lambda: compiled(model)(X))
     finally:
-        gc.unfreeze()
+        frozen.freeze()
     assert isinstance(error, AdoptionError)
     assert "gc.freeze() hides it: call poetx_compile.prepare(model)" in str(error)
 

@@ -50,13 +50,13 @@ def test_below_mem_the_residual_stream_is_left_and_a_warning_says_so(
 ) -> None:
     x = torch.randn(2, 33, 16)
     with caplog.at_level(logging.WARNING, "poetx_compile"):
-        least = [bytes_kept(stack(layers), x, memory_budget=0.01) for layers in (1, 3)]
-    # Of each further block two sums; beside them figures of norms and attention, and on a CPU the
+        least = [bytes_kept(stack(layers), x, memory_budget=0.01) for layers in (1, 2)]
+    # Of the further block two sums; beside them figures of norms and attention, and on a CPU the
     # state of attention's generator, larger than a tensor here.
-    assert 2 * x.nbytes <= (least[1] - least[0]) / 2 < 5 * x.nbytes
-    assert least[1] < 0.6 * bytes_kept(stack(3), x, variant="mem")
+    assert 2 * x.nbytes <= least[1] - least[0] < 5 * x.nbytes
+    assert least[1] < 0.6 * bytes_kept(stack(2), x, variant="mem")
     message = [r.getMessage() for r in caplog.records if "memory_budget" in r.getMessage()][-1]
-    fast = bytes_kept(stack(3), x, variant="fast")
+    fast = bytes_kept(stack(2), x, variant="fast")
     expected = f"the least that the passes know to keep is {least[1] / fast:.2f} of what variant"
     assert expected in message
 
@@ -74,9 +74,15 @@ def test_a_norm_is_built_again_from_its_mean(choice: dict[str, object]) -> None:
     assert not any("mean" in name for name in names)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("budget", [0.3, 0.85])
-@pytest.mark.parametrize("formulation", ["folded", "input_centric"])
+@pytest.mark.parametrize(
+    ("formulation", "budget", "dynamic"),
+    [  # each two of them meet
+        ("folded", 0.3, False),
+        ("folded", 0.85, True),
+        ("input_centric", 0.3, True),
+        ("input_centric", 0.85, False),
+    ],
+)
 def test_outputs_and_gradients_stay_the_same(
     formulation: str, budget: float, dynamic: bool
 ) -> None:

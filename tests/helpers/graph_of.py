@@ -25,10 +25,15 @@ def prepared(model: nn.Module, block_size: int | tuple[int, int] = 8, **config: 
 
 def dynamo_graph(model: nn.Module, *inputs: Any) -> fx.GraphModule:
     """Dynamo's graph of a model that has one."""
+    return given_to_a_backend(model, *inputs)[0]
+
+
+def given_to_a_backend(model: nn.Module, *inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """Dynamo's graph of a model that has one, and the inputs of the graph."""
     caught = []
 
-    def catch(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
-        caught.append(gm)
+    def catch(gm: fx.GraphModule, example_inputs: list[Any]) -> fx.GraphModule:
+        caught.append((gm, example_inputs))
         return gm
 
     torch.compile(model, backend=catch, fullgraph=True)(*inputs)

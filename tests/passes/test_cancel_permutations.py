@@ -15,6 +15,9 @@ from torch import Tensor, fx, nn
 
 import poetx_compile as poetx
 from llama import Llama, LlamaConfig
+from poetx_compile.compile.options import BackendOptions
+from poetx_compile.compile.rewrite import DryRun, rewrite
+from poetx_compile.inspect.render import render
 from poetx_compile.layers.permutation import draw_permutation
 from poetx_compile.layers.prepare import config_of
 from poetx_compile.optim.merge import merge
@@ -27,7 +30,14 @@ from poetx_compile.passes import (
     metadata,
     run,
 )
-from tests.helpers.graph_of import after, assert_equals_eager, explained, prepared, run_passes
+from tests.helpers.graph_of import (
+    after,
+    assert_equals_eager,
+    explained,
+    given_to_a_backend,
+    prepared,
+    run_passes,
+)
 from tests.helpers.models import MLP, Block, SwiGLU, TinyLM
 from tests.helpers.tolerances import assert_close
 
@@ -70,9 +80,12 @@ def counts(model: nn.Module, *inputs: Any) -> tuple[int, int]:
     """Numbers of permutations of activations without and with the pass."""
 
     is_vector = re.compile(r": \w+\[\d+\] = ")
+    traced = given_to_a_backend(model, *inputs)  # once for both, which check no metadata
 
     def count(*disabled: str) -> int:
-        lines = permutations(after(model, *inputs, disable_passes=disabled)).splitlines()
+        options = BackendOptions.parse(None, {"disable_passes": disabled})
+        graph = rewrite(*traced, options, dry_run=DryRun()).graph
+        lines = permutations(render(graph)).splitlines()
         return sum("rotate_blocks" in line or not is_vector.search(line) for line in lines)
 
     return count(CANCEL), count()
