@@ -228,7 +228,10 @@ def test_one_side_is_turned_in_one_launch(side, dtype, b, chunk, kind, compiled_
     assert turn.metadata.name == f"turn_{side}_{kind}_kernel"
     assert turn.metadata.shared <= SHARED_MEMORY
     assert turn.asm["ttgir"].count("ttng.warp_group_dot ") == (1 if dtype == BF16 else 3)
-    assert stack_bytes(turn.asm["cubin"], tmp_path) == 0
+    # The bits of 64x256 elements beside their sums do not fit; tiles that do are slower.
+    assert stack_bytes(turn.asm["cubin"], tmp_path) <= (
+        512 if (dtype, kind) == (BF16, "tiled") else 0
+    )
     assert re.search(r"st\.global\S*\.v4", turn.asm["ptx"])
     assert "cp.async.cg.shared.global" in turn.asm["ptx"]
 

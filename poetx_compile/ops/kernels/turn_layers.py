@@ -42,13 +42,15 @@ from poetx_compile.ops.turn_weight import Turn
 RESIDENT_TILE = 64
 """Rows (columns) of a step of the resident kernels, as in `rotate` and `fold`."""
 
-NARROW = 128, 128, 64, 8
+NARROW = (64, 256, 64, 4), (128, 128, 64, 4)
 """Of the tiled kernels on bf16: a tile along the side that stays, along the blocks; a step of a
-sum; warps."""
+sum; warps. The first read fewer bytes, the others pad blocks less."""
 WIDE = 64, 64, 32, 4
 """On fp32."""
-TILED_STAGES = 4
+TILED_STAGES = 3
 """Of the sums: one of them waits for what a gather finds."""
+TILED_PROGRAMS = 2
+"""Of a multiprocessor: one computes while the other loads, draws bits or writes."""
 
 
 class Side(NamedTuple):
@@ -235,11 +237,11 @@ def _turn_side(
             num_stages=3,
         )
         return
-    along, across, tile_k, warps = NARROW if narrow else WIDE
+    along, across, tile_k, warps = _tiles(b) if narrow else WIDE
     tile = power_of_two(b, 16, across)
     tiles = -(-b // tile)
     items = -(-length // along) * side.blocks * len(group)
-    programs = items if tiles == 1 else min(items, MULTIPROCESSORS)
+    programs = items if tiles == 1 else min(items, TILED_PROGRAMS * MULTIPROCESSORS)
     saved = weight.new_empty(programs, tiles, along, tile) if tiles > 1 else weight
     launch(
         turn_columns_tiled_kernel if columns else turn_rows_tiled_kernel,
@@ -255,6 +257,12 @@ def _turn_side(
         num_warps=warps,
         num_stages=3,
     )
+
+
+def _tiles(b: int) -> tuple[int, int, int, int]:
+    """Those of `NARROW` that suit blocks of b."""
+    large, small = (-(-b // across) * across for _, across, *_ in NARROW)
+    return NARROW[0] if 4 * large <= 5 * small else NARROW[1]
 
 
 def _resident(b: int, width: int) -> bool:
