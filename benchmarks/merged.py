@@ -3,16 +3,16 @@
 The time of a POET-X layer holds all that a training step pays for it with ``merge_interval=1``:
 forward, backward with dX and the packed gradients, momentum, orthogonalisation, the rotations of
 the step, and the turn of the weight. It is compared with a trained `nn.Linear` and its share of
-fused AdamW. Where sides take turns (``--sides one``) both steps are timed; a row has their mean.
+fused AdamW. A model takes one step for all of its layers, so both steps are those of ``--layers``
+equal layers, divided by their number. Where sides take turns (``--sides one``) each layer turns one
+of them, as in a model.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import itertools
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,23 +25,20 @@ from benchmarks.options import Session
 from benchmarks.rows import Row
 from benchmarks.saved import MIB, saved_bytes
 from benchmarks.timing import training_step
-from poetx_compile.layers.prepared import equivalence_of, stored_weight
+from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.optim.adamw import adamw_step
 from poetx_compile.optim.groups import BLOCK
 
 COLUMNS = (
     "tokens", "in_features", "out_features", "block_size", "sides", "variant", "permutation", "ms",
     "step_ms", "linear_ms", "adamw_ms", "ratio", "floor_ratio", "layer_ratio", "saved_mib",
-    "saved_output_mib", "linear_saved_mib", "gradient_error", "step_error",
+    "saved_output_mib", "linear_saved_mib", "gradient_error", "step_error", "step_layers",
 )  # fmt: skip
 
 STEP_TOLERANCE = 0.05
 """Of the component of a step along that in float64. Orthogonalisation in bf16 alone moves it by a
 few thousandths; a wrong side, sign or factor by a quarter and more."""
 
-
-SIDES = {"both": (None,), "one": (0, 1)}
-"""Sides that turn in a step, and which of them rests: in a step, or in one after another."""
 
 RATE = 5e-3
 """A step of POETXMuon turns by about four times as much: many times what rounding moves."""
@@ -76,16 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
     options.add_shapes(parser)
     options.add_poetx(parser, (256, 512, 1024))
     parser.add_argument("--sides", type=options.list_of(str), default=("both",), help="both,one")
+    parser.add_argument("--layers", type=int, default=8, help="that share a step")
     parser.set_defaults(variants=("fast",), permutations=("chunked",))
     args = parser.parse_args(arguments)
     session = Session.start(args, COLUMNS)
     for (m, n), tokens in itertools.product(args.shapes, args.tokens):
-        dense = measure_dense(session, tokens, m, n, args.stage)
+        dense = measure_dense(session, tokens, m, n, args.stage, args.layers)
         for block_size, variant, permutation, sides in itertools.product(
             args.block_sizes, args.variants, args.permutations, args.sides
         ):
             case = Case(tokens, m, n, block_size, variant, permutation, sides)
-            measure(session, case, args.stage, dense)
+            measure(session, case, args.stage, dense, args.layers)
     return session.finish()
 
 
@@ -94,12 +92,12 @@ class Dense:
     """A trained `nn.Linear`: what is run, and what it keeps."""
 
     alone: Callable[[], Any]
-    trained: Callable[[], Any]
+    step: Callable[[], Any]
     saved: float
 
 
-def measure_dense(session: Session, tokens: int, m: int, n: int, stage: str) -> Dense:
-    """`nn.Linear` with fused AdamW; timed beside each layer."""
+def measure_dense(session: Session, tokens: int, m: int, n: int, stage: str, layers: int) -> Dense:
+    """`nn.Linear`, and fused AdamW of `layers` of them; timed beside each layer."""
     contenders.drop_compiled()
     module = contenders.linear(session, m, n)
     fast = contenders.compiled(module, stage)
@@ -107,59 +105,53 @@ def measure_dense(session: Session, tokens: int, m: int, n: int, stage: str) -> 
     alone = training_step(fast, module, x, dy)
     alone()
     on_gpu = session.device.type == "cuda"
-    optimizer = torch.optim.AdamW(module.parameters(), 1e-4, fused=True, capturable=on_gpu)
+    model = _several(session, m, n, layers)
+    for parameter in model.parameters():
+        parameter.grad = session.normal(*parameter.shape)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True, capturable=on_gpu)
 
-    def trained() -> None:
-        alone()
-        with torch.no_grad():
-            adamw_step(optimizer)
+    @torch.no_grad()
+    def step() -> None:
+        adamw_step(optimizer)
 
-    return Dense(alone, trained, saved_bytes(fast, module, x).total / MIB)
+    return Dense(alone, step, saved_bytes(fast, module, x).total / MIB)
 
 
-def measure(session: Session, case: Case, stage: str, dense: Dense) -> Row:
+def measure(session: Session, case: Case, stage: str, dense: Dense, layers: int) -> Row:
     """The row of a layer: gate, times, saved bytes, floors."""
     contenders.drop_compiled()  # the dense layer is compiled again, from Inductor's cache
     layer = contenders.linear(session, case.in_features, case.out_features)
     poetx.prepare(layer, case.config())
-    optimizer = poetx.POETXMuon(layer, lr=RATE, alternate=case.sides == "one")
     fast = contenders.compiled(layer, stage)
     x, dy = _data(session, case.tokens, case.in_features, case.out_features)
     errors = gate.check_layer(fast, layer, x, dy)
     alone = training_step(fast, layer, x, dy)
     alone()
-    steps = []
-    for rests in SIDES[case.sides]:
-        steps.append(step_of(optimizer, rests))
-        error = check_step(layer, steps[-1], rests)
-        errors["step_error"] = max(error, errors.get("step_error", 0.0))
-
-    def trained(step: Callable[[], None]) -> None:
-        alone()
-        step()
-
+    model = _several(session, case.in_features, case.out_features, layers)
+    poetx.prepare(model, case.config())
+    optimizer = poetx.POETXMuon(model, lr=RATE, alternate=case.sides == "one")
+    for skew in (skew for e in optimizer.schedule.equivalences for skew in e.skews):
+        skew.grad = session.normal(*skew.shape).to(skew.dtype)
+    step = step_of(optimizer)
+    errors["step_error"] = check_step(model, step, case.sides == "one")
     saved = saved_bytes(fast, layer, x)
     times = session.timer.compare(
-        {
-            "linear alone": dense.alone,
-            "linear": dense.trained,
-            "layer alone": alone,
-            **{f"layer {i}": functools.partial(trained, step) for i, step in enumerate(steps)},
-        }
+        {"linear": dense.alone, "layer": alone, "dense steps": dense.step, "steps": step}
     )
     ms = {name: time.ms for name, time in times.items()}
-    layer_times = [times[f"layer {i}"] for i in range(len(steps))]
-    ms["layer"] = statistics.mean(time.ms for time in layer_times)
+    step_ms, adamw_ms = ms["steps"] / layers, ms["dense steps"] / layers
+    trained_ms, linear_ms = ms["layer"] + step_ms, ms["linear"] + adamw_ms
     return session.add(
         **dataclasses.asdict(case),
-        ms=ms["layer"],
-        ms_p20=min(time.low for time in layer_times),
-        ms_p80=max(time.high for time in layer_times),
-        step_ms=ms["layer"] - ms["layer alone"],
-        linear_ms=ms["linear"],
-        adamw_ms=ms["linear"] - ms["linear alone"],
-        ratio=ms["layer"] / ms["linear"],
-        layer_ratio=ms["layer alone"] / ms["linear alone"],
+        ms=trained_ms,
+        ms_p20=times["layer"].low + times["steps"].low / layers,
+        ms_p80=times["layer"].high + times["steps"].high / layers,
+        step_ms=step_ms,
+        step_layers=layers,
+        linear_ms=linear_ms,
+        adamw_ms=adamw_ms,
+        ratio=trained_ms / linear_ms,
+        layer_ratio=ms["layer"] / ms["linear"],
         saved_mib=saved.total / MIB,
         saved_output_mib=saved.output / MIB,
         linear_saved_mib=dense.saved,
@@ -168,19 +160,20 @@ def measure(session: Session, case: Case, stage: str, dense: Dense) -> Row:
     )
 
 
-def step_of(optimizer: Any, rests: int | None = None) -> Callable[[], None]:
+def _several(session: Session, m: int, n: int, layers: int) -> nn.Sequential:
+    return nn.Sequential(*(contenders.linear(session, m, n) for _ in range(layers)))
+
+
+def step_of(optimizer: Any) -> Callable[[], None]:
     """What a step of `POETXMuon` does to the device.
 
     Without hooks, and without telling the host whether the step was finite: that waits for an event
     in the step after, which CUDA graphs cannot hold.
-
-    Args:
-        rests: the side whose turn it is not: 0, the inputs, or 1, the outputs.
     """
     schedule = optimizer.schedule
     turner, sides = schedule.turner, zip(*(e.skews for e in schedule.equivalences), strict=True)
     skews = [skew for side in sides for skew in side]  # those of the inputs first
-    resting = set() if rests is None else {e.skews[rests] for e in schedule.equivalences}
+    resting = schedule.resting() if optimizer.alternate else set()
     owners = {p: g for g in optimizer.param_groups if BLOCK in g for p in g["params"]}
 
     @torch.no_grad()
@@ -195,32 +188,35 @@ def step_of(optimizer: Any, rests: int | None = None) -> Callable[[], None]:
     return step
 
 
-def check_step(layer: nn.Module, step: Callable[[], None], rests: int | None = None) -> float:
-    """One step beside the same in float64: how far its component along that is from 1.
+def check_step(model: nn.Module, step: Callable[[], None], alternate: bool) -> float:
+    """One step beside the same in float64: how far its component along that is from 1, at most.
 
     Rounding is as large as a step, at random, and averages out.
     """
-    equivalence = equivalence_of(layer)
-    assert equivalence is not None
-    reference = copy.deepcopy(layer).double()
-    wide = equivalence_of(reference)
-    assert wide is not None
-    for mine, theirs in zip(equivalence.skews, wide.skews, strict=True):
-        assert mine.grad is not None
-        theirs.grad = mine.grad.double()
-    alternate = rests is not None
-    wide_step = step_of(poetx.POETXMuon(reference, lr=RATE, alternate=alternate), rests)
+    reference = copy.deepcopy(model).double()
+    linears = [[m for _, m, _ in prepared_linears(it)] for it in (model, reference)]
+    for layer, wide in zip(*linears, strict=True):
+        mine, theirs = equivalence_of(layer), equivalence_of(wide)
+        assert mine is not None
+        assert theirs is not None
+        for skew, other in zip(mine.skews, theirs.skews, strict=True):
+            assert skew.grad is not None
+            other.grad = skew.grad.double()
+    steps = step, step_of(poetx.POETXMuon(reference, lr=RATE, alternate=alternate))
     moved = []
-    for module, take in ((layer, step), (reference, wide_step)):
-        before = stored_weight(module).detach().double()
-        before = before.clone()
+    for several, take in zip(linears, steps, strict=True):
+        before = [stored_weight(linear).detach().double() for linear in several]
+        before = [weight.clone() for weight in before]
         take()
-        moved.append(stored_weight(module).detach().double() - before)
-    actual, expected = moved
-    error = float((actual * expected).sum() / expected.square().sum() - 1)
-    if not abs(error) <= STEP_TOLERANCE:
-        raise gate.GateError(f"a step moves the weight by 1 + {error:.3g} of what it should")
-    return abs(error)
+        after = [stored_weight(linear).detach().double() for linear in several]
+        moved.append([new - old for new, old in zip(after, before, strict=True)])
+    errors = [
+        abs(float((actual * expected).sum() / expected.square().sum() - 1))
+        for actual, expected in zip(*moved, strict=True)
+    ]
+    if not max(errors) <= STEP_TOLERANCE:
+        raise gate.GateError(f"a step moves a weight by 1 ± {max(errors):.3g} of what it should")
+    return max(errors)
 
 
 def _data(session: Session, tokens: int, m: int, n: int) -> tuple[Tensor, Tensor]:
