@@ -14,6 +14,7 @@ from poetx_compile.distributed.shards import is_sharded
 from poetx_compile.distributed.wrappers import check_reduced
 from poetx_compile.errors import InterruptedMergeError, ParallelismError
 from poetx_compile.layers import effective
+from poetx_compile.layers.aside import Aside, set_aside
 from poetx_compile.layers.integrity import (
     INTERRUPTED,
     check_layouts,
@@ -101,6 +102,15 @@ class OrthogonalEquivalence(nn.Module):
     gain_in: nn.Parameter | None
     gain_out: nn.Parameter | None
 
+    # What steps, merges and loads change.
+    written = Aside()
+    takes_stored = Aside()
+    loads = Aside()
+    _interrupted = Aside()
+    _layout_version = Aside()
+    _seal = Aside()
+    _has_norm = Aside()
+
     def __init__(
         self, weight: Tensor, config: POETXConfig, perm_in: Permutation, perm_out: Permutation
     ):
@@ -109,12 +119,12 @@ class OrthogonalEquivalence(nn.Module):
         self.blocks_in, self.block_in = side_blocks(in_features, config.block_in)
         self.blocks_out, self.block_out = side_blocks(out_features, config.block_out)
         self.order = config.order
-        self.interrupted = False
+        self._interrupted = False
         self.adopted = False
         self.takes_stored = False
         self.loads = 0
-        self._layout_version: int | None = None
-        self._seal: Seal | None = None
+        self._layout_version = None
+        self._seal = None
         self._zeros: Tensor | None = None
         self._rests: list[Tensor] | None = None  # the views of it that the parameters are at rest
         self._has_norm = False
@@ -145,6 +155,7 @@ class OrthogonalEquivalence(nn.Module):
     def configure(self, config: POETXConfig) -> None:
         """Set the configuration; its blocks, order and permutations are those of this state."""
         self.config, self.merge_rotation = config, config.merge_rotation
+        self.merged = config.merged  # no property: Dynamo guards those of a class at every call
         if self.merged or self._zeros is not None:  # adopted with a configuration of the other form
             self.rest()
         if self.drifts != ("reference_norm" in self._buffers):
@@ -168,9 +179,14 @@ class OrthogonalEquivalence(nn.Module):
             self._has_norm = True
 
     @property
-    def merged(self) -> bool:
-        """Whether this layer has the merged form."""
-        return self.config.merged
+    def interrupted(self) -> bool:
+        """Whether a merge, a step or a load of this layer was cut off."""
+        return bool(self._interrupted)
+
+    @interrupted.setter
+    def interrupted(self, interrupted: bool) -> None:
+        registry.note_interrupted(interrupted - self._interrupted)
+        self._interrupted = interrupted
 
     @property
     def drifts(self) -> bool:
@@ -203,10 +219,11 @@ class OrthogonalEquivalence(nn.Module):
         registry.announce(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_zeros": None, "_rests": None}
+        return vars(self) | {"_zeros": None, "_rests": None, "_aside": dict(vars(self)["_aside"])}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._set_aside()
         for name in GAINS:
             self._parameters.setdefault(name, None)  # pickled before there were any
         for name in ("scale", "merges"):
@@ -215,6 +232,15 @@ class OrthogonalEquivalence(nn.Module):
         if self.merged:
             self.rest()
         self._announce()
+
+    def _set_aside(self) -> None:
+        """Have what an older version pickled, where it is now."""
+        own = vars(self)
+        own["merged"] = self.config.merged
+        if "interrupted" in own:
+            own["_interrupted"] = own.pop("interrupted")
+        set_aside(self)
+        registry.note_interrupted(self.interrupted)
 
     def forward(self, stored: Tensor) -> Tensor:
         """The effective weight [n, m] of the stored one; differentiable in the skew parameters.
@@ -227,7 +253,8 @@ class OrthogonalEquivalence(nn.Module):
         if self.skew_in.dtype not in (torch.float32, torch.float64):
             raise ParallelismError(f"rotations arrive in {self.skew_in.dtype}: {CAST}")
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return self.effective(stored, *self.skews, self.gain_in, self.gain_out)
+            parameters = self.skew_in, self.skew_out, self.gain_in, self.gain_out
+            return self.effective(stored, *parameters)
         check_reduced(self.skew_in, self.skew_out)  # the backend does so with what it compiles
         if self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
@@ -242,7 +269,8 @@ class OrthogonalEquivalence(nn.Module):
         gain_out: Tensor | None,
     ) -> Tensor:
         """The effective weight of tensors that stand for this layer's parameters."""
-        if self.interrupted:
+        # Compiled code is guarded by one flag, not by the mark of each layer.
+        if registry.some_interrupted and self.interrupted:
             raise InterruptedMergeError(INTERRUPTED)
         # FSDP2 reduces no empty gradient, also after `requires_grad_(True)`.
         if skew_in.requires_grad and not self.blocks_in:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from poetx_compile.layers.aside import Aside, set_aside
 
 CHUNK = 64
 """Most columns in a chunk of ``permutation="chunked"``: 128 bytes of bf16, one line of a cache.
@@ -108,6 +111,9 @@ class Permutation(nn.Module):
 
     pair: Tensor
 
+    seed = Aside()
+    draw = Aside()
+
     def __init__(
         self,
         size: int,
@@ -123,6 +129,13 @@ class Permutation(nn.Module):
         self.size, self.group, self.seed, self.draw, self.kind = size, group, seed, draw, kind
         self.block = block
         self.register_buffer("pair", self.peek(seed, draw).to(device), persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_aside": dict(vars(self)["_aside"])}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        set_aside(self)
 
     def peek(self, seed: int, draw: int) -> Tensor:
         """The pair that `redraw` would set, on the CPU."""

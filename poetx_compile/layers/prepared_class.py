@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -48,6 +49,8 @@ def share_class(module: nn.Module) -> None:
     if plain not in _shared:
         body = _body(made)
         body |= {"weight": property(_weight, _set_weight), "__delattr__": _delete}
+        if issubclass(plain, nn.Linear) and plain.forward is nn.Linear.forward:
+            body["forward"] = _forward
         _shared[plain] = _SharedClass(made.__name__, (plain,), body)
     module.__class__ = _shared[plain]
 
@@ -97,6 +100,12 @@ def _built(chain: Any) -> Tensor:
     return chain() if hasattr(chain, "1") else chain._modules["0"](chain.original)
 
 
+def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+    """That of `nn.Linear`, without the property: at every call Dynamo would check that it is in the
+    class, and could not skip the guards of the module (`layers.aside`)."""
+    return F.linear(x, _weight(module), module.bias)
+
+
 def _set_weight(module: nn.Module, weight: Tensor) -> None:
     module.parametrizations["weight"].right_inverse(weight)  # type: ignore[index, operator, union-attr]
 
@@ -105,7 +114,7 @@ def _delete(module: nn.Module, name: str) -> None:
     """A parameter that goes is about to be parametrized: that puts a property into the class."""
     if name in module._parameters:
         shared = type(module)
-        body = {k: v for k, v in _body(shared).items() if k != "__delattr__"}
+        body = {k: v for k, v in _body(shared).items() if k not in ("__delattr__", "forward")}
         module.__class__ = type(shared.__name__, shared.__bases__, body)
     nn.Module.__delattr__(module, name)
 

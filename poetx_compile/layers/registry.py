@@ -31,10 +31,14 @@ class Registry:
         revision: grows whenever prepared layers, the parameters in them, or the values of their
             weights, may have changed: not at steps and merges.
         adopted: weight → the state that compiled code made for it, until that is in a module.
+        some_interrupted: a merge, a step or a load of some layer was cut off, also of one that is
+            gone.
     """
 
     def __init__(self) -> None:
         self.revision = 0
+        self.some_interrupted = False
+        self._interrupted = 0
         self.adopted: MutableMapping[Any, OrthogonalEquivalence] = WeakTensorKeyDictionary()
         self._by_id: WeakValueDictionary[int, OrthogonalEquivalence] = WeakValueDictionary()
         self._by_rotation: WeakValueDictionary[int, OrthogonalEquivalence] = WeakValueDictionary()
@@ -58,6 +62,11 @@ class Registry:
         self._by_id[id(layer)] = layer
         self._by_rotation.update({id(skew): layer for skew in layer.skews})
         self._drop_cached(layer)
+
+    def note_interrupted(self, more: int) -> None:
+        """So many layers more are marked as interrupted, or less."""
+        self._interrupted += more
+        self.some_interrupted = self._interrupted > 0
 
     def retire(self, layer: OrthogonalEquivalence) -> None:
         """The weight of a layer is a plain one again."""
