@@ -32,7 +32,8 @@ class Case:
         checkpointing: activation checkpointing of each decoder block.
         loss_chunk: tokens whose logits are made at a time; ``None`` for all.
         compile: ``"blocks"`` compiles decoder blocks and loss by themselves, as torchtitan does, so
-            that the first step takes seconds; ``"whole"`` compiles the model as one.
+            that the first step takes seconds; ``"graphs"`` replays them as CUDA graphs; ``"whole"``
+            compiles the model as one.
     """
 
     model: str
@@ -66,7 +67,7 @@ def compiled_alike(case: Case) -> tuple[Any, ...]:
     ours = case.method == POETX
     form = (case.merged, case.block_size, case.variant, case.memory_budget, case.base)
     step = case.optimizer if case.optimizer == "adamw8bit" else None
-    return case.model, case.seq, case.weights, case.loss_chunk, ours, form, step
+    return case.model, case.seq, case.weights, case.loss_chunk, ours, form, step, case.compile
 
 
 def of_row(row: Row) -> Case:
@@ -107,7 +108,7 @@ _SHORT = {"bfloat16": "bf16", "int8": "int8", "float32": "fp32", None: ""}
 def _activations(case: Case) -> str:
     found = ", checkpointed" if case.checkpointing else ""
     found += ", loss in chunks" if case.loss_chunk else ""
-    return found + (", compiled whole" if case.compile == "whole" else "")
+    return found + {"whole": ", compiled whole", "graphs": ", CUDA graphs"}.get(case.compile, "")
 
 
 def gives_up(case: Case) -> str:

@@ -22,7 +22,7 @@ TOLERANCE = 0.05
 
 GIB = 2**30
 
-_COMPILED = {"blocks": "layers", "whole": "model"}
+_COMPILED = {"blocks": "layers", "graphs": "layers", "whole": "model"}
 
 PARTS = ("weights", "gradients", "state", "activations", "peak")
 

@@ -89,7 +89,7 @@ def build(case: Case, model: Llama, stage: str) -> Trained:
     """
     if case.method == POETX:
         return _poetx(case, model, stage)
-    forward = _forward(case, model, backend=stage)
+    forward = _forward(case, model, stage)
     make = functools.partial(_optimizer, case.optimizer)
     if case.method == IN_BACKWARD:
         return Trained(model, forward, lambda: None, _in_backward(model, make))
@@ -114,13 +114,18 @@ def _poetx(case: Case, model: Llama, stage: str) -> Trained:
         )
     else:
         optimizer = poetx.POETXAdamW(model, lr=lr)
-    forward = _forward(case, model, backend=poetx.poetx_backend, options={"stage": stage})
+    forward = _forward(case, model, poetx.poetx_backend, {"stage": stage})
     merging = None if case.merged else functools.partial(merge, model, redraw=True)
     return Trained(model, forward, _stepping(optimizer), [optimizer], merging)
 
 
-def _forward(case: Case, model: Llama, **compiling: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def _forward(
+    case: Case, model: Llama, backend: Any, options: dict[str, Any] | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """What gives the loss, compiled; fp32 weights run under bf16 autocast."""
+    compiling: dict[str, Any] = {"backend": backend, "options": options}
+    if case.compile == "graphs":
+        compiling["options"] = (options or {}) | {"triton.cudagraphs": True}
     if case.compile == "whole":
         forward: Callable[[Tensor, Tensor], Tensor] = torch.compile(
             model, dynamic=False, **compiling

@@ -111,6 +111,10 @@ PLANS: dict[str, list[Case]] = {
     "sequences": [*at(SWEPT, seq=2048), *at(SWEPT, seq=512)],
     "3b": [c for seq in (1024, 512, 2048) for c in at(SWEPT, model="3b", seq=seq)],
     "13b-sequences": [c for seq in (1024, 512) for c in at(SWEPT, model="13b", seq=seq)],
+    "graphs": at(
+        [merged(256, alternate=True), ADAMW, merged(256, variant="mem", alternate=True)],
+        compile="graphs",
+    ),
     "whole": at([ADAMW, merged(256), stored(256, "fast", **LEAN)], compile="whole"),
     "smoke": [],
 }

@@ -92,7 +92,7 @@ class Queue:
 
     def compile(self, limit_s: float) -> None:
         """Fill the caches for what is compiled block by block, until all is done or it is time."""
-        blocks = [c for c in self.pending if c.compile == "blocks"]
+        blocks = [c for c in self.pending if c.compile != "whole"]
         small = [c for c in blocks if c.seq <= SHORT or c.loss_chunk is not None]
         alike = {compiled_alike(c): c for c in reversed(small)}
         waiting = list(reversed(alike.values()))
