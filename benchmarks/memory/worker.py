@@ -176,6 +176,7 @@ class _Run:
 
     def _checked(self, trained: Trained, batch: tuple[Tensor, Tensor]) -> float:
         """The gate: the compiled loss is eager's, after a step, of rotations that bf16 resolves."""
+        torch.compiler.cudagraph_mark_step_begin()
         with gate.turned(trained.model):
             compiled = trained.forward(*batch).detach()
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -175,8 +175,9 @@ class POETXMuon(torch.optim.Optimizer):
             state = self.state[skew]
             if not state:
                 stored.create(state, skew, self.momentum_dtype)
+        here = [skew for skew in skews if local(skew).numel() > 0]  # uneven shards may be empty
         b, rate = group[BLOCK], _rate(group, resting)
-        for kind, alike in by_kind([(skew, b) for skew in skews]).items():
+        for kind, alike in by_kind([(skew, b) for skew in here]).items():
             turning = [skew for skew in alike if skew not in resting]
             others = [skew for skew in alike if skew in resting]
             parts = [_part(skew, self.state[skew]) for skew in (*turning, *others)]
@@ -250,8 +251,8 @@ class POETXMuon(torch.optim.Optimizer):
 
 
 def _trained(skews: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Those with a gradient of which this process has any block."""
-    return [p for p in skews if p.grad is not None and local(p.grad).numel() > 0]
+    """Those with blocks and a gradient."""
+    return [p for p in skews if p.grad is not None and p.numel() > 0]
 
 
 def _rate(group: dict[str, Any], resting: Collection[nn.Parameter]) -> Any:
