@@ -171,18 +171,20 @@ def poetx_of(layer: Layer, variant: str, formulation: str, ceilings: Ceilings) -
     return min(schedules, key=lambda costs: total_ms(costs, ceilings))
 
 
-def merged(layer: Layer, alternate: bool = False) -> list[Cost]:
+def merged(layer: Layer, turn_every: int = 1) -> list[Cost]:
     """Forward, backward and a step of `POETXMuon` of a layer that is merged every step.
 
     ``4·T·m·n + 2·T·b·(m+n)`` FLOPs; once a step, the turn of the weight: ``4·b·m·n``, every element
     read and written once.
 
     Args:
-        alternate: of two steps that turn one side each, the mean.
+        turn_every: of the steps in which each side turns once, the mean. One side at a time takes a
+            pass over the weight of its own.
     """
-    turns = 2 if alternate else 1
+    turns = turn_every
     fold = _fold(layer, True, True)
-    fold = dataclasses.replace(fold, flops=fold.flops // turns)
+    passes = min(2, turns)
+    fold = dataclasses.replace(fold, flops=fold.flops // turns, bytes=fold.bytes * passes // turns)
     costs = [_gemm(layer, "forward"), _gemm(layer, "dx"), fold]
     for side in layer.sides:
         cube, packed = side.blocks * side.b**3, _packed_bytes(side)

@@ -77,6 +77,17 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     return result
 
 
+def add_turn_every(parser: argparse.ArgumentParser) -> None:
+    """``--turn-every``, of `POETXMuon`."""
+    parser.add_argument(
+        "--turn-every",
+        type=list_of(int),
+        default=(1,),
+        metavar="STEPS",
+        help="from one turn of a side to its next, of POETXMuon: 1,2",
+    )
+
+
 def add_timing(parser: argparse.ArgumentParser, cuda_graphs: bool = True) -> None:
     """The options of `Timer`; what reads from the host cannot run in CUDA graphs."""
     add = parser.add_argument

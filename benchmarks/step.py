@@ -26,12 +26,12 @@ from benchmarks.step_worker import DENSE, OPTIMIZERS, PEER, POETX, StepCase
 from poetx_compile.compile.options import CHOICES
 
 GAINS, BASES = ("none", "rows", "both"), ("dense", "int8")
-SIDES = ("both", "one")
 
 ROOT = Path(__file__).resolve().parent.parent
 
 COLUMNS = (
-    "preset", "layers", "method", "optimizer", "sides", "variant", "formulation", "permutation",
+    "preset", "layers", "method", "optimizer", "turn_every", "variant", "formulation",
+    "permutation",
     "block_size", "accumulation", "merge_interval", "gains", "base", "keep_folded",
     "memory_budget", "ms", "linear_ms", "ratio",
     "tokens_per_s", "speed_ratio", "first_step_s", "first_step_ratio", "weights_mib",
@@ -47,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
         parser.error("--cuda-graphs needs --stage inductor")
     if args.memory_budgets and "step" in args.keep_folded:
         parser.error("--memory-budgets keep less, --keep-folded step keeps more: give one")
-    named = ("optimizers", OPTIMIZERS), ("keep_folded", CHOICES["keep_folded"]), ("sides", SIDES)
+    named = ("optimizers", OPTIMIZERS), ("keep_folded", CHOICES["keep_folded"])
     for option, known in named:
         if unknown := sorted(set(getattr(args, option)) - set(known)):
             name = option.replace("_", "-")
             parser.error(f"--{name} {','.join(unknown)}: use some of {','.join(known)}")
-    if "one" in args.sides and tuple(args.optimizers) != ("muon",):
-        parser.error("--sides one: only POETXMuon takes turns, add --optimizers muon")
+    if max(args.turn_every) > 1 and tuple(args.optimizers) != ("muon",):
+        parser.error("--turn-every is of POETXMuon: add --optimizers muon")
     made: list[Row] = []
     asked = list(cases(args))
     found = map(in_process, asked) if args.together is None else all_together(asked, args.together)
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--vocabulary", type=positive, default=32000)
     add("--batch", type=positive, help="default: 8, of 8b 1")
     add("--length", type=positive, default=1024)
-    add("--sides", type=list_of(str), default=("both",), help="that turn in a step: both,one")
+    options.add_turn_every(parser)
     add(
         "--together", nargs="?", const="", metavar="FILE",
         help="compile all at once; time when the file, if one is given, exists",
@@ -118,7 +118,7 @@ def cases(args: argparse.Namespace) -> Iterator[StepCase]:
     device = options.pick_device(args.device)
     common["dtype"] = str(options.pick_dtype(args.dtype, device)).removeprefix("torch.")
     common["peer"], common["keep_folded"] = None, "call"
-    common["sides"] = "both"
+    common["turn_every"] = 1
     for given in args.presets:
         preset, _, layers = given.partition(":")
         common["preset"], common["batch"] = preset, args.batch or (1 if preset == "8b" else 8)
@@ -132,8 +132,8 @@ def _cases_of(dense: StepCase, args: argparse.Namespace) -> Iterator[StepCase]:
         args.block_sizes, args.optimizers, args.variants
     ):
         budgets = (None, *args.memory_budgets) if variant == "fast" else (None,)
-        for formulation, permutation, keep_folded, memory_budget, sides in itertools.product(
-            args.formulations, args.permutations, args.keep_folded, budgets, args.sides
+        for formulation, permutation, keep_folded, memory_budget, turn_every in itertools.product(
+            args.formulations, args.permutations, args.keep_folded, budgets, args.turn_every
         ):
             yield dataclasses.replace(
                 dense,
@@ -145,7 +145,7 @@ def _cases_of(dense: StepCase, args: argparse.Namespace) -> Iterator[StepCase]:
                 permutation=permutation,
                 keep_folded=keep_folded,
                 memory_budget=memory_budget,
-                sides=sides,
+                turn_every=turn_every,
             )
         if args.peer is not None:
             yield dataclasses.replace(
@@ -178,7 +178,7 @@ def compared(row: Row, dense: Row | None) -> Row:
     if row["method"] == POETX:
         return row | ratios
     unused = ["formulation", "permutation", "optimizer", "keep_folded", "memory_budget"]
-    unused += ["merge_interval", "gains", "base", "sides"]
+    unused += ["merge_interval", "gains", "base", "turn_every"]
     unused += ["variant", "block_size"] if row["method"] == DENSE else []
     return row | ratios | dict.fromkeys(unused)
 

@@ -56,7 +56,7 @@ class StepCase:
         gains, base: the fields of `POETXConfig`.
         cuda_graphs: replay forward and backward as CUDA graphs.
         steps, rounds, warmup: `rounds` times `steps` steps are timed, after `warmup` steps.
-        sides: ``"both"`` turn in a step, or ``"one"``.
+        turn_every: of `POETXMuon`.
         peer: folder of the peer.
         room: a folder, where several workers wait for each other to compile.
     """
@@ -77,7 +77,7 @@ class StepCase:
     keep_folded: str = "call"
     memory_budget: float | None = None
     gains: str = "none"
-    sides: str = "both"
+    turn_every: int = 1
     base: str = "dense"
     lr: float = 1e-4
     device: str = "cuda"
@@ -223,8 +223,8 @@ def build(case: StepCase, device: torch.device, dtype: torch.dtype) -> Trained:
         merge_interval=1 if case.merge_interval == 1 else 10**9,
     )
     poetx.prepare(model, config)
-    sides: dict[str, Any] = {"alternate": True} if case.sides == "one" else {}
-    ours: Any = OPTIMIZERS[case.optimizer](model, lr=case.lr, **sides)
+    turns = {"turn_every": case.turn_every} if case.optimizer == "muon" else {}
+    ours: Any = OPTIMIZERS[case.optimizer](model, lr=case.lr, **turns)
     compile_kwargs.setdefault("options", {}).update(stage=case.stage, keep_folded=case.keep_folded)
     forward = _compiled(model, case, backend=poetx.poetx_backend, **compile_kwargs)
     merging = None if config.merged else lambda: merge(model, redraw=True)

@@ -27,7 +27,7 @@ class Case:
         weights: dtype of the weights; ``"float32"`` runs under bf16 autocast.
         block_size, merge_interval, variant, memory_budget, base: of `POETXConfig`.
         momentum: `momentum_dtype` of `POETXMuon`.
-        alternate: of `POETXMuon`: one side of each layer turns in a step.
+        turn_every: of `POETXMuon`.
         gradients: dtype of the gradients of rotations (`Tensor.grad_dtype`).
         checkpointing: activation checkpointing of each decoder block.
         loss_chunk: tokens whose logits are made at a time; ``None`` for all.
@@ -47,7 +47,7 @@ class Case:
     memory_budget: float | None = None
     base: str | None = None
     momentum: str | None = None
-    alternate: bool = False
+    turn_every: int = 1
     gradients: str | None = None
     checkpointing: bool = False
     loss_chunk: int | None = None
@@ -95,8 +95,8 @@ def label(case: Case) -> str:
         parts.append(NAMES[case.optimizer])
     elif case.momentum != "float32":
         parts.append(f"{_SHORT[case.momentum]} momentum")
-    if case.alternate:
-        parts.append("one side a step")
+    if case.turn_every > 1:
+        parts.append(f"turned every {case.turn_every} steps")
     if case.gradients != "float32":
         parts.append(f"{_SHORT[case.gradients]} gradients")
     return ", ".join(parts) + _activations(case)

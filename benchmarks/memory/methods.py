@@ -110,7 +110,7 @@ def _poetx(case: Case, model: Llama, stage: str) -> Trained:
     optimizer: torch.optim.Optimizer
     if case.optimizer == "muon":
         optimizer = poetx.POETXMuon(
-            model, lr=lr, momentum_dtype=case.momentum or "float32", alternate=case.alternate
+            model, lr=lr, momentum_dtype=case.momentum or "float32", turn_every=case.turn_every
         )
     else:
         optimizer = poetx.POETXAdamW(model, lr=lr)

@@ -40,7 +40,7 @@ IN_THE_BACKWARD = dataclasses.replace(ADAMW, method=IN_BACKWARD)
 PAPER: dict[str, Any] = {"optimizer": "adamw", "momentum": None}
 """The optimiser of the paper, everything in fp32."""
 LEAN: dict[str, Any] = {"momentum": "int8", "gradients": "bfloat16"}
-ONE_SIDE: dict[str, Any] = {"alternate": True}
+IN_TURN: dict[str, Any] = {"turn_every": 2}
 XQ = LEAN | {"base": "int8"}
 
 LEANEST = merged(256, variant="mem", checkpointing=True)
@@ -48,10 +48,10 @@ LONG = dataclasses.replace(LEANEST, loss_chunk=2048)
 
 TARGETS = [
     ADAMW,
-    merged(256, **ONE_SIDE),
-    merged(1024, **ONE_SIDE),
-    merged(512, **ONE_SIDE),
-    merged(256, variant="mem", **ONE_SIDE),
+    merged(256, **IN_TURN),
+    merged(1024, **IN_TURN),
+    merged(512, **IN_TURN),
+    merged(256, variant="mem", **IN_TURN),
     stored(256, "mem", **XQ),
     stored(256, "mem", checkpointing=True, **XQ),
     stored(256, "fast", **LEAN),
@@ -112,7 +112,7 @@ PLANS: dict[str, list[Case]] = {
     "3b": [c for seq in (1024, 512, 2048) for c in at(SWEPT, model="3b", seq=seq)],
     "13b-sequences": [c for seq in (1024, 512) for c in at(SWEPT, model="13b", seq=seq)],
     "graphs": at(
-        [merged(256, alternate=True), ADAMW, merged(256, variant="mem", alternate=True)],
+        [merged(256, turn_every=2), ADAMW, merged(256, variant="mem", turn_every=2)],
         compile="graphs",
     ),
     "whole": at([ADAMW, merged(256), stored(256, "fast", **LEAN)], compile="whole"),

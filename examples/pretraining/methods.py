@@ -119,10 +119,10 @@ def _poetx_optimizer(model: nn.Module, options: Options) -> torch.optim.Optimize
     if options.optimizer == "muon":
         own: dict[str, Any] = {
             "momentum_dtype": options.momentum_dtype,
-            "alternate": options.alternate,
+            "turn_every": options.turn_every,
         }
         return poetx.POETXMuon(model, **rates, weight_decay=0.0, **own)
-    for name, default in (("momentum_dtype", "float32"), ("alternate", False)):
+    for name, default in (("momentum_dtype", "float32"), ("turn_every", 1)):
         if getattr(options, name) != default:
             flag = name.replace("_", "-")
             raise RunError(f"--{flag} is of --optimizer muon: leave one of them out")

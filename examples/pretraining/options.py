@@ -60,7 +60,9 @@ class Options:
         "in which muon keeps the momentum of the rotations",
         choices=("float32", "bfloat16", "int8"),
     )
-    alternate: bool = _option(False, "have muon turn one side of each layer in a step, in turn")
+    turn_every: int = _option(
+        1, "steps from one turn of a side to its next, of muon: faster from 2 on", least=1
+    )
     lr: float = _option(3e-3, "peak learning rate of everything that is not a rotation", above=0)
     poetx_lr: float | None = _option(
         None, "peak learning rate of the rotations (default: the optimiser's own)", above=0

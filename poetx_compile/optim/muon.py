@@ -32,11 +32,10 @@ class POETXMuon(torch.optim.Optimizer):
     are orthogonalised together, in bf16 on CUDA and in fp32 elsewhere. Sharded skew parameters
     hold whole blocks in each process, which turns its own; nothing is communicated.
 
-    With `alternate` both momenta of a layer go on in every step, and one of its sides turns, at
-    twice the rate: the inputs of every other layer and the outputs of the rest, then the others.
-    A step then orthogonalises half of the blocks, and turns a weight of the merged form from one
-    side, in one pass; how fast that is on a GPU has not been measured yet. Rotations grow as fast
-    as without, on average.
+    With ``turn_every=k`` both momenta of a layer go on in every step, and each of its sides turns
+    in every k-th one, at k times the rate: never both at once, and as many of a model in each step.
+    A step then orthogonalises a k-th of the blocks, and turns a weight of the merged form from one
+    side, in one pass. Rotations grow as fast as without, on average.
 
     Args:
         model: prepared here, with `config`, if nobody has; compiled or not.
@@ -48,8 +47,8 @@ class POETXMuon(torch.optim.Optimizer):
         momentum_dtype: in which the momentum of the rotations is kept: ``torch.float32`` (fp64
             where they are), ``torch.bfloat16``, or ``torch.int8`` with a scale for each 256 values;
             or their names. The narrow ones are rounded stochastically. A saved state is converted.
-        alternate: turn one side of each layer in a step, in turn, at ``2 · poetx_lr``. Whose turn
-            it is follows from the number of the step, which is saved.
+        turn_every: k, steps from one turn of a side to its next, at ``k · poetx_lr``. Whose turn it
+            is follows from the number of the step, which is saved.
         betas, eps, weight_decay: of AdamW; `weight_decay` for dense parameters with two dimensions
             or more.
         fused: default: AdamW's fused kernel where every dense parameter is on a CUDA device.
@@ -58,8 +57,8 @@ class POETXMuon(torch.optim.Optimizer):
         schedule: the `MergeSchedule`.
 
     Raises:
-        ConfigError: `config` is not the one the model was prepared with; `momentum` or
-            `momentum_dtype` out of range.
+        ConfigError: `config` is not the one the model was prepared with; `momentum`,
+            `momentum_dtype` or `turn_every` out of range.
     """
 
     schedule: MergeSchedule
@@ -74,7 +73,7 @@ class POETXMuon(torch.optim.Optimizer):
         *,
         momentum: float = 0.95,
         momentum_dtype: torch.dtype | str = torch.float32,
-        alternate: bool = False,
+        turn_every: int = 1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
@@ -83,7 +82,9 @@ class POETXMuon(torch.optim.Optimizer):
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum = {momentum!r} is not allowed: use a number in [0, 1)")
         self.momentum_dtype = stored.parse_dtype(momentum_dtype)
-        self.alternate = alternate
+        if turn_every < 1:
+            raise ConfigError(f"turn_every = {turn_every!r} is not allowed: use a number of steps")
+        self.turn_every = turn_every
         model = ensure_prepared(model, config)
         groups = param_groups(
             model, lr=lr, poetx_lr=poetx_lr, weight_decay=weight_decay, rule=self.poetx_rule
@@ -118,7 +119,7 @@ class POETXMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         schedule = getattr(self, "schedule", None)  # a copy for a trial has none
-        resting = schedule.resting() if self.alternate and schedule is not None else set()
+        resting = set() if schedule is None else schedule.resting(self.turn_every)
         if schedule is None or schedule.turner is None:
             for group in self.param_groups:
                 if BLOCK in group:
@@ -132,7 +133,7 @@ class POETXMuon(torch.optim.Optimizer):
     def _step_merged(self, schedule: MergeSchedule, resting: Collection[nn.Parameter]) -> None:
         """The step of the merged form, which writes no rotation."""
         owners = {p: g for g in self.param_groups if BLOCK in g for p in g["params"]}
-        schedule.turn_by(self, partial(self._steps, owners, resting), self.alternate)
+        schedule.turn_by(self, partial(self._steps, owners, resting), self.turn_every)
         self._step_dense()
 
     def _step_dense(self) -> None:
@@ -142,7 +143,7 @@ class POETXMuon(torch.optim.Optimizer):
 
     def _turn(self, group: dict[str, Any], resting: Collection[nn.Parameter]) -> None:
         """Bring the rotations of a group on by a step; of those that rest the momentum alone."""
-        keep = 1 - _rate(group, resting) * group["weight_decay"]
+        keep = 1 - self._rate(group) * group["weight_decay"]
         for batch in bounded(_trained(group["params"]), lambda skew: local(skew).nbytes):
             for steps, _, skews in self._of_group(group, resting, batch):
                 turned = [local(skew) for skew in skews]
@@ -176,7 +177,7 @@ class POETXMuon(torch.optim.Optimizer):
             if not state:
                 stored.create(state, skew, self.momentum_dtype)
         here = [skew for skew in skews if local(skew).numel() > 0]  # uneven shards may be empty
-        b, rate = group[BLOCK], _rate(group, resting)
+        b, rate = group[BLOCK], self._rate(group)
         for kind, alike in by_kind([(skew, b) for skew in here]).items():
             turning = [skew for skew in alike if skew not in resting]
             others = [skew for skew in alike if skew in resting]
@@ -204,6 +205,11 @@ class POETXMuon(torch.optim.Optimizer):
         for direction in self._directions(turning, kind, mu, True):
             steps.append(ops.orthogonalize_skew(direction, kind.size).mul_(-rate))
         return steps[0] if len(steps) == 1 else torch.cat(steps) if steps else torch.empty(0)
+
+    def _rate(self, group: dict[str, Any]) -> Any:
+        """Of what turns."""
+        schedule = getattr(self, "schedule", None)  # a copy for a trial has none, and turns all
+        return group["lr"] * (1 if schedule is None else self.turn_every)
 
     def _counters(self) -> tuple[int, int]:
         """Seed and step: what the rounding of a narrow momentum follows from."""
@@ -253,11 +259,6 @@ class POETXMuon(torch.optim.Optimizer):
 def _trained(skews: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     """Those with blocks and a gradient."""
     return [p for p in skews if p.grad is not None and p.numel() > 0]
-
-
-def _rate(group: dict[str, Any], resting: Collection[nn.Parameter]) -> Any:
-    """That of what turns: twice the group's where a side does in every other step."""
-    return group["lr"] * (2 if resting else 1)
 
 
 def _part(skew: Tensor, state: stored.State) -> Part:

@@ -332,17 +332,25 @@ class MergeSchedule:
             update()
         self.turner.step(self.step + 1, self._moving(optimizer), update_those)
 
-    def turn_by(self, optimizer: Optimizer, make: Make, halves: bool) -> None:
+    def turn_by(self, optimizer: Optimizer, make: Make, period: int) -> None:
         """The same for the rotations alone, by an optimiser that makes steps (`Turner.turn_by`)."""
         assert self.turner is not None
-        self.turner.turn_by(self.step + 1, self._moving(optimizer), make, halves)
+        self.turner.turn_by(self.step + 1, self._moving(optimizer), make, period)
 
-    def resting(self) -> set[nn.Parameter]:
-        """The rotations that do not turn in the step under way, where sides take turns.
+    def resting(self, period: int) -> set[nn.Parameter]:
+        """The rotations that do not turn in the step under way, where each does in every `period`.
 
-        Neighbouring layers turn different sides, so that all steps cost the same.
+        Both sides of a layer are half a period apart, and neighbouring layers a step, so that all
+        steps cost about the same.
         """
-        return {e.skews[(self.step + n) % 2] for n, (_, e) in enumerate(self._layers)}
+        if period == 1:
+            return set()
+        resting = set()
+        for n, (_, e) in enumerate(self._layers):
+            for skew, ahead in zip(e.skews, (0, period // 2), strict=True):
+                if (self.step + 1 + n + ahead) % period:
+                    resting.add(skew)
+        return resting
 
     def _moving(self, optimizer: Optimizer) -> set[Tensor]:
         """The parameters that the step under way can move."""

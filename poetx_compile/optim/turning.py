@@ -78,7 +78,7 @@ class Turner:
         self._layers = list(layers)
         self._skews = {e: e.skews for _, e in layers}  # the same as long as there is this object
         self._batches = list(layer_batches(layers))
-        self._of_steps: dict[bool, list[list[Layer]]] = {}
+        self._of_steps: dict[int, list[list[Layer]]] = {}
         self._open: list[Layer] = []
         self._finite: dict[torch.device, Tensor] = {}
         self._angles: list[Tensor] = []
@@ -108,18 +108,18 @@ class Turner:
                 self.close()
         self._finish()
 
-    def turn_by(self, number: int, moving: set[Tensor], make: Make, halves: bool) -> None:
+    def turn_by(self, number: int, moving: set[Tensor], make: Make, period: int) -> None:
         """Turn by batches of layers; no parameter is given memory.
 
         Args:
             number, moving: as for `step`.
             make: called once for each batch, for its rotations: those of the inputs first.
-            halves: it makes the steps of about half of them.
+            period: it makes the steps of about one of so many.
         """
-        if halves not in self._of_steps:
-            limit = STEPS_BYTES * (1 + halves)
-            self._of_steps[halves] = list(bounded(self._layers, _bytes_of_steps, limit))
-        for batch in self._of_steps[halves]:
+        if period not in self._of_steps:
+            limit = STEPS_BYTES * period
+            self._of_steps[period] = list(bounded(self._layers, _bytes_of_steps, limit))
+        for batch in self._of_steps[period]:
             layers = self._with_gradients(batch)
             if layers:
                 of_sides = zip(*(self._skews[e] for _, e in layers), strict=True)

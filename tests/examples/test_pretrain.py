@@ -391,7 +391,7 @@ def snapshot(folder: str) -> dict[str, bytes]:
         (["--gpu-memory", "80GB", "--device", "cpu"], "--gpu-memory caps a CUDA device"),
         (["--data", "text.txt", "--tokenizer", "bpe", "--vocab-size", "256"], "at least 258"),
         (["--optimizer", "adamw", "--momentum-dtype", "int8"], "--momentum-dtype is of"),
-        (["--optimizer", "adamw", "--alternate"], "--alternate is of"),
+        (["--optimizer", "adamw", "--turn-every", "2"], "--turn-every is of"),
         (["--data", "gone.txt"], "cannot read gone.txt"),
         (["--data", "empty.txt"], "empty.txt is empty"),
         (["--data", "text.txt", "--seq-len", "100000"], "smaller --seq-len"),

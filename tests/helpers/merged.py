@@ -59,7 +59,7 @@ OPTIMISERS = {
     "AdamW": attached(torch.optim.AdamW),
     "POETXAdamW": ours(poetx.POETXAdamW),
     "POETXMuon": ours(poetx.POETXMuon),
-    "POETXMuon, alternate": ours(poetx.POETXMuon, alternate=True),
+    "POETXMuon, turn_every": ours(poetx.POETXMuon, turn_every=3),
 }
 
 

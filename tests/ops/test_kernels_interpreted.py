@@ -334,7 +334,7 @@ def trainer(interval):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 33), torch.nn.Linear(33, 9))
     config = poetx.POETXConfig(block_size=8, merge_interval=interval, max_angle=None)
-    optimizer = poetx.POETXMuon(model, config=config, alternate=True, momentum_dtype="int8")
+    optimizer = poetx.POETXMuon(model, config=config, turn_every=2, momentum_dtype="int8")
     return model, rotations_of(model), optimizer
 
 def trained(model, rotations, optimizer):

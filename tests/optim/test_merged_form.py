@@ -29,8 +29,8 @@ POLYNOMIALS = (
 class Muon:
     """Orthogonalised Nesterov momentum on packed skew blocks: outputs, inputs of each layer."""
 
-    def __init__(self, parameters: list[Tensor], lr: float, alternate: bool = False):
-        self.parameters, self.lr, self.alternate = parameters, lr, alternate
+    def __init__(self, parameters: list[Tensor], lr: float, period: int = 1):
+        self.parameters, self.lr, self.period = parameters, lr, period
         self.momenta = [torch.zeros_like(p) for p in parameters]
         self.steps = 0
 
@@ -42,7 +42,7 @@ class Muon:
             if not p.numel():
                 continue
             m += 0.05 * (p.grad - m)
-            if self.alternate and (i + i // 2 + self.steps) % 2 == 0:
+            if (self.steps + i // 2 + (i % 2 == 0) * (self.period // 2)) % self.period:
                 continue
             packed = 0.05 * p.grad + 0.95 * m
             x = p.new_zeros(len(p), B, B)
@@ -53,7 +53,7 @@ class Muon:
             for a, b, c in POLYNOMIALS:
                 square = x @ x.mT
                 x = a * x + (b * square + c * square @ square) @ x
-            p -= self.lr * (1 + self.alternate) * x[:, rows, columns]
+            p -= self.lr * self.period * x[:, rows, columns]
 
 
 REFERENCES = {
@@ -61,7 +61,7 @@ REFERENCES = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.0),
     "POETXAdamW": lambda p: torch.optim.AdamW(p, lr=0.02, betas=(0.9, 0.95), weight_decay=0.0),
     "POETXMuon": lambda p: Muon(p, lr=0.02),
-    "POETXMuon, alternate": lambda p: Muon(p, lr=0.02, alternate=True),
+    "POETXMuon, turn_every": lambda p: Muon(p, lr=0.02, period=3),
 }
 DENSE = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
@@ -69,7 +69,7 @@ DENSE = {
     "POETXAdamW": lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
     "POETXMuon": lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
 }
-DENSE["POETXMuon, alternate"] = DENSE["POETXMuon"]
+DENSE["POETXMuon, turn_every"] = DENSE["POETXMuon"]
 
 
 def rotation(packed: Tensor, size: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import poetx_compile as poetx
+from poetx_compile.errors import ConfigError
 from poetx_compile.layers.prepared import equivalence_of
 from poetx_compile.ops.orthogonalize import orthogonalize
 from poetx_compile.ops.packing import pack, unpack
@@ -70,15 +71,17 @@ def test_two_steps_against_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
             assert set(optimizer.state[skew]) == {"momentum_buffer"}
 
 
-def test_sides_take_turns() -> None:
-    """All momenta go on as without; one side of each layer turns, twice as far."""
+@pytest.mark.parametrize("period", [2, 3, 4])
+def test_sides_take_turns(period: int) -> None:
+    """All momenta go on as without; a side turns in every k-th step, k times as far."""
     models = [nn.Sequential(nn.Linear(32, 40), nn.Linear(40, 24)).double() for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
         poetx.prepare(model, poetx.POETXConfig(block_size=8, max_angle=None))
-    both, one = POETXMuon(models[0]), POETXMuon(models[1], alternate=True)
+    both, one = POETXMuon(models[0]), POETXMuon(models[1], turn_every=period)
     expected = [torch.zeros_like(skew) for skew in skews(models[0])]
-    for step in range(3):
+    turned: list[tuple[int, int]] = []
+    for step in range(2 * period):
         before = [skew.detach().clone() for skew in skews(models[0])]
         for i, skew in enumerate(skews(models[0])):
             skew.grad = torch.randn_like(skew)
@@ -86,26 +89,33 @@ def test_sides_take_turns() -> None:
         both.step()
         one.step()
         for i, (skew, other) in enumerate(zip(skews(models[0]), skews(models[1]), strict=True)):
-            if (i + i // 2 + step) % 2:
-                expected[i] += 2 * (skew.detach() - before[i])
+            if (step + 1 + i // 2 + i % 2 * (period // 2)) % period == 0:
+                expected[i] += period * (skew.detach() - before[i])
+                turned.append((step, i // 2))
             assert relative_error(other.detach() + 1, expected[i] + 1) < 1e-14, (step, i)
             momenta = [o.state[p]["momentum_buffer"] for o, p in ((both, skew), (one, other))]
             assert torch.equal(*momenta)
+    assert len(set(turned)) == len(turned) == 2 * len(expected), "never both sides of a layer"
+
+
+def test_a_period_is_a_number_of_steps() -> None:
+    with pytest.raises(ConfigError, match="turn_every = 0"):
+        POETXMuon(nn.Sequential(nn.Linear(8, 8)), turn_every=0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_narrow_momenta_of_resting_sides_go_on(dtype: str) -> None:
     states = []
-    for alternate in (False, True):
+    for period in (1, 2, 3):
         torch.manual_seed(0)
         model = TinyLM(layers=1)
         poetx.prepare(model, poetx.POETXConfig(block_size=8))
-        optimizer = POETXMuon(model, momentum_dtype=dtype, alternate=alternate)
+        optimizer = POETXMuon(model, momentum_dtype=dtype, turn_every=period)
         train_step(model, optimizer)
         states.append([optimizer.state[skew]["momentum_buffer"] for skew in skews(model)])
-    for whole, half in zip(*states, strict=True):
+    for whole, *others in zip(*states, strict=True):
         assert whole.any()
-        assert torch.equal(whole, half)
+        assert all(torch.equal(whole, other) for other in others)
 
 
 def test_every_plane_turns_by_about_the_learning_rate() -> None:

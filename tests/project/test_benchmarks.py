@@ -74,12 +74,12 @@ def test_merged(tmp_path: Path) -> None:
     found = merged.main(
         [
             *("--device", "cpu", "--shapes", "48x80", "--tokens", "40", "--block-sizes", "16"),
-            *("--sides", "both,one", "--stage", "eager", "--output", str(tmp_path), *FAST),
+            *("--turn-every", "1,2", "--stage", "eager", "--output", str(tmp_path), *FAST),
         ]
     )
     keys = {"linear_ms", "step_ms", "adamw_ms", "layer_ratio", "floor_ratio", "step_error"}
     read_back(tmp_path, "merged", found, keys | {"saved_mib", "gradient_error"})
-    assert [row["sides"] for row in found] == ["both", "one"]
+    assert [row["turn_every"] for row in found] == [1, 2]
     assert all(row["step_error"] < 1e-3 for row in found)
     assert found[1]["floor_ms"] < found[0]["floor_ms"]
     costs = floors.merged(floors.Layer.of(8192, 4096, 4096, 512, 2))

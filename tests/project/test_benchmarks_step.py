@@ -66,9 +66,9 @@ def test_step(tmp_path: Path) -> None:
 def test_step_of_the_merged_form(tmp_path: Path) -> None:
     arguments = ["--merge-interval", "1", "--optimizers", "muon", "--gains", "rows"]
     arguments += ["--layers", "1", "--by-layer"]
-    arguments += ["--sides", "both,one", "--output", str(tmp_path)]
+    arguments += ["--turn-every", "1,2", "--output", str(tmp_path)]
     dense, ours, one = step.main([*STEP, *arguments])
-    assert (dense["sides"], ours["sides"], one["sides"]) == (None, "both", "one")
+    assert (dense["turn_every"], ours["turn_every"], one["turn_every"]) == (None, 1, 2)
     assert (dense["merge_interval"], ours["merge_interval"], ours["merge_ms"]) == (None, 1, 0)
     assert (dense["gains"], ours["gains"]) == (None, "rows")
     assert (ours["layers"], ours["by_layer"]) == (1, True)
@@ -113,7 +113,7 @@ def test_step_has_a_row_for_each_memory_budget(tmp_path: Path) -> None:
     [
         (["--cuda-graphs"], "--cuda-graphs needs --stage inductor"),
         (["--optimizers", "sgd,muon"], "--optimizers sgd: use some of adamw,muon"),
-        (["--sides", "one"], "--sides one: only POETXMuon takes turns"),
+        (["--turn-every", "2"], "--turn-every is of POETXMuon"),
         (["--keep-folded", "call,ever"], "--keep-folded ever: use some of call,step"),
         (["--memory-budgets", "0.5,2"], "argument --memory-budgets: invalid list of fraction"),
         (["--memory-budgets", "0.5", "--keep-folded", "step"], "--memory-budgets keep less"),

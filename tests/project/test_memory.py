@@ -47,7 +47,7 @@ def row_of(case: Case, **values: Any) -> Row:
 
 def test_a_row_says_what_was_trained_and_its_bytes() -> None:
     torch._dynamo.reset()
-    case = tiny(merged(8, variant="mem", alternate=True), checkpointing=True, loss_chunk=3)
+    case = tiny(merged(8, variant="mem", turn_every=2), checkpointing=True, loss_chunk=3)
     row = worker.work(case, dataclasses.replace(PLACE, checkpoint=True))
     assert of_row(row) == case
     assert set(worker.MEASURED) < set(row)
