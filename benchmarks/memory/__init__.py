@@ -6,6 +6,8 @@
                                          skipped, and running out of memory is a row
 ``python -m benchmarks.memory table``    rows as a Markdown table, the parts of the peak included
 ``python -m benchmarks.memory plot``     tokens/s against the peak
+``python -m benchmarks.memory goals``    what was asked of 8B and 13B, beside the rows
+``python -m benchmarks.memory curve``    the loss of a run of examples/pretrain.py
 ``python -m benchmarks.memory page``     the tables and figures of docs/memory.md, written anew
 ``python -m benchmarks.memory estimate`` `poetx_compile.estimate` beside the measured peaks
 =====================================  =============================================================

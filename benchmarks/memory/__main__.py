@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import estimates, figures, tables
+from benchmarks.memory import estimates, figures, goals, tables
 from benchmarks.memory.cases import Case
 from benchmarks.memory.methods import VOCABULARY
 from benchmarks.memory.plans import PLANS
@@ -21,7 +21,7 @@ from benchmarks.memory.results import all_rows, save, selected
 from benchmarks.memory.worker import Place
 from benchmarks.options import list_of, positive
 from benchmarks.page import ROOT, Page
-from benchmarks.rows import RESULTS, Row
+from benchmarks.rows import RESULTS, Row, read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     plot = command("plot", "tokens/s against the peak", _plot)
     _add_selection(plot)
     plot.add_argument("--output", type=Path, required=True, help="the .png")
+
+    goal = command("goals", "what was asked, beside the rows", _goals)
+    goal.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+
+    curve = command("curve", "the loss of a run of examples/pretrain.py", _curve)
+    curve.add_argument("rows", type=Path, help="benchmarks/results/pretrain-….json")
+    curve.add_argument("--output", type=Path, required=True, help="the .png")
 
     command("page", "write tables and figures into docs/memory.md", lambda args: PAGE.write())
     estimate = command("estimate", "`poetx_compile.estimate`, beside the measured peaks", _estimate)
@@ -148,6 +155,16 @@ def _plot(args: argparse.Namespace) -> int:
     rows = all_rows(args.results)
     chosen = selected(rows, args.plans, args.model, args.seq)
     print(figures.draw(chosen, rows, args.output))
+    return 0
+
+
+def _goals(args: argparse.Namespace) -> int:
+    print(goals.markdown(all_rows(args.results)))
+    return 0
+
+
+def _curve(args: argparse.Namespace) -> int:
+    print(figures.curve(read(args.rows), args.output))
     return 0
 
 

@@ -1,9 +1,12 @@
-"""The figure: tokens/s against the peak, a point for each way to train."""
+"""Figures: tokens/s against the peak, a point for each way to train; the loss of a run."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.memory.cases import DENSE, POETX, Case, label, of_row
 from benchmarks.memory.tables import is_measured, ratio
@@ -12,6 +15,17 @@ from benchmarks.rows import Row
 SHOWN = (
     "tokens/s over AdamW's against the peak of memory; hollow: gives up accumulation, clipping, DDP"
 )
+
+KINDS = {
+    "AdamW": ("black", "o"),
+    "dense rivals (hollow: no accumulation, clipping, DDP)": ("tab:orange", "s"),
+    "POET-X": ("tab:blue", "o"),
+    "POET-XQ: frozen weights in int8": ("tab:green", "D"),
+}
+"""What the legend tells apart → colour and marker."""
+
+APART = 0.055
+"""Of the height of the panel: the least distance of two labels that are beside each other."""
 
 
 def draw(rows: Sequence[Row], known: Sequence[Row], path: Path) -> Path:
@@ -29,39 +43,123 @@ def draw(rows: Sequence[Row], known: Sequence[Row], path: Path) -> Path:
     points = [(row, speed) for row, speed in measured if speed is not None]
     if not points:
         raise ValueError("no row with a peak, tokens/s, and AdamW's beside it")
-    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     panel = figure.subplots()
-    for number, (row, speed) in enumerate(points, 1):
-        case = of_row(row)
-        colour, marker = _style(case)
+    top = 1.1 * max(1.0, *(speed for _, speed in points))
+    wide = 1.05 * max(row["cap_gib"] or row["peak_gib"] for row, _ in points)
+    panel.set_xlim(0, wide)
+    panel.set_ylim(0, top)
+    names = short_names([of_row(row) for row, _ in points])
+    labels: list[tuple[float, float]] = []
+    for name, (row, speed) in sorted(
+        zip(names, points, strict=True), key=lambda one: one[1][1], reverse=True
+    ):
+        kind = _kind(of_row(row))
+        colour, marker = KINDS[kind]
         panel.plot(
-            row["peak_gib"], speed, marker, color=colour, markersize=8,
-            fillstyle="none" if row["gives_up"] else "full", label=f"{number}  {label(case)}",
+            row["peak_gib"], speed, marker, color=colour, markersize=9,
+            fillstyle="none" if row["gives_up"] else "full",
         )  # fmt: skip
-        panel.annotate(
-            str(number), (row["peak_gib"], speed), textcoords="offset points", xytext=(6, 4)
-        )
-    first = points[0][0]
+        # Labels are right of their points, from the top down; one that is too near goes lower.
+        x = row["peak_gib"] + 0.015 * wide
+        beside = [lower - APART * top for other, lower in labels if abs(other - x) < wide / 3]
+        labels.append((x, min([speed, *beside])))
+        panel.text(
+            *labels[-1], f"{name}: {row['peak_gib']:.1f} GiB", color=colour, va="center",
+            fontsize="small", bbox={"color": "white", "pad": 1},
+        )  # fmt: skip
+    for cap in {row["cap_gib"] for row, _ in points if row["cap_gib"]}:
+        panel.axvline(cap, color="tab:red", linestyle="--", linewidth=1)
+        panel.text(
+            cap - 0.005 * wide, 0.6 * top, f"the most allowed: {cap:.0f} GiB",
+            color="tab:red", rotation="vertical", ha="right", va="center", fontsize="small",
+        )  # fmt: skip
+    for kind in KINDS:
+        if any(_kind(of_row(row)) == kind for row, _ in points):
+            colour, marker = KINDS[kind]
+            panel.plot([], [], marker, color=colour, label=kind)
+    panel.legend(loc="lower right", bbox_to_anchor=(0.94, 0.0), fontsize="small")
     panel.axhline(1.0, color="black", linewidth=0.6)
-    panel.set_xlim(left=0)
-    panel.set_ylim(bottom=0)
-    panel.set_xlabel("peak of memory, GiB (hollow: without accumulation, clipping and DDP)")
+    panel.set_xlabel("peak of memory, GiB")
     panel.set_ylabel("tokens/s, AdamW = 1")
     panel.grid(alpha=0.3)
-    figure.legend(loc="outside right center", fontsize="small", handlelength=1)
+    first = points[0][0]
     figure.suptitle(
-        f"Llama {first['model'].upper()}, 1 x {first['seq']} tokens, bf16: {first['gpu']}, "
+        f"Llama {first['model'].upper()}, 1 × {first['seq']} tokens, bf16: {first['gpu']}, "
         f"torch {first['torch']}",
-        fontsize=9,
+        fontsize=10,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
 
 
-def _style(case: Case) -> tuple[str, str]:
-    if case.method != POETX:
-        return "tab:gray", "o" if case.method == DENSE else "s"
-    if case.base == "int8":
-        return "tab:green", "D"
-    return ("tab:red", "o") if case.merged else ("tab:blue", "o")
+def short_names(cases: Sequence[Case]) -> list[str]:
+    """Labels without what all of POET-X, or all of its merged form, have in common."""
+    found = []
+    ours = [case for case in cases if case.method == POETX]
+    for case in cases:
+        common: dict[str, Any] = {}
+        if case.method == POETX:
+            common = {"momentum": "float32", "gradients": "float32"}
+            common |= {"turn_every": 1} if case.merged else {}
+        alike = [other for other in ours if other.merged or not case.merged]
+        same = {k: v for k, v in common.items() if len({getattr(o, k) for o in alike}) == 1}
+        found.append(label(dataclasses.replace(case, **same)))
+    return found
+
+
+def _kind(case: Case) -> str:
+    dense, rival, ours, quantised = KINDS
+    if case.method == POETX:
+        return quantised if case.base == "int8" else ours
+    return dense if case.method == DENSE and case.optimizer == "adamw" else rival
+
+
+def curve(rows: Sequence[Row], path: Path) -> Path:
+    """Draw the losses of a run of `examples/pretrain.py`, bits a byte, into `path`.
+
+    Args:
+        rows: of a file in ``benchmarks/results``; those that are no step are left alone.
+
+    Raises:
+        ValueError: no row is a step.
+    """
+    from matplotlib.figure import Figure
+
+    steps = [row for row in rows if row.get("loss") is not None]
+    if not steps:
+        raise ValueError("no row is a step of a run")
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    panel = figure.subplots()
+    styles: dict[str, dict[str, Any]] = {
+        "loss": {"alpha": 0.5, "label": "training"},
+        "val_loss": {"marker": "o", "label": "validation"},
+    }
+    for field, style in styles.items():
+        there = [row for row in steps if row[field] is not None]
+        bits = [row[field] / math.log(2) for row in there]
+        panel.plot([row["step"] for row in there], bits, color="tab:blue", **style)
+        if field == "val_loss":
+            for row, value in zip(there, bits, strict=True):
+                panel.annotate(
+                    f"{value:.2f}", (row["step"], value), textcoords="offset points",
+                    xytext=(0, 9), ha="center",
+                )  # fmt: skip
+    for summary in (row for row in rows if row.get("killed_at")):
+        panel.axvline(summary["killed_at"], color="tab:red", linestyle=":")
+        text = f" killed; goes on\n from step {summary['checkpoint']}"
+        panel.annotate(text, (summary["killed_at"], 0.05), color="tab:red", fontsize="small")
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss, bits a byte")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    first = steps[0]
+    figure.suptitle(
+        f"{first['run']}, {first['batch']} × {first['length']} tokens a step: {first['gpu']}",
+        fontsize=10,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path

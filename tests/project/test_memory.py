@@ -15,7 +15,7 @@ from torch import Tensor
 import llama
 from benchmarks.gate import GateError
 from benchmarks.memory import __main__ as command
-from benchmarks.memory import estimates, figures, methods, queue, results, tables, worker
+from benchmarks.memory import estimates, figures, goals, methods, queue, results, tables, worker
 from benchmarks.memory.cases import IN_BACKWARD, Case, of_row
 from benchmarks.memory.methods import Trained
 from benchmarks.memory.plans import ADAMW, LEAN, PLANS, at, merged, stored
@@ -197,6 +197,43 @@ def test_a_table_compares_with_adamw_and_says_what_does_not_fit(tmp_path: Path) 
     assert figures.draw(rows, rows, tmp_path / "memory.png").stat().st_size > 0
     with pytest.raises(ValueError, match="no row"):
         figures.draw(rows[2:], rows, tmp_path / "none.png")
+
+
+def test_goals_are_met_or_missed_by_the_rows() -> None:
+    cases = [merged(256), merged(512), merged(1024)]
+    rows = [row_of(ADAMW, peak_gib=60.5, tokens_per_s=100.0)]
+    rows += [row_of(case, peak_gib=22.0, tokens_per_s=90.0) for case in cases[:2]]
+    asked = [(cases[0], 22.0, 0.9), (cases[0], 21.9, 0.91), (cases[1], 22.5, None)]
+    asked.append((cases[2], 22.0, None))
+    text = goals.markdown(rows, [goals.Goal("it", *one) for one in asked])
+    assert text.splitlines()[2:] == [
+        "| it | ≤ 22 GiB, ≥ 0.9 | 22.00 GiB, 0.90 | met |",
+        "| it | ≤ 21.9 GiB, ≥ 0.91 | 22.00 GiB, 0.90 | missed: memory, speed |",
+        "| it | ≤ 22.5 GiB | 22.00 GiB, 0.90 | met |",
+        "| it | ≤ 22 GiB | | not measured |",
+    ]
+
+
+def test_names_in_the_figure_leave_out_what_all_have() -> None:
+    cases = [ADAMW, merged(256, turn_every=2), stored(256, "mem", **LEAN)]
+    names = ["AdamW", "POET-X merged, b = 256", "POET-X mem, b = 256"]
+    assert figures.short_names(cases) == names
+    told_apart = figures.short_names([*cases, merged(256, "float32")])
+    assert told_apart[1] == "POET-X merged, b = 256, int8 momentum, turned every 2 steps"
+
+
+def test_the_losses_of_a_run_are_drawn(tmp_path: Path) -> None:
+    run = {"gpu": "A card", "run": "poetx", "batch": 1, "length": 8}
+    rows: list[Row] = [
+        run | {"killed_at": 2, "checkpoint": 1},
+        *(run | {"step": i, "loss": 1.0, "val_loss": 2.0 if i == 2 else None} for i in (1, 2)),
+    ]
+    write(tmp_path / "run.json", rows)
+    picture = tmp_path / "loss.png"
+    assert command.main(["curve", str(tmp_path / "run.json"), "--output", str(picture)]) == 0
+    assert picture.stat().st_size > 0
+    with pytest.raises(ValueError, match="no row"):
+        figures.curve(rows[:1], picture)
 
 
 def test_the_commands_read_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
