@@ -111,6 +111,7 @@ PLANS: dict[str, list[Case]] = {
     "sequences": [*at(SWEPT, seq=2048), *at(SWEPT, seq=512)],
     "3b": [c for seq in (1024, 512, 2048) for c in at(SWEPT, model="3b", seq=seq)],
     "13b-sequences": [c for seq in (1024, 512) for c in at(SWEPT, model="13b", seq=seq)],
+    "turns": [merged(b, turn_every=k) for k in (4, 8) for b in (256, 512, 1024)],
     "graphs": at(
         [merged(256, turn_every=2), ADAMW, merged(256, variant="mem", turn_every=2)],
         compile="graphs",
