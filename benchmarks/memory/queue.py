@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.memory import worker
 from benchmarks.memory.cases import Case, compiled_alike, label, of_row
 from benchmarks.memory.worker import Place
 from benchmarks.rows import Row, read
@@ -26,7 +27,7 @@ from benchmarks.rows import Row, read
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "benchmarks.memory.worker")
 POLL_S = 0.1
-LOG_LINES = 25
+LOG_LINES = 60
 SHORT = 4096
 """Tokens up to which several models fit beside each other while they compile."""
 
@@ -49,6 +50,17 @@ class _Work:
     @property
     def log(self) -> Path:
         return self.files / "log"
+
+    def said(self) -> str:
+        """The end of its log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-LOG_LINES:])
+
+    def tell(self) -> None:
+        """Have it write into its log where it is."""
+        if self.process.poll() is None:
+            self.process.send_signal(worker.TELL)
+            time.sleep(POLL_S)
 
     def end(self) -> None:
         """Kill it, and the compilers that it started."""
@@ -102,6 +114,9 @@ class Queue:
         compiling: list[_Work] = []
         try:
             while waiting or compiling:
+                for work in compiling:
+                    if work.process.poll():
+                        self._say(f"{named(work.case)}: did not compile\n{work.said()}")
                 compiling = [w for w in compiling if w.process.poll() is None]
                 free = list(gpus)
                 for work in compiling:
@@ -141,12 +156,16 @@ class Queue:
     def _started(self, case: Case, gpu: str, place: Place, threads: int) -> _Work:
         files = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
         task = {"case": dataclasses.asdict(case), "place": dataclasses.asdict(place)}
-        environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
-            "TRITON_CACHE_DIR": str(self.folder / "triton"),
-            "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
-            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        }
+        allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        environment = (
+            allocator
+            | os.environ
+            | {
+                "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
+                "TRITON_CACHE_DIR": str(self.folder / "triton"),
+                "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
+            }
+        )
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [*WORKER, json.dumps(task), str(files / "row.json")]
@@ -162,13 +181,12 @@ class Queue:
             seconds = time.monotonic() - work.begun
             if work.process.poll() is None and seconds < self.case_s:
                 continue
+            work.tell()
             work.end()
             self._under_way.remove(work)
             if not work.row.exists():
                 self.failed.append(work.case)
-                lines = work.log.read_text(encoding="utf-8", errors="replace").splitlines()
-                said = "\n".join(lines[-LOG_LINES:])
-                self._say(f"{named(work.case)}: failed after {seconds:.0f} s\n{said}")
+                self._say(f"{named(work.case)}: failed after {seconds:.0f} s\n{work.said()}")
                 continue
             (row,) = read(work.row)
             self.finished(row)

@@ -6,8 +6,10 @@ The row goes into the file that is named; running out of memory is a row as well
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import fcntl
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +29,9 @@ from benchmarks.rows import Row, environment, write
 GIB = 2**30
 
 LONG = 4096
+
+TELL = signal.SIGUSR1
+"""A worker that gets it writes where it is: into its log, for a case that does not end."""
 
 MEASURED = (
     "peak_gib", "reserved_gib", "tokens_per_s", "ms", "step_ms", "merge_ms", "first_step_s",
@@ -260,6 +265,7 @@ def _plain(tensor: Tensor) -> list[Tensor]:
 
 def main(task: str, output: str) -> None:
     """Run the task given as JSON, and write its row into `output`."""
+    faulthandler.register(TELL)
     asked = json.loads(task)
     case, place = Case(**asked["case"]), Place(**asked["place"])
 

@@ -123,7 +123,8 @@ def test_a_full_gpu_is_a_row_and_no_other_error_is(
 # --- the queue ------------------------------------------------------------------------------------
 
 FAKE = """
-    import json, sys, time
+    import faulthandler, json, signal, sys, time
+    faulthandler.register(signal.SIGUSR1)
     task = json.loads(sys.argv[1])
     case = task["case"]
     if case["optimizer"] == "adafactor":
@@ -157,7 +158,9 @@ def test_the_queue_skips_what_is_known_and_goes_on_after_a_failure(
     assert made.failed == [broken, endless]
     said = capsys.readouterr().err
     assert "compiled for" in said
-    assert "it broke" in said
+    assert "did not compile\nit broke" in said
+    assert "it broke" in said.split("compiled for")[1]
+    assert "most recent call first" in said  # where the endless one was
     late = queue.Queue([endless], PLACE, ("",), tmp_path / "work")
     assert not late.run(limit_s=0.05)
     assert "time is up: 1 to do" in capsys.readouterr().err
