@@ -35,8 +35,8 @@ def is_sharded(*tensors: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The part that this process holds, the same memory; without gradients."""
-    part: Any = tensor.detach() if tensor.requires_grad else tensor
-    return part.to_local() if type(part) not in _PLAIN and is_sharded(part) else part
+    part: Any = tensor.detach()
+    return part.to_local() if is_sharded(tensor) else part
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -100,10 +100,13 @@ def _built(chain: Any) -> Tensor:
     return chain() if hasattr(chain, "1") else chain._modules["0"](chain.original)
 
 
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
-    """That of `nn.Linear`, without the property: at every call Dynamo would check that it is in the
-    class, and could not skip the guards of the module (`layers.aside`)."""
-    return F.linear(x, _weight(module), module.bias)
+def _forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """That of `nn.Linear`, without the property.
+
+    At every call Dynamo would check that the property is in the class, and could not skip the
+    guards of the module (`layers.aside`).
+    """
+    return F.linear(input, _weight(self), self.bias)
 
 
 def _set_weight(module: nn.Module, weight: Tensor) -> None:

@@ -23,12 +23,14 @@ Item = TypeVar("Item")
 
 def layer_batches(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     """The layers in order, in batches whose rotations take `ROTATIONS_BYTES`, or of one layer."""
-    return bounded(layers, lambda layer: 4 * sum(side.elements for side in layer[1].sides))
+
+    def size(layer: Layer) -> int:
+        return 4 * sum(side.elements for side in layer[1].sides)
+
+    return bounded(layers, size, ROTATIONS_BYTES)
 
 
-def bounded(
-    items: Iterable[Item], size: Callable[[Item], int], limit: int = ROTATIONS_BYTES
-) -> Iterator[list[Item]]:
+def bounded(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
     """The items in order, in batches whose sizes sum up to `limit` at most, or of one item."""
     batch: list[Item] = []
     held = 0

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from poetx_compile import ops
 from poetx_compile._torch import _disable_dynamo
 from poetx_compile.config import POETXConfig
-from poetx_compile.distributed.shards import local
+from poetx_compile.distributed.shards import is_sharded, local
 from poetx_compile.errors import ConfigError
 from poetx_compile.ops.muon_step import Part, fused, muon_steps
 from poetx_compile.optim import momentum as stored
 from poetx_compile.optim.adamw import adamw_step, fusible
-from poetx_compile.optim.blocks import BlockKind, bounded, by_kind, chunks, gather
+from poetx_compile.optim.blocks import ROTATIONS_BYTES, BlockKind, bounded, by_kind, chunks, gather
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
 from poetx_compile.optim.turning import Steps
@@ -144,7 +144,8 @@ class POETXMuon(torch.optim.Optimizer):
     def _turn(self, group: dict[str, Any], resting: Collection[nn.Parameter]) -> None:
         """Bring the rotations of a group on by a step; of those that rest the momentum alone."""
         keep = 1 - self._rate(group) * group["weight_decay"]
-        for batch in bounded(_trained(group["params"]), lambda skew: local(skew).nbytes):
+        trained = _trained(group["params"])
+        for batch in bounded(trained, lambda skew: local(skew).nbytes, ROTATIONS_BYTES):
             for steps, _, skews in self._of_group(group, resting, batch):
                 turned = [local(skew) for skew in skews]
                 if keep != 1:
@@ -176,7 +177,7 @@ class POETXMuon(torch.optim.Optimizer):
             state = self.state[skew]
             if not state:
                 stored.create(state, skew, self.momentum_dtype)
-        here = [skew for skew in skews if local(skew).numel() > 0]  # uneven shards may be empty
+        here = [skew for skew in skews if len(_local(skew)) > 0]  # uneven shards may be empty
         b, rate = group[BLOCK], self._rate(group)
         for kind, alike in by_kind([(skew, b) for skew in here]).items():
             turning = [skew for skew in alike if skew not in resting]
@@ -264,8 +265,13 @@ def _trained(skews: Sequence[nn.Parameter]) -> list[nn.Parameter]:
 def _part(skew: Tensor, state: stored.State) -> Part:
     """What this process has of a rotation."""
     assert skew.grad is not None
-    scale = local(state[stored.SCALE]) if stored.SCALE in state else None
-    return Part(local(skew.grad).contiguous(), local(state[stored.BUFFER]), scale)
+    scale = _local(state[stored.SCALE]) if stored.SCALE in state else None
+    return Part(_local(skew.grad).contiguous(), _local(state[stored.BUFFER]), scale)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """`local` to look at, of hundreds of tensors: the tensor itself where it is whole."""
+    return local(tensor) if is_sharded(tensor) else tensor
 
 
 def _fit_momentum(optimizer: torch.optim.Optimizer) -> None:

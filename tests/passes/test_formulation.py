@@ -97,10 +97,10 @@ skew_out: f32[2, 28]
 perm_in: i64[2, 6]
 perm_out: i64[2, 10]
 bias: f32[20]
-args_0: f32[3, 12]
+input: f32[3, 12]
 %1: f32[1, 8, 8] = poetx.cayley_neumann(skew_in, 8, 3)
 %2: f32[2, 8, 8] = poetx.cayley_neumann(skew_out, 8, 3)
-%3: f32[3, 12] = poetx.rotate_blocks(args_0, %1, perm_in, None, False)
+%3: f32[3, 12] = poetx.rotate_blocks(input, %1, perm_in, None, False)
 %4: f32[3, 20] = linear(%3, original, None)
 %5: f32[3, 20] = poetx.rotate_blocks(%4, %2, None, perm_out, False)
 %6: f32[20] = .type_as(bias, %5)
@@ -121,7 +121,7 @@ skew_out: f32[2, 28]
 perm_in: i64[2, 6]
 perm_out: i64[2, 10]
 bias: f32[20]
-args_0: f32[3, 12]
+input: f32[3, 12]
 %1: f32[1, 28] = .detach(skew_in)
 %2: f32[1, 8, 8] = poetx.rotation_delta(%1, 8, 3, torch.float32, 0)
 %3: f32[1, 8, 8] = poetx.rotation_tangent(skew_in, 8, 3, False, 0)
@@ -129,7 +129,7 @@ args_0: f32[3, 12]
 %5: f32[2, 8, 8] = poetx.rotation_delta(%4, 8, 3, torch.float32, 2)
 %6: f32[2, 8, 8] = poetx.rotation_tangent(skew_out, 8, 3, False, 2)
 %7: f32[20, 12] = poetx.fold_weight(original, %2, %5, perm_in, perm_out, torch.float32)
-%8: f32[3, 20] = poetx.folded_linear(args_0, %7, %3, %6, perm_in, perm_out)
+%8: f32[3, 20] = poetx.folded_linear(input, %7, %3, %6, perm_in, perm_out)
 %9: f32[20] = .type_as(bias, %8)
 %10: f32[3, 20] = add(%8, %9)
 return (%10)
@@ -150,13 +150,13 @@ skew_in: f32[1, 1]
 skew_out: f32[40, 28]
 perm_in: i64[2, 2]
 perm_out: i64[2, 160]
-args_0: bf16[8, 2]
+input: bf16[8, 2]
 %1: f32[1, 2, 2] = poetx.cayley_neumann(skew_in, 2, 3, True)
 %2: f32[40, 28] = .detach(skew_out)
 %3: bf16[40, 8, 8] = poetx.rotation_delta(%2, 8, 3, torch.bfloat16, 40)
 %4: f32[40, 8, 8] = poetx.rotation_tangent(skew_out, 8, 3, True, 40)
 %5: bf16[320, 2] = poetx.fold_weight(original, None, %3, None, perm_out, torch.bfloat16)
-%6: bf16[8, 2] = poetx.rotate_blocks(args_0, %1, perm_in, None, False)
+%6: bf16[8, 2] = poetx.rotate_blocks(input, %1, perm_in, None, False)
 %7: bf16[8, 320] = poetx.folded_linear(%6, %5, None, %4, None, perm_out)
 return (%7)
 """,
@@ -258,10 +258,10 @@ skew_out: f32[2, 28]
 perm_in: i64[2, 6]
 perm_out: i64[2, 10]
 bias: f32[20]
-args_0: f32[s0, s1, 12]
+input: f32[s0, s1, 12]
 %1: f32[1, 8, 8] = poetx.cayley_neumann(skew_in, 8, 3)
 %2: f32[2, 8, 8] = poetx.cayley_neumann(skew_out, 8, 3)
-%3: f32[s0, s1, 12] = poetx.rotate_blocks(args_0, %1, perm_in, None, False)
+%3: f32[s0, s1, 12] = poetx.rotate_blocks(input, %1, perm_in, None, False)
 %4: f32[s0, s1, 20] = linear(%3, original, None)
 %5: f32[s0, s1, 20] = poetx.rotate_blocks(%4, %2, None, perm_out, False)
 %6: f32[20] = .type_as(bias, %5)

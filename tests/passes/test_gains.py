@@ -67,10 +67,10 @@ gain_out: f32[20]
 perm_in: i64[2, 6]
 perm_out: i64[2, 10]
 bias: bf16[20]
-args_0: bf16[3, 12]
+input: bf16[3, 12]
 %1: f32[1, 8, 8] = poetx.cayley_neumann(skew_in, 8, 3, True)
 %2: f32[2, 8, 8] = poetx.cayley_neumann(skew_out, 8, 3, True)
-%3: bf16[3, 12] = poetx.rotate_blocks(args_0, %1, perm_in, None, False)
+%3: bf16[3, 12] = poetx.rotate_blocks(input, %1, perm_in, None, False)
 %4: bf16[3, 20] = linear(%3, original, None)
 %5: bf16[3, 20] = poetx.rotate_blocks(%4, %2, None, perm_out, False)
 %6: f32[3, 20] = mul(%5, gain_out)
@@ -95,7 +95,7 @@ gain_out: f32[20]
 perm_in: i64[2, 6]
 perm_out: i64[2, 10]
 bias: f32[20]
-args_0: f32[3, 12]
+input: f32[3, 12]
 %1: f32[1, 28] = .detach(skew_in)
 %2: f32[1, 8, 8] = poetx.rotation_delta(%1, 8, 3, torch.float32, 0)
 %3: f32[1, 8, 8] = poetx.rotation_tangent(skew_in, 8, 3, False, 0)
@@ -103,8 +103,8 @@ args_0: f32[3, 12]
 %5: f32[2, 8, 8] = poetx.rotation_delta(%4, 8, 3, torch.float32, 2)
 %6: f32[2, 8, 8] = poetx.rotation_tangent(skew_out, 8, 3, False, 2)
 %7: f32[20, 12] = poetx.fold_weight(original, %2, %5, perm_in, perm_out, torch.float32)
-%8: f32[3, 12] = mul(args_0, gain_in)
-%9: f32[3, 12] = .type_as(%8, args_0)
+%8: f32[3, 12] = mul(input, gain_in)
+%9: f32[3, 12] = .type_as(%8, input)
 %10: f32[3, 20] = poetx.folded_linear(%9, %7, %3, %6, perm_in, perm_out)
 %11: f32[3, 20] = mul(%10, gain_out)
 %12: f32[3, 20] = .type_as(%11, %10)

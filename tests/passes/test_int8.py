@@ -32,11 +32,11 @@ perm_in: i64[2, 6]
 perm_out: i64[2, 10]
 scale: f32[20, 1]
 bias: f32[20]
-args_0: f32[3, 12]
+input: f32[3, 12]
 %1: f32[1, 8, 8] = poetx.cayley_neumann(skew_in, 8, 3)
 %2: f32[2, 8, 8] = poetx.cayley_neumann(skew_out, 8, 3)
 %3: f32[20, 12] = poetx.dequantize(original, scale, torch.float32)
-%4: f32[3, 12] = poetx.rotate_blocks(args_0, %1, perm_in, None, False)
+%4: f32[3, 12] = poetx.rotate_blocks(input, %1, perm_in, None, False)
 %5: f32[3, 20] = linear(%4, %3, None)
 %6: f32[3, 20] = poetx.rotate_blocks(%5, %2, None, perm_out, False)
 %7: f32[3, 20] = mul(%6, gain_out)
@@ -60,7 +60,7 @@ skew_out: f32[2, 28]
 perm_in: i64[2, 6]
 perm_out: i64[2, 10]
 scale: bf16[20, 1]
-args_0: bf16[3, 12]
+input: bf16[3, 12]
 %1: f32[1, 28] = .detach(skew_in)
 %2: bf16[1, 8, 8] = poetx.rotation_delta(%1, 8, 3, torch.bfloat16, 0)
 %3: f32[1, 8, 8] = poetx.rotation_tangent(skew_in, 8, 3, True, 0)
@@ -69,7 +69,7 @@ args_0: bf16[3, 12]
 %6: f32[2, 8, 8] = poetx.rotation_tangent(skew_out, 8, 3, True, 2)
 %7: bf16[20, 12] = poetx.dequantize(original, scale, torch.bfloat16)
 %8: bf16[20, 12] = poetx.fold_weight(%7, %2, %5, perm_in, perm_out, torch.bfloat16)
-%9: bf16[3, 20] = poetx.folded_linear(args_0, %8, %3, %6, perm_in, perm_out)
+%9: bf16[3, 20] = poetx.folded_linear(input, %8, %3, %6, perm_in, perm_out)
 return (%9)
 """,
         )
