@@ -1,6 +1,6 @@
 """A step of `POETXMuon` on a GPU: what its kernels take, and when they are there.
 
-Their definition are the plain torch operations of the optimiser, which run everywhere else.
+They are defined by the plain torch operations of the optimiser, which run everywhere else.
 """
 
 from __future__ import annotations

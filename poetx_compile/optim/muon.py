@@ -82,8 +82,10 @@ class POETXMuon(torch.optim.Optimizer):
         if not 0 <= momentum < 1:
             raise ConfigError(f"momentum = {momentum!r} is not allowed: use a number in [0, 1)")
         self.momentum_dtype = stored.parse_dtype(momentum_dtype)
-        if turn_every < 1:
-            raise ConfigError(f"turn_every = {turn_every!r} is not allowed: use a number of steps")
+        if type(turn_every) is not int or turn_every < 1:
+            raise ConfigError(
+                f"turn_every = {turn_every!r} is not allowed: use a whole number of at least 1"
+            )
         self.turn_every = turn_every
         model = ensure_prepared(model, config)
         groups = param_groups(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,9 +100,10 @@ def test_sides_take_turns(period: int) -> None:
     assert len(set(turned)) == len(turned) == 2 * len(expected), "never both sides of a layer"
 
 
-def test_a_period_is_a_number_of_steps() -> None:
-    with pytest.raises(ConfigError, match="turn_every = 0"):
-        POETXMuon(nn.Sequential(nn.Linear(8, 8)), turn_every=0)
+@pytest.mark.parametrize("period", [0, -2, 2.5, True, None])
+def test_a_period_is_a_number_of_steps(period: Any) -> None:
+    with pytest.raises(ConfigError, match=f"turn_every = {period} is not allowed: use a whole"):
+        POETXMuon(nn.Sequential(nn.Linear(8, 8)), turn_every=period)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
