@@ -84,7 +84,8 @@ def compiled_launches(monkeypatch) -> list[Any]:
             is_tensor = isinstance(value, torch.Tensor)
             scalar = "fp32" if isinstance(value, float) else "i32"
             signature[name] = TYPES[value.dtype] if is_tensor else scalar
-            if is_tensor or (scalar == "i32" and value % 16 == 0):
+            of_sixteen = is_tensor or (scalar == "i32" and value % 16 == 0)
+            if of_sixteen and not kernel.params[position].do_not_specialize:
                 aligned[(position,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
         options = {"num_warps": num_warps, "num_stages": num_stages, **limits}

@@ -142,7 +142,7 @@ def block_product_kernel(
     tl.store(out + base + rows[:, None] * B + columns[None, :], total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "splits"])
 def skew_parts_kernel(
     partial,  # f32[splits, blocks, B, B]
     out,  # f32[blocks, B(B-1)/2]

@@ -122,7 +122,7 @@ def backward_step_kernel(
     store_tile(out + base, rows, columns, result - total, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_negated"])
 def packed_gradient_kernel(
     left,  # [blocks, N, N], 2-byte elements
     right,  # [blocks, N, N], 2-byte elements

@@ -46,7 +46,8 @@ def launch(kernel: Any, programs: Any, *args: Any, **constants: Any) -> None:
     Args:
         kernel: a ``triton.jit`` function.
         programs: the number of programs.
-        args: tensors and integers.
+        args: tensors and integers. Triton compiles anew for an integer of 1 or one divisible by 16:
+            what differs between steps, or layers of a shape, is in `do_not_specialize`.
         constants: the kernel's ``tl.constexpr`` arguments, ``num_warps`` and ``num_stages``.
     """
     if _tracing.get():

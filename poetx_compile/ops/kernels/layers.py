@@ -51,9 +51,10 @@ def table_of(
     return on_device((*places, *pairs, *numbers, *first_in, *first_out), weights[0].device)
 
 
-def apart(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """How many elements lie between the begin of the first tensor and those of all."""
-    first, size = tensors[0].data_ptr(), tensors[0].element_size()
+def apart(tensors: Sequence[Tensor], of: Tensor | None = None) -> tuple[int, ...]:
+    """How many elements lie between the begin of `of`, the first tensor, and those of all."""
+    of = tensors[0] if of is None else of
+    first, size = of.data_ptr(), of.element_size()
     return tuple((tensor.data_ptr() - first) // size for tensor in tensors)
 
 

@@ -34,7 +34,7 @@ ALIGNED = 16
 
 @triton.jit(do_not_specialize=["parts", "turning", "key_low", "key_high"])
 def momentum_kernel(
-    gradient,  # [blocks, P]; of the first part
+    gradient,  # [blocks, P]; of one of the parts
     momentum,  # [blocks, P]; of the first part
     scale,  # f32[blocks, groups]; of the first part; HAS_SCALE = False: not read
     table,  # int64[3, parts]: how far behind those the others' are
@@ -137,7 +137,9 @@ def _update_momenta(parts: Sequence[Part], direction: Tensor, mu: float, key: in
     chunk = power_of_two(packed, GROUP, CHUNK)
     chunks = -(-packed // chunk)
     has_scale = scales[0] is not None
-    offsets = apart(gradients), apart(momenta), apart(scales) if has_scale else ()
+    # Which part is the first differs from step to step, but not whether one is aligned.
+    gradient = next((g for g in gradients if g.data_ptr() % 16 == 0), gradients[0])
+    offsets = apart(gradients, gradient), apart(momenta), apart(scales) if has_scale else ()
     unit = ALIGNED if not any(o % ALIGNED for o in itertools.chain(*offsets[:2])) else 1
     rows = *(tuple(o // unit for o in row) for row in offsets[:2]), offsets[2]
     counts = tuple(gradient.shape[0] for gradient in gradients)
@@ -146,10 +148,10 @@ def _update_momenta(parts: Sequence[Part], direction: Tensor, mu: float, key: in
     launch(
         momentum_kernel,
         sum(counts) * chunks,
-        *(gradients[0], momenta[0], scales[0] if has_scale else momenta[0]),
+        *(gradient, momenta[0], scales[0] if has_scale else momenta[0]),
         *(on_device(sum(rows, ()), device), _places(counts, device)),
-        *(direction if turning else momenta[0], norms if turning else momenta[0]),
-        *(len(parts), turning, float(mu), float(1 - mu), signed(key), signed(key >> 32)),
+        *(direction, norms, len(parts), turning),
+        *(float(mu), float(1 - mu), signed(key), signed(key >> 32)),
         P=packed,
         HAS_SCALE=has_scale,
         NARROW=momenta[0].dtype != torch.float32,

@@ -37,7 +37,7 @@ def store_skew(out, rows, columns, on_diagonal, value, N: tl.constexpr):
         store_tile(out, columns, rows, mirrored, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_negated"], do_not_specialize_on_alignment=["packed"])
 def unpack_kernel(
     packed,  # f32[blocks, B(B-1)/2]
     out,  # [blocks, N, N]
@@ -64,7 +64,7 @@ def unpack_kernel(
         store_skew(rest_out + base, rows, columns, on_diagonal, rest, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_negated"], do_not_specialize_on_alignment=["packed"])
 def unpack_and_split_kernel(
     packed,  # f32[blocks, B(B-1)/2]
     grad,  # f32[blocks, B, B]
