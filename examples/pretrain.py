@@ -44,6 +44,7 @@ from pretraining.methods import (
     be_deterministic,
     build,
     built_in,
+    check_cuda_graphs,
     pick_device,
     pick_dtypes,
     poetx_config,
@@ -101,6 +102,7 @@ def pretrain(given: dict[str, Any], group: Processes) -> int:
     if options.deterministic:
         be_deterministic()
     device = pick_device(options.device)
+    check_cuda_graphs(options, device, group)
     limit = memory.cap(options.gpu_memory, device)
     dtype, autocast = pick_dtypes(options.dtype, device)
     if options.compare is not None:

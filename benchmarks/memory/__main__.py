@@ -19,7 +19,7 @@ from benchmarks.memory.plans import PLANS
 from benchmarks.memory.queue import Queue, named, summary
 from benchmarks.memory.results import all_rows, save, selected
 from benchmarks.memory.worker import Place
-from benchmarks.options import list_of, positive
+from benchmarks.options import end_cleanly, list_of, positive
 from benchmarks.page import ROOT, Page
 from benchmarks.rows import RESULTS, Row, read
 
@@ -186,4 +186,5 @@ def _shown(words: Sequence[str]) -> str | None:
 PAGE = Page("memory", ROOT / "docs" / "memory.md", main, _shown)
 
 if __name__ == "__main__":
+    end_cleanly()
     sys.exit(main())

@@ -40,23 +40,35 @@ IN_THE_BACKWARD = dataclasses.replace(ADAMW, method=IN_BACKWARD)
 PAPER: dict[str, Any] = {"optimizer": "adamw", "momentum": None}
 """The optimiser of the paper, everything in fp32."""
 LEAN: dict[str, Any] = {"momentum": "int8", "gradients": "bfloat16"}
-IN_TURN: dict[str, Any] = {"turn_every": 2}
-XQ = LEAN | {"base": "int8"}
+IN_TURN: dict[str, Any] = {"turn_every": 4}
+RARELY: dict[str, Any] = {"turn_every": 8}
+"""Of large blocks, whose turn costs more."""
+XQ = LEAN | IN_TURN | {"base": "int8"}
 
-LEANEST = merged(256, variant="mem", checkpointing=True)
+LEANEST = merged(256, variant="mem", checkpointing=True, **IN_TURN)
 LONG = dataclasses.replace(LEANEST, loss_chunk=2048)
 
+GRAPHS = at(
+    [
+        ADAMW,
+        merged(256, **IN_TURN),
+        merged(256, variant="mem", **IN_TURN),
+        stored(256, "mem", **XQ),
+    ],
+    compile="graphs",
+)
 TARGETS = [
     ADAMW,
     merged(256, **IN_TURN),
-    merged(1024, **IN_TURN),
-    merged(512, **IN_TURN),
     merged(256, variant="mem", **IN_TURN),
+    merged(512, **IN_TURN),
+    merged(1024, **RARELY),
     stored(256, "mem", **XQ),
     stored(256, "mem", checkpointing=True, **XQ),
     stored(256, "fast", **LEAN),
+    *GRAPHS,
+    *at([merged(256, variant="mem", **IN_TURN)], model="13b", seq=2048),
     dataclasses.replace(ADAMW, optimizer="adamw8bit"),
-    *at([merged(256, variant="mem")], model="13b", seq=2048),
     dataclasses.replace(IN_THE_BACKWARD, optimizer="adafactor"),
     dataclasses.replace(ADAMW, weights="float32"),
 ]
@@ -89,11 +101,11 @@ CHECKPOINTED = [
     *at([merged(1024), ADAMW], checkpointing=True),
 ]
 SWEPT = [
-    merged(256),
-    merged(1024),
-    stored(256, "mem", **LEAN),
-    stored(256, "mem", **XQ),
     ADAMW,
+    merged(256, **IN_TURN),
+    stored(256, "mem", **XQ),
+    merged(1024, **RARELY),
+    stored(256, "mem", **LEAN),
 ]
 PLANS: dict[str, list[Case]] = {
     "targets": TARGETS,
@@ -111,11 +123,7 @@ PLANS: dict[str, list[Case]] = {
     "sequences": [*at(SWEPT, seq=2048), *at(SWEPT, seq=512)],
     "3b": [c for seq in (1024, 512, 2048) for c in at(SWEPT, model="3b", seq=seq)],
     "13b-sequences": [c for seq in (1024, 512) for c in at(SWEPT, model="13b", seq=seq)],
-    "turns": [merged(b, turn_every=k) for k in (4, 8) for b in (256, 512, 1024)],
-    "graphs": at(
-        [merged(256, turn_every=2), ADAMW, merged(256, variant="mem", turn_every=2)],
-        compile="graphs",
-    ),
+    "turns": [merged(b, turn_every=k) for b in (256, 512, 1024) for k in (2, 4, 8)],
     "whole": at([ADAMW, merged(256), stored(256, "fast", **LEAN)], compile="whole"),
     "smoke": [],
 }

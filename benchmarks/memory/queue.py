@@ -156,9 +156,10 @@ class Queue:
     def _started(self, case: Case, gpu: str, place: Place, threads: int) -> _Work:
         files = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
         task = {"case": dataclasses.asdict(case), "place": dataclasses.asdict(place)}
-        allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        # Recording CUDA graphs with segments that expand takes minutes.
+        expand = case.compile != "graphs"
         environment = (
-            allocator
+            {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{expand}"}
             | os.environ
             | {
                 "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),

@@ -89,6 +89,12 @@ class Meter:
         self.wait()
         return torch.cuda.max_memory_allocated(self.device) / GIB if self.counts else None
 
+    def give_back(self) -> None:
+        """Let the allocator give memory that nothing is in back to the device."""
+        self.wait()
+        if self.counts:
+            torch.cuda.empty_cache()
+
     def reserved(self) -> float | None:
         return torch.cuda.max_memory_reserved(self.device) / GIB if self.counts else None
 
@@ -160,11 +166,14 @@ class _Run:
         self.phase = "check"
         self.row["loss_error"] = self._checked(trained, batch)
         self.phase = "training"
-        is_long = self.case.seq > LONG
-        for _ in range(0 if is_long else self.place.warmup):
+        is_long, period = self.case.seq > LONG, self.case.turn_every
+        for _ in range(0 if is_long else max(self.place.warmup, period)):
             step()
+        if self.case.compile == "graphs":
+            self.meter.give_back()  # what recording has left
         self.meter.restart()
-        steps = 1 if is_long else self.place.steps
+        # Whole periods: each side has turned as often as the others.
+        steps = 1 if is_long else -(-self.place.steps // period) * period
         # Without a wait between them, as in training: the host is ahead of the device.
         run, seconds = self.meter.seconds(lambda: [step() for _ in range(steps)])
         self.row |= {"peak_gib": self.meter.peak(), "reserved_gib": self.meter.reserved()}

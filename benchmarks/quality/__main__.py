@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.options import positive
+from benchmarks.options import end_cleanly, positive
 from benchmarks.page import ROOT, Page
 from benchmarks.quality import corpora, methods, results, tables
 from benchmarks.quality.lines import best, lines
@@ -191,4 +191,5 @@ def _shown(words: Sequence[str]) -> str | None:
 PAGE = Page("quality", ROOT / "docs" / "quality.md", main, _shown)
 
 if __name__ == "__main__":
+    end_cleanly()
     sys.exit(main())

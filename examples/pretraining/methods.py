@@ -92,7 +92,7 @@ def build(
     dense = sum(p.numel() for p in model.parameters())
     label, summary = "AdamW", ""
     backend: Any = options.stage
-    compile_options: dict[str, Any] | None = None
+    compile_options: dict[str, Any] = {"triton.cudagraphs": True} if options.cuda_graphs else {}
     if options.method == "poetx":
         report = poetx.prepare(model, config)
     forward: Any = model
@@ -101,15 +101,15 @@ def build(
     if options.method == "poetx":
         label, summary = _LABELS[options.optimizer], "; ".join(str(report.trained).splitlines())
         backend = poetx.poetx_backend
-        compile_options = {"stage": options.stage}
+        compile_options["stage"] = options.stage
         optimizer = _poetx_optimizer(model, options)
     else:
         optimizer = _dense_optimizer(model, options)
     if options.compile_by == "block" and not options.no_compile:
         for block in model.layers:
-            block.compile(backend=backend, options=compile_options)
+            block.compile(backend=backend, options=compile_options or None)
     elif not options.no_compile:
-        forward = torch.compile(forward, backend=backend, options=compile_options)
+        forward = torch.compile(forward, backend=backend, options=compile_options or None)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Method(label, model, forward, optimizer, 100 * trained / dense, summary)
 
@@ -144,6 +144,16 @@ def built_in(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def check_cuda_graphs(options: Options, device: torch.device, group: Processes) -> None:
+    """Raise `RunError` where ``--cuda-graphs`` has nothing to record, or was not tried."""
+    if not options.cuda_graphs:
+        return
+    if device.type != "cuda" or options.no_compile or options.stage != "inductor":
+        raise RunError("--cuda-graphs needs a CUDA device and --stage inductor: leave it out")
+    if group.several:
+        raise RunError("--cuda-graphs is for one process: leave it out under torchrun")
 
 
 def be_deterministic() -> None:

@@ -111,8 +111,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: allocated on a CUDA device, else the resident set of the process."""
+def peak_memory_mib(device: torch.device, *, replayed: bool = False) -> float:
+    """Peak memory in MiB: allocated on a CUDA device, else the resident set of the process.
+
+    What CUDA graphs that are `replayed` use is reserved and not allocated: then all that is
+    reserved counts.
+    """
+    if device.type == "cuda" and replayed:
+        return torch.cuda.max_memory_reserved(device) / 2**20
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

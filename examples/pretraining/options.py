@@ -98,6 +98,12 @@ class Options:
         choices=("model", "block"),
         free=True,
     )
+    cuda_graphs: bool = _option(
+        False,
+        "record forward and backward, and replay them: faster where the GPU waits for Python, and "
+        "some GiB more for a large model",
+        free=True,
+    )
     stage: str = _option(
         "inductor",
         "what runs the compiled graphs",

@@ -159,7 +159,8 @@ class Training:
         tokens = len(losses) * self.options.batch_size * self.options.seq_len
         self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
         per_byte = loss * tokens / self.group.count / self._share_of(self._bytes)
-        lr, peak = self.method.learning_rates(), peak_memory_mib(self.device)
+        lr = self.method.learning_rates()
+        peak = peak_memory_mib(self.device, replayed=self.options.cuda_graphs)
         bar.set_postfix_str(
             f"loss {loss:.3f}, lr {' '.join(f'{v:.1e}' for v in lr.values())}, "
             f"{tokens / seconds:,.0f} tok/s, peak {peak / 1024:.2f} GiB"
@@ -195,7 +196,7 @@ class Training:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return loss.detach()
+        return loss.detach().clone()  # the next replay of a CUDA graph writes there again
 
     def _share_of(self, count: int) -> float:
         """The mean of a count over the processes."""
@@ -209,6 +210,7 @@ class Training:
     ) -> Tensor:
         tokens = tokens.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             return (forward or self.method.forward)(tokens, targets)
 

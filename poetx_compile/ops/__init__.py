@@ -12,6 +12,7 @@
 ``folded_linear``           linear over such a weight; its backward gives the rotations' gradients
 ``merged_linear``           linear over a weight whose rotations are the identity, the same way
 ``rotate_blocks``           block-diagonal product, columns gathered before and scattered after
+``rotate_by_delta``         the same by G − I that is rounded already
 ``block_product``           blocks of ``Xᵀ Y``: the gradient of a rotation
 ``stacked_block_products``  two of them over the same tokens: the gradients of both sides at once
 ``skew_block_products``     the gradients of rotations at the identity, packed
@@ -41,6 +42,7 @@ from poetx_compile.ops.permute import permute_columns
 from poetx_compile.ops.registry import OPS
 from poetx_compile.ops.requantize import requantize_
 from poetx_compile.ops.rotate import rotate_blocks
+from poetx_compile.ops.rotate_by_delta import rotate_by_delta
 from poetx_compile.ops.rotation_delta import rotation_delta
 from poetx_compile.ops.skew_block_products import skew_block_products
 from poetx_compile.ops.stacked_block_products import stacked_block_products
@@ -62,6 +64,7 @@ __all__ = [
     "permute_columns",
     "requantize_",
     "rotate_blocks",
+    "rotate_by_delta",
     "rotation_delta",
     "rotation_tangent",
     "rotations",

@@ -9,7 +9,7 @@ from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.kernels.common import FLOATS, LOW_PRECISION, permutable, static
 from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.registry import define
-from poetx_compile.ops.rotate import rotate_by_delta
+from poetx_compile.ops.rotate_by_delta import rotate_by_delta_reference
 
 
 def _check(weight, delta_in, delta_out, perm_in, perm_out, dtype) -> None:
@@ -77,9 +77,9 @@ def fold_weight_reference(
     wide = torch.promote_types(dtype, torch.float32)
     folded = weight.to(wide)
     if delta_out is not None:
-        folded = rotate_by_delta(folded.mT, delta_out.mT.to(wide), None, perm_out).mT
+        folded = rotate_by_delta_reference(folded.mT, delta_out.mT.to(wide), None, perm_out).mT
     if delta_in is not None:
-        folded = rotate_by_delta(folded, delta_in.mT.to(wide), None, perm_in)
+        folded = rotate_by_delta_reference(folded, delta_in.mT.to(wide), None, perm_in)
     return folded.to(dtype)
 
 

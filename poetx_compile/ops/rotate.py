@@ -7,9 +7,10 @@ from torch import Tensor
 
 from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.kernels.common import FLOATS, permutable, static
-from poetx_compile.ops.permute import check_pair, pair_index
+from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
 from poetx_compile.ops.registry import define
+from poetx_compile.ops.rotate_by_delta import rotate_by_delta_reference
 
 
 def _check(x: Tensor, rotation: Tensor, gather, scatter, transpose: bool) -> None:
@@ -63,25 +64,7 @@ def rotate_blocks_reference(
     """
     eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
     delta = ((rotation.mT if transpose else rotation) - eye).to(x.dtype)
-    return rotate_by_delta(x, delta, gather, scatter)
-
-
-def rotate_by_delta(
-    x: Tensor, delta: Tensor, gather: Tensor | None, scatter: Tensor | None
-) -> Tensor:
-    """``x + x (G − I)`` from G − I [blocks, b, b] in the dtype of x, with gather and scatter."""
-    blocks, b, _ = delta.shape
-    width = x.shape[-1]
-    if gather is not None:
-        x = x.index_select(-1, pair_index(gather, 0, width))
-    if blocks > 0:
-        head = x[..., : blocks * b].reshape(-1, blocks, b)
-        rotated = head + torch.bmm(head.transpose(0, 1), delta).transpose(0, 1)
-        rotated = rotated.reshape(*x.shape[:-1], blocks * b)
-        x = rotated if blocks * b == width else torch.cat([rotated, x[..., blocks * b :]], dim=-1)
-    if scatter is not None:
-        x = x.index_select(-1, pair_index(scatter, 1, width))
-    return x
+    return rotate_by_delta_reference(x, delta, gather, scatter)
 
 
 def _kernel_takes(x: Tensor, rotation: Tensor, gather, scatter, transpose: bool) -> bool:

@@ -388,6 +388,7 @@ def snapshot(folder: str) -> dict[str, bytes]:
         (["--device", "toaster"], "--device toaster"),
         (["--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["--gpu-memory", "much"], "gpu_memory = 'much' is not allowed: use a size such as"),
+        (["--cuda-graphs", "--device", "cpu"], "--cuda-graphs needs a CUDA device"),
         (["--gpu-memory", "80GB", "--device", "cpu"], "--gpu-memory caps a CUDA device"),
         (["--data", "text.txt", "--tokenizer", "bpe", "--vocab-size", "256"], "at least 258"),
         (["--optimizer", "adamw", "--momentum-dtype", "int8"], "--momentum-dtype is of"),

@@ -66,6 +66,13 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
         "rotate_blocks",
         (meta(512, 4096, dtype=BF16), meta(16, 256, 256), None, None, True),
     ),
+    **{
+        f"rotate by delta, b {b}": (
+            "rotate_by_delta",
+            (meta(512, 1024, dtype=BF16), rounded(1024 // b, b), chunks, chunks, transpose),
+        )
+        for b, chunks, transpose in ((256, pair(64), True), (512, None, True), (77, None, False))
+    },
     "rotate bf16, b 192 and a tail": (
         "rotate_blocks",
         (meta(512, 496, dtype=BF16), meta(2, 192, 192), None, None, False),

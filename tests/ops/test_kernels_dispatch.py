@@ -33,6 +33,7 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "rotation_tangent_backward": (blocks, skew, 32, 3, True, 0),
         "fold_weight": (x, blocks.to(bf16), None, None, None, bf16),
         "rotate_blocks": (x, blocks, None, None, False),
+        "rotate_by_delta": (x, blocks.to(bf16), None, None, False),
         "block_product": (x, x, 2, 32, None, None),
         "stacked_block_products": (x, x, x, x, 2, 2, 32, None, None),
         "skew_block_products": (x, x, 2, 32, pair, x, x, 2, None),

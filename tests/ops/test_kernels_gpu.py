@@ -25,7 +25,7 @@ from poetx_compile.ops.orthogonalize import orthogonalize_skew_reference
 from poetx_compile.ops.packing import pack, unpack
 from poetx_compile.ops.permute import permute_columns_reference
 from poetx_compile.ops.rotate import rotate_blocks_reference
-from poetx_compile.ops.rotation_delta import rotation_delta_reference
+from poetx_compile.ops.rotation_delta import minus_identity, rotation_delta_reference
 from poetx_compile.ops.skew_block_products import skew_block_products_reference
 from poetx_compile.ops.stacked_block_products import stacked_block_products_reference
 from poetx_compile.ops.tangent import rotation_tangent_backward_reference
@@ -229,6 +229,11 @@ def test_rotate_blocks(dtype, shape, b, permuted, poisoned):
     gather, scatter = pairs(width, permuted)
     for transpose in (False, True):
         check("rotate_blocks", rotate_blocks_reference, x, rotation, gather, scatter, transpose)
+        if dtype != torch.float32:  # the bits of what rounds by itself
+            delta = minus_identity(rotation).to(dtype)
+            actual = torch.ops.poetx.rotate_by_delta(x, delta, gather, scatter, transpose)
+            expected = torch.ops.poetx.rotate_blocks(x, rotation, gather, scatter, transpose)
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -132,6 +132,9 @@ for dtype in (torch.float32, torch.float16):
     x, rotation = torch.randn(5, 400).to(dtype), torch.randn(1, 72, 72)
     check("rotate_blocks", "rotate", x, rotation, pair(25), pair(25), False)
     check("rotate_blocks", "rotate", x, rotation, None, None, False)
+delta = (0.1 * torch.randn(2, 72, 72)).half()
+for transpose in (False, True):
+    check("rotate_by_delta", "rotate", x, delta, pair(25), None, transpose)
 identity = torch.eye(8).expand(2, 8, 8)
 x = torch.randn(5, 20).half()
 assert torch.equal(OPS["rotate_blocks"].kernel.load()(x, identity, None, None, False), x)

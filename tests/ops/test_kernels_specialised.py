@@ -144,7 +144,12 @@ class Compiled:
         }
 
 
-OF_TOKENS = "rotate_blocks", "permute_columns", *(op for op in OPS if "block_product" in op)
+OF_TOKENS = (
+    "rotate_blocks",
+    "rotate_by_delta",
+    "permute_columns",
+    *(op for op in OPS if "block_product" in op),
+)
 
 
 def of_size(args: tuple[Any, ...], size: int) -> tuple[Any, ...]:

@@ -73,6 +73,10 @@ def test_chunks_of_columns(width, blocks, b, gather, scatter, transpose: bool) -
     assert torch.autograd.gradcheck(function, (x, rotation))
     arguments = (x.detach().float(), rotation.detach().float(), *pairs, transpose)
     torch.library.opcheck(torch.ops.poetx.rotate_blocks.default, arguments)
+    delta = rotation.detach() - torch.eye(b, dtype=torch.float64)
+    rounded = (x.detach(), delta, *pairs, transpose)
+    assert_close(ops.rotate_by_delta(*rounded), function(x, rotation).detach())
+    torch.library.opcheck(torch.ops.poetx.rotate_by_delta.default, rounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

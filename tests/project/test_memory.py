@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.memory import estimates, figures, goals, methods, queue, results
 from benchmarks.memory.cases import IN_BACKWARD, Case, of_row
 from benchmarks.memory.methods import Trained
 from benchmarks.memory.plans import ADAMW, LEAN, PLANS, at, merged, stored
+from benchmarks.options import end_cleanly
 from benchmarks.rows import Row, write
 
 PLACE = worker.Place(device="cpu", stage="eager", warmup=0, steps=1, vocabulary=32)
@@ -164,6 +166,16 @@ def test_the_queue_skips_what_is_known_and_goes_on_after_a_failure(
     late = queue.Queue([endless], PLACE, ("",), tmp_path / "work")
     assert not late.run(limit_s=0.05)
     assert "time is up: 1 to do" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_queue_as_an_interrupt_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        end_cleanly()
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_rows_of_one_gpu_replace_those_of_the_same_case(tmp_path: Path) -> None:

@@ -29,16 +29,14 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from poetx_compile._torch import CustomGraphPass, OpOverload, detect_fake_mode
+from poetx_compile._torch import CustomGraphPass, OpOverload
+from poetx_compile.compile.lowerings.deltas import round_together
 from poetx_compile.compile.lowerings.identity import cache_identity
 from poetx_compile.compile.lowerings.parameters import concatenate_parameters
 from poetx_compile.compile.lowerings.rejoin import rejoin_slices
-from poetx_compile.compile.lowerings.trace import arguments, signature, trace_reference
+from poetx_compile.compile.lowerings.trace import arguments, insert, signature, trace_reference
 from poetx_compile.ops import OPS
 from poetx_compile.ops.registry import Op
-
-# Kept from the replaced node: where it came from, and what the partitioner said about it.
-_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "from_node")
 
 
 class ExpandOps(CustomGraphPass):
@@ -60,6 +58,7 @@ class ExpandOps(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         rejoin_slices(graph)
+        round_together(graph)
         # A model repeats a few shapes hundreds of times: each is traced once a graph.
         traces: dict[Hashable, fx.GraphModule | None] = {}
         for node in list(graph.nodes):
@@ -108,26 +107,7 @@ def _needs_ieee(op: Op, values: tuple[Any, ...]) -> bool:
 def _inline(graph: fx.Graph, node: fx.Node, expansion: fx.GraphModule) -> None:
     """Replace `node` by a copy of `expansion` over its arguments."""
     inputs = [a for a in arguments(node) if isinstance(a, fx.Node)]
-    environment = dict(zip(expansion.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    fake_mode = detect_fake_mode([n.meta["val"] for n in inputs])
-    assert fake_mode is not None, "a post-grad graph carries fake tensors"
-    with graph.inserting_before(node), fake_mode:
-        for inner in expansion.graph.nodes:
-            if inner.op == "placeholder":
-                continue
-            if inner.op == "output":
-                result = environment[inner.args[0]]
-                continue
-            assert inner.op == "call_function", inner.op
-            assert callable(inner.target), inner.target
-            copy = graph.node_copy(inner, environment.__getitem__)
-            copy.meta.update({k: node.meta[k] for k in _INHERITED if k in node.meta})
-            # A value of its own: Inductor tells aliases by the storage of the values.
-            args, kwargs = map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
-            copy.meta["val"] = inner.target(*args, **kwargs)
-            copy.meta.pop("tensor_meta", None)
-            environment[inner] = copy
-    node.replace_all_uses_with(result)
+    node.replace_all_uses_with(insert(graph, node, expansion, inputs))
     graph.erase_node(node)
     _erase_unused(graph, inputs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from poetx_compile.ops.kernels.common import traced_launches
 log = logging.getLogger("poetx_compile")
 
 RESULT = "poetx_result"
+
+# Kept from a replaced node: where it came from, and what the partitioner said about it.
+_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr", "custom", "from_node")
 
 
 def trace_reference(function: Callable[..., Tensor], values: tuple[Any, ...]) -> fx.GraphModule:
@@ -61,6 +64,31 @@ def _trace(
     # A backward may be compiled inside the user's autocast region; its graph is past autocast.
     with fake_mode, _DisableAutocast(), torch.fx.traceback.preserve_node_meta(False):
         return make_fx(transform(call), decomposition_table=select_decomp_table())(*inputs)
+
+
+def insert(
+    graph: fx.Graph, node: fx.Node, traced: fx.GraphModule, inputs: Sequence[fx.Node]
+) -> fx.Node:
+    """Copy a `trace_reference` in front of `node`, which it stands for; its result."""
+    environment = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    fake_mode = detect_fake_mode([n.meta["val"] for n in inputs])
+    assert fake_mode is not None, "a post-grad graph carries fake tensors"
+    with graph.inserting_before(node), fake_mode:
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                continue
+            if inner.op == "output":
+                break
+            assert inner.op == "call_function", inner.op
+            assert callable(inner.target), inner.target
+            copy = graph.node_copy(inner, environment.__getitem__)
+            copy.meta.update({k: node.meta[k] for k in _INHERITED if k in node.meta})
+            # A value of its own: Inductor tells aliases by the storage of the values.
+            args, kwargs = map_arg((copy.args, copy.kwargs), lambda n: n.meta["val"])
+            copy.meta["val"] = inner.target(*args, **kwargs)
+            copy.meta.pop("tensor_meta", None)
+            environment[inner] = copy
+    return environment[inner.args[0]]
 
 
 def trace_launches(kernel: Kernel, values: tuple[Any, ...]) -> fx.GraphModule | None:

@@ -213,7 +213,7 @@ def rotate_blocks(
     rotation = rotation.contiguous()
     if x.element_size() == 2:
         delta = rounded_delta(rotation, x.dtype, transpose)
-        return rotate_by_delta(x, delta, gather, scatter, transpose=False)
+        return rotate_by_delta(x, delta, gather, scatter, False)
     return _permuted(
         x,
         rotation.shape[1],
@@ -224,9 +224,9 @@ def rotate_blocks(
 
 
 def rotate_by_delta(
-    x: Tensor, delta: Tensor, gather: Tensor | None, scatter: Tensor | None, *, transpose: bool
+    x: Tensor, delta: Tensor, gather: Tensor | None, scatter: Tensor | None, transpose: bool
 ) -> Tensor:
-    """The rotation of 2-byte x from ``G − I`` [blocks, b, b] in its dtype (Gᵀ with `transpose`)."""
+    """`ops.rotate_by_delta` of bf16 or fp16; blocks and x not empty."""
     b, width = delta.shape[1], x.shape[-1]
     # A small G − I is cheap to read again, and b = 512 fits into no shared memory.
     resident = 64 < b <= 256 and _aligned(b, width) and resident_bytes(b) <= shared_memory()
