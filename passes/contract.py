@@ -112,6 +112,7 @@ def run(
     """
     contexts = Contexts(root)
     before = gradients.reached(contexts)
+    checked: metadata.Checked = {}
     for number, graph_pass in enumerate(passes, 1):
         graph_pass.contexts = contexts
         modules = graphs.nested(root) if graph_pass.into_checkpoints else [root]
@@ -127,7 +128,7 @@ def run(
                     "please report the model"
                 )
         if verify and (rewrites or number == len(passes)):
-            metadata.verify(root, contexts)
+            metadata.verify(root, contexts, checked)
 
 
 def _run_one(graph_pass: GraphPass[Any], module: fx.GraphModule, record: Record) -> int:

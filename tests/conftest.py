@@ -18,6 +18,9 @@ if _PARALLEL:
 
 # Compiling makes objects by the million, and the collector would walk over them again and again.
 gc.set_threshold(50_000)
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+# Inductor believes the processor: it would build a program for each of its vector instructions.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

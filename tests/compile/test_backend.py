@@ -132,9 +132,11 @@ def test_options_that_contradict_prepare_raise():
 def test_inductor_equals_eager_with_gradients(variant, formulation):
     model = prepared(nn.Linear(16, 24))
     reference = copy.deepcopy(model)
-    x, weights = torch.randn(6, 16), torch.randn(6, 24)
+    x, weights = torch.randn(6, 16, requires_grad=True), torch.randn(6, 24)
     (run(model, x, variant=variant, formulation=formulation) * weights).sum().backward()
+    actual, x.grad = x.grad, None
     (reference(x) * weights).sum().backward()
+    assert_close(actual, x.grad)
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if q.grad is not None:

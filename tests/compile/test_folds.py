@@ -309,12 +309,12 @@ def test_explaining_keeps_nothing(folds):
 
 def test_inductor():
     fold_cache.forget()
-    model = prepared(nn.Linear(8, 1, bias=False), formulation="folded")
+    model = prepared(nn.Linear(16, 24), formulation="folded")
     run = compiled(model, stage="inductor")
     with torch.no_grad():
         for _ in range(2):
             for _ in range(2):
-                x = torch.randn(6, 8)
+                x = torch.randn(6, 16)
                 assert_close(run(x), model(x))
             edit(model)
     assert len(fold_cache._cache) == 1

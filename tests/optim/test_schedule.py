@@ -147,15 +147,16 @@ def test_saved_state_is_tensors_and_plain_values(optimizer_class) -> None:
 
 
 @both
-@pytest.mark.parametrize("lr", [0.001, 0.006])
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("batch", [2, 128])
-def test_the_guard_holds_the_angle(optimizer_class, lr: float, block_size: int, batch: int) -> None:
+def test_the_guard_holds_the_angle(optimizer_class, block_size: int, batch: int) -> None:
     """Learning rates far too large, with and without noise: the exact θ stays below the limit."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh())
     target = nn.Linear(64, 64)
     limit = 0.25
-    lr = lr if optimizer_class is POETXAdamW else 5 * lr
+    # Each three of optimiser, size, batch and rate meet.
+    high = (optimizer_class is POETXAdamW) ^ (block_size == 16) ^ (batch == 2)
+    lr = (0.006 if high else 0.001) * (1 if optimizer_class is POETXAdamW else 5)
     _, optimizer = build(
         optimizer_class,
         model,

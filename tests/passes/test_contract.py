@@ -8,7 +8,7 @@ from torch import fx, nn
 
 import poetx_compile as poetx
 from poetx_compile.errors import ConfigError
-from poetx_compile.passes import NAMES, GraphPass, Record, Refusal, graphs, run
+from poetx_compile.passes import NAMES, GraphPass, Record, Refusal, graphs, metadata, run
 from tests.helpers.graph_of import after, dynamo_graph, prepared
 from tests.helpers.models import SwiGLU
 
@@ -68,6 +68,23 @@ def test_verify_catches_stale_metadata():
     root = graphs.clone(dynamo_graph(TwoRelus(), torch.randn(3)))
     with pytest.raises(AssertionError, match="stale metadata"):
         run([Relabel(lie=True)], root, Record(), verify=True)
+
+
+def test_verify_looks_again_at_what_changed():
+    root = graphs.clone(dynamo_graph(TwoRelus(), torch.randn(3)))
+    checked: metadata.Checked = {}
+    metadata.verify(root, checked=checked)
+    (x,) = root.graph.find_nodes(op="placeholder")
+    first, second = (n for n in root.graph.nodes if n.target is torch.relu)
+    second.target = torch.isnan
+    for _ in range(2):
+        with pytest.raises(AssertionError, match=r"stale metadata at .*isnan"):
+            metadata.verify(root, checked=checked)
+    second.target = torch.relu
+    metadata.verify(root, checked=checked)
+    x.meta[graphs.VALUE] = x.meta[graphs.VALUE].double()
+    with pytest.raises(AssertionError, match=rf"stale metadata at %{first.name}"):
+        metadata.verify(root, checked=checked)
 
 
 def test_the_graph_of_dynamo_is_not_touched():
