@@ -58,7 +58,7 @@ def draw(rows: Sequence[Row], known: Sequence[Row], path: Path) -> Path:
         colour, marker = KINDS[kind]
         panel.plot(
             row["peak_gib"], speed, marker, color=colour, markersize=9,
-            fillstyle="none" if row["gives_up"] else "full",
+            fillstyle="none" if row["gives_up"] else "full", zorder=4,  # above the labels
         )  # fmt: skip
         # Labels are right of their points, from the top down; one that is too near goes lower.
         x = row["peak_gib"] + 0.015 * wide
@@ -95,18 +95,19 @@ def draw(rows: Sequence[Row], known: Sequence[Row], path: Path) -> Path:
 
 
 def short_names(cases: Sequence[Case]) -> list[str]:
-    """Labels without what all of POET-X, or all of its merged form, have in common."""
-    found = []
+    """Labels without what all of POET-X have in common, and without how often they turn.
+
+    Where two of them differ in nothing else, they say that too.
+    """
     ours = [case for case in cases if case.method == POETX]
+    common = {"momentum": "float32", "gradients": "float32"}
+    same = {k: v for k, v in common.items() if len({getattr(o, k) for o in ours}) == 1}
+    found = {}
     for case in cases:
-        common: dict[str, Any] = {}
-        if case.method == POETX:
-            common = {"momentum": "float32", "gradients": "float32"}
-            common |= {"turn_every": 1} if case.merged else {}
-        alike = [other for other in ours if other.merged or not case.merged]
-        same = {k: v for k, v in common.items() if len({getattr(o, k) for o in alike}) == 1}
-        found.append(label(dataclasses.replace(case, **same)))
-    return found
+        short = case if case.method != POETX else dataclasses.replace(case, **same)
+        found[case] = dataclasses.replace(short, turn_every=1), short
+    plain = [label(without) for without, _ in found.values()]
+    return [label(short if plain.count(label(w)) > 1 else w) for w, short in found.values()]
 
 
 def _kind(case: Case) -> str:

@@ -45,7 +45,7 @@ def markdown(rows: Sequence[Row], goals: Sequence[Goal] = GOALS) -> str:
             lines.append(f"| {goal.name} | {asked} | | not measured |")
         for row in found:
             speed = ratio(row, rows)
-            measured = f"{row['peak_gib']:.2f} GiB" + ("" if speed is None else f", {speed:.2f}")
+            measured = f"{row['peak_gib']:.2f} GiB" + ("" if speed is None else f", {speed:.3g}")
             lines.append(f"| {goal.name} | {asked} | {measured} | {_verdict(goal, row, speed)} |")
     return "\n".join(lines)
 

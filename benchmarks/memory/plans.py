@@ -66,7 +66,6 @@ TARGETS = [
     stored(256, "mem", **XQ),
     stored(256, "mem", checkpointing=True, **XQ),
     stored(256, "fast", **LEAN),
-    *GRAPHS,
     *at([merged(256, variant="mem", **IN_TURN)], model="13b", seq=2048),
     dataclasses.replace(ADAMW, optimizer="adamw8bit"),
     dataclasses.replace(IN_THE_BACKWARD, optimizer="adafactor"),
@@ -124,6 +123,7 @@ PLANS: dict[str, list[Case]] = {
     "3b": [c for seq in (1024, 512, 2048) for c in at(SWEPT, model="3b", seq=seq)],
     "13b-sequences": [c for seq in (1024, 512) for c in at(SWEPT, model="13b", seq=seq)],
     "turns": [merged(b, turn_every=k) for b in (256, 512, 1024) for k in (2, 4, 8)],
+    "graphs": GRAPHS,
     "whole": at([ADAMW, merged(256), stored(256, "fast", **LEAN)], compile="whole"),
     "smoke": [],
 }

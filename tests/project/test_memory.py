@@ -234,7 +234,9 @@ def test_names_in_the_figure_leave_out_what_all_have() -> None:
     names = ["AdamW", "POET-X merged, b = 256", "POET-X mem, b = 256"]
     assert figures.short_names(cases) == names
     told_apart = figures.short_names([*cases, merged(256, "float32")])
-    assert told_apart[1] == "POET-X merged, b = 256, int8 momentum, turned every 2 steps"
+    assert told_apart[1] == "POET-X merged, b = 256, int8 momentum"
+    told_apart = figures.short_names([*cases, merged(256, turn_every=4)])
+    assert told_apart[1] == "POET-X merged, b = 256, turned every 2 steps"
 
 
 def test_the_losses_of_a_run_are_drawn(tmp_path: Path) -> None:
