@@ -77,7 +77,8 @@ def _frozen() -> Iterator[None]:
     """The collector leaves alone what was there before the first test, and walks the rest.
 
     The owner of an adopted weight is looked for among the objects it knows: of the whole suite's
-    modules alone there are seven hundred thousand.
+    modules alone there are seven hundred thousand. What tests import (Dynamo, Inductor, hosts) is
+    frozen behind them.
     """
     frozen.freeze()
     with pytest.MonkeyPatch.context() as patch:
@@ -122,6 +123,7 @@ def _isolated() -> Iterator[None]:
     dynamo = getattr(torch, "_dynamo", None)
     if dynamo is not None and hasattr(dynamo, "reset"):
         dynamo.reset()
+    frozen.freeze()
 
 
 @pytest.fixture

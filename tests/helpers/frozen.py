@@ -1,19 +1,22 @@
-"""What was there before the tests is hidden from the garbage collector (`gc.freeze`)."""
+"""What tests import is hidden from the garbage collector (`gc.freeze`)."""
 
 from __future__ import annotations
 
 import gc
+import sys
 
 _before = 0
+_modules = 0
 
 
 def freeze() -> None:
-    """Hide all that is alive now."""
-    global _before
-    gc.unfreeze()
+    """Hide all that is alive now, if many modules were imported since the last time."""
+    global _before, _modules
+    if len(sys.modules) < _modules + 100:
+        return
     gc.collect()
     gc.freeze()
-    _before = gc.get_freeze_count()
+    _before, _modules = gc.get_freeze_count(), len(sys.modules)
 
 
 def hidden() -> bool:

@@ -115,7 +115,7 @@ def test_a_few_layers_say_what_all_do() -> None:
     """Exactly, where all rotations are one batch. Where they fill several, these end within layers:
     the peak is within a batch (here a large part of it)."""
     config = poetx.POETXConfig(block_size=16, variant="mem")
-    model = meta.prepared(Stack(6), config)
+    model = meta.prepared(Stack(4), config)
     x = torch.empty(30, 48, device="meta")
     batch = 2 * parts.rotations(model.layers[0])
     for budget, inexact in ((64 * 2**20, 0), (batch, batch)):
@@ -126,14 +126,14 @@ def test_a_few_layers_say_what_all_do() -> None:
             every.kept, every.gradients, every.forward,
         )  # fmt: skip
         assert abs(max(some.backward) - max(every.backward)) <= inexact
-        assert few.traced == "traced with layers: 2 of 6 equal layers"
+        assert few.traced == "traced with layers: 2 of 4 equal layers"
         assert whole.traced == "traced with every layer"
     few.apart, few.gradient = True, torch.bfloat16  # gradients are rounded layer by layer
     (rounded,) = few.memory(model, [options])
     skews = [p for name, p in model.layers[0].named_parameters() if ".skew" in name]
     saved = parts.rounded_off(model.layers[0], torch.bfloat16)
     assert saved == sum(p.nbytes // 2 for p in skews) > 0
-    assert some.backward[-1] - rounded.backward[-1] == 4 * saved  # the layers beyond two
+    assert some.backward[-1] - rounded.backward[-1] == 2 * saved  # the layers beyond two
 
 
 def test_a_few_checkpointed_layers_say_what_all_do() -> None:
@@ -142,7 +142,7 @@ def test_a_few_checkpointed_layers_say_what_all_do() -> None:
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers, self.norm = nn.ModuleList(Block() for _ in range(5)), nn.RMSNorm(16)
+            self.layers, self.norm = nn.ModuleList(Block() for _ in range(4)), nn.RMSNorm(16)
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
@@ -152,7 +152,7 @@ def test_a_few_checkpointed_layers_say_what_all_do() -> None:
     with torch.device("meta"):
         model, x = Model(), torch.empty(2, 33, 16)
     few, every = (_Step((x,), {}, None, None, whole=whole) for whole in (False, True))
-    assert few.memory(model, [None])[0].kept == every.memory(model, [None])[0].kept > 4 * x.nbytes
+    assert few.memory(model, [None])[0].kept == every.memory(model, [None])[0].kept > 3 * x.nbytes
 
 
 def test_checkpoints_and_autocast_count() -> None:

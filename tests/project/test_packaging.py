@@ -87,21 +87,32 @@ def test_the_wheel_holds_every_module_the_marker_and_the_licence(wheel: Path) ->
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
 
 
-def test_the_wheel_imports_by_itself(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+@pytest.fixture(scope="module")
+def imported(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What a process prints that imports the wheel: modules, places, entry points."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
     code = (
-        "import importlib.metadata, poetx_compile, poetx_compile.passes\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import poetx_compile\n"
+        "print(sorted({{*sys.modules}} - before))\n"
+        "import importlib.metadata, poetx_compile.passes\n"
+        "print(poetx_compile.explain.__module__, poetx_compile.poetx_backend.__module__)\n"
         "(found,) = importlib.metadata.distributions(name='poetx-compile', path=[{site!r}])\n"
         "print(poetx_compile.__file__, poetx_compile.passes.__file__)\n"
         "for entry in found.entry_points: print(entry.group, entry.name, entry.value)\n"
-    ).format(site=str(tmp_path / "site"))
+    ).format(site=str(folder / "site"))
     # -P and a folder elsewhere: nothing but the wheel can be found first.
-    out = _run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    files, *entries = out.splitlines()
-    assert [Path(f).parent for f in files.split()] == [
-        tmp_path / "site" / "poetx_compile",
-        tmp_path / "site" / "poetx_compile" / "passes",
-    ]
+    out = _run(sys.executable, "-P", "-c", code, cwd=folder, PYTHONPATH=str(folder / "site"))
+    return out.splitlines()
+
+
+def test_the_wheel_imports_by_itself(imported: list[str]) -> None:
+    _, _, files, *entries = imported
+    package, passes = (Path(f).parent for f in files.split())
+    assert passes == package / "passes"
+    assert package.parts[-2:] == ("site", "poetx_compile")
     assert sorted(entries) == [
         f"console_scripts poetx {COMMAND}",
         f"torch_dynamo_backends poetx {TARGET}",
@@ -187,16 +198,8 @@ def test_every_module_imports_without_triton_or_a_gpu(tmp_path: Path) -> None:
     assert out.strip() == "[[[1.0, 0.0], [0.0, 1.0]]]"
 
 
-def test_importing_the_package_loads_little_more_than_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import poetx_compile\n"
-        "print(sorted({*sys.modules} - before))\n"
-        "print(poetx_compile.explain.__module__, poetx_compile.poetx_backend.__module__)"
-    )
-    out = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
-    loaded, late = out.splitlines()
+def test_importing_the_package_loads_little_more_than_torch(imported: list[str]) -> None:
+    loaded, late, *_ = imported
     modules = ast.literal_eval(loaded)
     kernels = "poetx_compile.ops.kernels"
     assert [m for m in modules if m.startswith(kernels)] == [
