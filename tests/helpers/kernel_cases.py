@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+from poetx_compile.ops import OPS
 
 # Not where it is merely not installed: the `test` extra brings it.
 needs_triton = pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux alone")
@@ -45,11 +49,14 @@ def skewed(widths: tuple[int, int], b: int, chunk: int | None) -> tuple[Any, ...
 
 
 CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "cayley forward, b 256": ("cayley_neumann", (skew(256), 256, 3)),
-    "cayley backward, b 256": ("cayley_neumann_backward", (meta(4, 256, 256), skew(256), 256, 3)),
-    "cayley forward, b 77": ("cayley_neumann", (skew(77), 77, 3)),
-    "cayley backward, b 77": ("cayley_neumann_backward", (meta(4, 77, 77), skew(77), 77, 3)),
-    "cayley backward, b 2": ("cayley_neumann_backward", (meta(4, 2, 2), skew(2), 2, 3)),
+    "cayley forward, b 256": ("cayley_neumann", (skew(256), 256, 3, False)),
+    "cayley backward, b 256": (
+        "cayley_neumann_backward",
+        (meta(4, 256, 256), skew(256), 256, 3, False),
+    ),
+    "cayley forward, b 77": ("cayley_neumann", (skew(77), 77, 3, False)),
+    "cayley backward, b 77": ("cayley_neumann_backward", (meta(4, 77, 77), skew(77), 77, 3, False)),
+    "cayley backward, b 2": ("cayley_neumann_backward", (meta(4, 2, 2), skew(2), 2, 3, False)),
     **{
         f"{op}, low precision, b {b}": (op, (*grad, skew(b), b, 3, True))
         for b in (2, 77, 256)
@@ -201,3 +208,55 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "permute fp32, chunks of 8": ("permute_columns", (meta(4096, 1032), pair(129), True)),
     "permute fp32, odd": ("permute_columns", (meta(4096, 77), pair(77), False)),
 }
+
+
+def momenta(b: int, dtype: torch.dtype) -> None:
+    """A step of two parts of eight blocks, of which one turns."""
+    from poetx_compile.ops.kernels.muon import muon_steps
+    from poetx_compile.ops.muon_step import Part
+
+    planes = meta(8, b * (b - 1) // 2)
+    scale = meta(8, 128) if dtype == torch.int8 else None
+    muon_steps([Part(planes, planes.to(dtype), scale)] * 2, 1, b, 0.95, 0.02, 3, 7)
+
+
+def turn(dtype: torch.dtype, b: int, chunk: int, blocks: tuple[int, int]) -> None:
+    """A weight of two blocks a side, turned by so many of them."""
+    from poetx_compile.ops.kernels.turn_layers import turn_weight_
+
+    steps = [meta(count, b * (b - 1) // 2) for count in blocks]
+    perms = [pair(2 * b // chunk)] * 2
+    apply = torch.empty((), dtype=torch.int32, device="meta")
+    turn_weight_(meta(2 * b, 2 * b, dtype=dtype), *steps, *perms, b, b, 3, 5, 3, 1, apply)
+
+
+def requantize(dtype: torch.dtype) -> None:
+    step = torch.empty((), dtype=torch.int64, device="meta")
+    stored = meta(1024, 512, dtype=torch.int8), meta(1024, 8, dtype=dtype)
+    OPS["requantize_"].kernel.load()(*stored, meta(1024, 512), step, 5, 3)
+
+
+def of_case(case: str) -> None:
+    """Those of `CASES` that a kernel takes on the device that is asked."""
+    op, args = CASES[case]
+    if OPS[op].kernel.takes(*args):
+        OPS[op].kernel.load()(*args)
+
+
+def launches() -> dict[str, Callable[[], None]]:
+    """Every kind of launch: of the ops, and of what optimisers call."""
+    found: dict[str, Callable[[], None]] = {case: lambda c=case: of_case(c) for case in CASES}
+    dtypes = {"fp32": torch.float32, "bf16": BF16, "int8": torch.int8}
+    for name, dtype in dtypes.items():
+        found[f"momenta {name}"] = lambda dtype=dtype: momenta(64, dtype)
+    sides = {"both sides": (2, 2), "columns": (2, 0), "rows": (0, 2)}
+    sizes = (64, 16), (77, 1), (128, 16), (256, 16), (256, 1), (320, 16), (1024, 16), (1024, 1)
+    for (side, blocks), (b, chunk), name in itertools.product(
+        sides.items(), sizes, ("bf16", "fp32")
+    ):
+        given = dtypes[name], b, chunk, blocks
+        chunks = "" if chunk == 1 else ", chunks"
+        found[f"turn {side} {name}, b {b}{chunks}"] = lambda given=given: turn(*given)
+    for name in ("bf16", "fp32"):
+        found[f"requantize {name}"] = lambda dtype=dtypes[name]: requantize(dtype)
+    return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,21 +10,29 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poetx_compile.ops import OPS, kernels
-from tests.helpers.kernel_cases import BF16, CASES, meta, needs_triton, pair, rounded, skew
+from tests.helpers.compiled import (
+    A100,
+    ADA,
+    BLACKWELL,
+    CONSUMER_BLACKWELL,
+    HOPPER,
+    compile_for,
+    stack_bytes,
+)
+from tests.helpers.kernel_cases import (
+    BF16,
+    CASES,
+    launches,
+    meta,
+    needs_triton,
+    pair,
+    rounded,
+    skew,
+)
 
 pytestmark = needs_triton
 
-# Shared memory a program may use on compute capability 9.0, in bytes.
-SHARED_MEMORY = 227 * 1024
-
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+SHARED_MEMORY = HOPPER.shared_memory
 
 # Bytes a thread spills, as measured with the ptxas of each triton; all other kernels spill none.
 _ROTATION = ("cayley_neumann, low precision, b 256", "rotation_kernel")
@@ -50,77 +56,7 @@ SPILLED: dict[str, dict[tuple[str, str], int]] = {
 @pytest.fixture
 def compiled_launches(monkeypatch) -> list[Any]:
     """Every launch is compiled for compute capability 9.0 instead; gives the list of results."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from poetx_compile.ops.kernels import (
-        block_product,
-        cayley,
-        cayley_low_precision,
-        fold,
-        fold_both,
-        muon,
-        orthogonalize,
-        permute,
-        requantize,
-        rotate,
-        tangent,
-        turn_layers,
-        turn_panels,
-        turn_weight,
-    )
-
-    results: list[Any] = []
-
-    def compile_launch(
-        kernel: Any, programs: int, *args: Any, num_warps: int, num_stages: int, **constants: Any
-    ) -> None:
-        assert programs > 0
-        limits = {"maxnreg": constants.pop("maxnreg")} if "maxnreg" in constants else {}
-        signature = dict.fromkeys(constants, "constexpr")
-        aligned: dict[tuple[int], Any] = {}
-        for position, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
-            is_tensor = isinstance(value, torch.Tensor)
-            scalar = "fp32" if isinstance(value, float) else "i32"
-            signature[name] = TYPES[value.dtype] if is_tensor else scalar
-            of_sixteen = is_tensor or (scalar == "i32" and value % 16 == 0)
-            if of_sixteen and not kernel.params[position].do_not_specialize:
-                aligned[(position,)] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
-        options = {"num_warps": num_warps, "num_stages": num_stages, **limits}
-        results.append(triton.compile(source, GPUTarget("cuda", 90, 32), options))
-
-    modules = (
-        block_product,
-        cayley,
-        cayley_low_precision,
-        fold,
-        fold_both,
-        muon,
-        orthogonalize,
-        permute,
-        requantize,
-        rotate,
-        tangent,
-        turn_layers,
-        turn_panels,
-        turn_weight,
-    )
-    for module in modules:
-        monkeypatch.setattr(module, "launch", compile_launch)
-    return results
-
-
-def stack_bytes(cubin: bytes, folder: Path) -> int:
-    """Bytes of stack a thread uses: registers that did not fit."""
-    from triton import knobs
-
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.findall(r"STACK:(\d+)", report)[0])
+    return compile_for(monkeypatch)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -348,15 +284,44 @@ def test_stacked_products_share_one_loop(compiled_launches):
     assert kernel.asm["ttgir"].count("ttng.warp_group_dot ") == 1
 
 
-def test_a_device_with_less_shared_memory_gets_narrower_tiles(compiled_launches, monkeypatch):
-    from poetx_compile.ops.kernels import block_product
+@pytest.mark.parametrize(
+    ("target", "case", "kernel"),
+    [
+        (A100, "delta, b 256", "rotation_kernel"),
+        (A100, "tangent, b 77", "conjugate_right_kernel"),
+        (A100, "turn rows bf16, b 320, chunks", "turn_rows_tiled_kernel"),
+        (A100, "skew products bf16, b 320", "block_product_kernel"),
+        (BLACKWELL, "rotate bf16", "rotate_resident_kernel"),
+        (BLACKWELL, "turn rows bf16, b 256, chunks", "turn_rows_resident_kernel"),
+        (CONSUMER_BLACKWELL, "rotate bf16", "rotate_kernel"),
+        (CONSUMER_BLACKWELL, "product bf16", "block_product_kernel"),
+        (CONSUMER_BLACKWELL, "turn both sides bf16, b 256, chunks", "turn_rows_kernel"),
+    ],
+)
+def test_another_gpu_gets_tiles_that_fit_it(target, case, kernel, monkeypatch, tmp_path):
+    compiled = compile_for(monkeypatch, target, kernel)
+    launches()[case]()
+    assert compiled
+    for one in compiled:
+        assert one.metadata.shared <= target.shared_memory
+        assert stack_bytes(one.asm["cubin"], tmp_path) == 0
 
-    x = meta(8192, 4096, dtype=BF16)
-    for capacity, tile in ((SHARED_MEMORY, 256), (163 * 1024, 256), (99 * 1024, 128)):
-        monkeypatch.setattr(block_product, "shared_memory", lambda capacity=capacity: capacity)
-        assert block_product.plan(8192, 4096, 16, 256, True).tile_n == tile
-        OPS["block_product"].kernel.load()(x, x, 16, 256, None, None)
-        assert compiled_launches[-1].metadata.shared <= capacity
+
+def test_where_a_block_or_row_fits_into_no_shared_memory_the_reference_runs(monkeypatch):
+    cases = "tangent, b 256", "permute, widest"
+    for target, takes in ((HOPPER, True), (A100, True), (ADA, False)):
+        compile_for(monkeypatch, target)
+        taken = [OPS[op].kernel.takes(*args) for op, args in (CASES[case] for case in cases)]
+        assert taken == [takes, takes]
+    assert OPS["permute_columns"].kernel.takes(meta(8, 16384), pair(16384), False)
+
+
+@pytest.mark.parametrize(("target", "tile"), [(HOPPER, 256), (A100, 256), (ADA, 128)])
+def test_less_shared_memory_makes_tiles_of_products_narrower(target, tile, monkeypatch):
+    from poetx_compile.ops.kernels.block_product import plan
+
+    compile_for(monkeypatch, target)
+    assert plan(8192, 4096, 16, 256, True).tile_n == tile
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,16 @@ def test_the_device_of_the_tensors_decides_and_not_what_is_installed(op, monkeyp
     else:
         result = getattr(torch.ops.poetx, op)(*given)
         assert (given[0] if op.endswith("_") else result).device.type == "cpu"
+
+
+def test_the_device_of_the_tensors_is_asked_what_fits(monkeypatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda i: asked.append(i) or contextlib.nullcontext())
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+    assert kernels.Kernel("", lambda x: asked == [1]).applies(x)
 
 
 def test_no_kernel_is_autotuned(monkeypatch) -> None:

@@ -18,35 +18,10 @@ import torch
 
 import poetx_compile as poetx
 from poetx_compile.ops import OPS, kernels
-from tests.helpers.kernel_cases import BF16, CASES, meta, needs_triton, pair
+from tests.helpers.kernel_cases import BF16, CASES, launches, meta, needs_triton, pair
 from tests.helpers.rotations import skews
 
 pytestmark = needs_triton
-
-
-def launch_everything() -> None:
-    """Every kernel at least once: the ops of `CASES`, and what optimisers call."""
-    from poetx_compile.ops.kernels import turn_layers
-    from poetx_compile.ops.kernels.muon import muon_steps
-    from poetx_compile.ops.kernels.turn_weight import turn_by_deltas
-    from poetx_compile.ops.muon_step import Part
-
-    for op, args in CASES.values():
-        OPS[op].kernel.load()(*args)
-    step = torch.empty((), dtype=torch.int64, device="meta")
-    stored = meta(1024, 512, dtype=torch.int8), meta(1024, 8, dtype=BF16)
-    OPS["requantize_"].kernel.load()(*stored, meta(1024, 512), step, 5, 3)
-    for b in (256, 1024):
-        planes, perm = meta(8, b * (b - 1) // 2), pair(64)
-        scale = meta(8, 128)
-        for dtype in (torch.float32, torch.int8):
-            part = Part(planes, planes.to(dtype), scale if dtype == torch.int8 else None)
-            muon_steps([part], 1, b, 0.95, 0.02, 3, 7)
-        weight = meta(8 * b, 8 * b, dtype=BF16)
-        deltas = [meta(8, b, b, dtype=BF16)] * 2
-        turn_by_deltas(weight, *deltas, perm, perm, 5, 3, 1, None)
-        for sides in ((planes, planes), (planes, planes[:0]), (planes[:0], planes)):
-            turn_layers.turn_weight_(weight, *sides, perm, perm, b, b, 3, 5, 3, 1, None)
 
 
 def defined() -> set[str]:
@@ -78,23 +53,24 @@ def test_every_kernel_compiles_with_integers_of_one(monkeypatch: pytest.MonkeyPa
     from triton.compiler import make_backend
     from triton.runtime.jit import JITFunction
 
-    launches: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+    launched: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         known = {key: constants[key] for key in constants.keys() & set(kernel.arg_names)}
         kinds = [key for key in known.items() if isinstance(key[1], bool)]
-        launches.setdefault(str((kernel.__name__, sorted(kinds))), (kernel, args, known))
+        launched.setdefault(str((kernel.__name__, sorted(kinds))), (kernel, args, known))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    launch_everything()
-    assert {kernel.__name__ for kernel, _, _ in launches.values()} == defined()
+    for launch in launches().values():
+        launch()
+    assert {kernel.__name__ for kernel, _, _ in launched.values()} == defined()
 
     target = GPUTarget("cuda", 90, 32)
     backend = make_backend(target)
     options = backend.parse_options({})
     implementation, modules = backend.get_codegen_implementation(options), backend.get_module_map()
     failed = {}
-    for name, launch in launches.items():
+    for name, launch in launched.items():
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)

@@ -7,6 +7,7 @@ Wherever `applies` is false the reference runs; nothing is tried and caught.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -27,6 +28,11 @@ def _triton_runs_on(index: int) -> bool:
     if importlib.util.find_spec("triton") is None or not torch.cuda.is_available():
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def _on(index: int) -> contextlib.AbstractContextManager[Any]:
+    """What kernels ask of the current device is asked of this one."""
+    return torch.cuda.device(index) if torch.cuda.is_available() else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,10 @@ class Kernel:
         if any(isinstance(size, int) and size == 0 for t in tensors for size in t.shape):
             return False
         index = torch.cuda.current_device() if device.index is None else device.index
-        return _triton_runs_on(index) and self.takes(*args)
+        if not _triton_runs_on(index):
+            return False
+        with _on(index):
+            return self.takes(*args)
 
     def run(self, *args: Any) -> Tensor:
         """Launch the kernel; only where it `applies`.

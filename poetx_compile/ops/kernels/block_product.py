@@ -32,6 +32,7 @@ from poetx_compile.ops.kernels.common import (
     is_fused,
     known,
     launch,
+    operands_in_registers,
     power_of_two,
     row_or,
     run_length,
@@ -188,7 +189,7 @@ def plan(tokens: int, width: int, blocks: int, b: int, half: bool, skew: bool = 
     """The division for `blocks` blocks of b columns of rows of `width`.
 
     A function of its arguments and of the device's shared memory, so that every run adds in the
-    same order.
+    same order; the warps follow from its tensor cores.
 
     Args:
         width: of the rows of x and y; of two products, a common divisor.
@@ -201,13 +202,13 @@ def plan(tokens: int, width: int, blocks: int, b: int, half: bool, skew: bool = 
         return Plan(tile, tile, 32, 4, 3, _splits(tokens, blocks, b, tile, tile, 4, skew)[1])
     # Loads of unaligned rows need registers for their addresses, which a larger tile would spill.
     aligned = b % 8 == 0 and width % 16 == 0
-    capacity = shared_memory()
+    capacity, in_registers = shared_memory(), operands_in_registers()
 
     def divided(tile_m: int, tile_n: int) -> tuple[float, Plan]:
         tile_m, tile_n = power_of_two(b, 16, tile_m), power_of_two(b, 16, tile_n)
         stages = 4 if 4 * _stage_bytes(tile_m, tile_n) < capacity else 3
         cost, splits = _splits(tokens, blocks, b, tile_m, tile_n, 2, skew)
-        warps = 8 if tile_n == 256 else 4
+        warps = 8 if tile_n == 256 or (in_registers and tile_m == 128) else 4
         return cost, Plan(tile_m, tile_n, _TILE_T, warps, stages, splits)
 
     shapes = _TILES if aligned else ((64, 64),)

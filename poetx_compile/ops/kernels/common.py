@@ -22,7 +22,7 @@ pass over the data."""
 
 MAX_PERMUTE_WIDTH = 32768
 """Columns of a row that `permute_columns` holds in shared memory at once (4 bytes each), where the
-chunks of the permutation are too short to be moved one by one."""
+chunks of the permutation are too short to be moved one by one; fewer where it is too small."""
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *LOW_PRECISION)
@@ -96,6 +96,36 @@ def shared_memory() -> int:
     return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
+def compute_capability() -> int:
+    """10 · major + minor of the current device; 90 where there is none, and for ROCm."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return 90
+    return _capability_of(torch.cuda.current_device())
+
+
+@functools.cache
+def _capability_of(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def operands_in_registers() -> bool:
+    """Whether tensor cores take both operands of a product from registers, as those up to 8.9 do.
+
+    They need registers for operands beside those for sums: twice the warps, or half the rows, for a
+    tile that fills the registers. Those of 9 to 11 read shared memory; those of 12 do not.
+    """
+    return not 90 <= compute_capability() < 120
+
+
+def sums_in_tensor_memory() -> bool:
+    """Whether tensor cores add in a memory of their own, as those of 10 and 11 do.
+
+    What is there goes through shared memory on its way out.
+    """
+    return 100 <= compute_capability() < 120
+
+
 def ceil_div(a: Any, b: int) -> Any:
     """⌈a/b⌉, also of symbolic integers."""
     return (a + b - 1) // b
@@ -129,9 +159,15 @@ def permutable(x: Tensor, *pairs: Tensor | None) -> bool:
     """Whether the kernels take rows of this width and permute them by these pairs."""
     width = x.shape[-1]
     return static(width) and all(
-        pair is None or width <= MAX_PERMUTE_WIDTH or run_length(width, 0, pair) >= FUSED_RUN
+        pair is None or run_length(width, 0, pair) >= FUSED_RUN or _row_fits(width)
         for pair in pairs
     )
+
+
+def _row_fits(width: int) -> bool:
+    """Whether `permute_columns` holds a row of single columns in shared memory."""
+    padded = power_of_two(width, 32, 1 << 30)
+    return padded <= MAX_PERMUTE_WIDTH and 4 * padded <= shared_memory()
 
 
 def static(*sizes: Any) -> bool:

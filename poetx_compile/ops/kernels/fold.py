@@ -23,7 +23,7 @@ from poetx_compile.ops.kernels.common import (
     shared_memory,
 )
 from poetx_compile.ops.kernels.fold_both import fits, fold_both
-from poetx_compile.ops.kernels.rotate import resident_bytes, rotate_by_delta
+from poetx_compile.ops.kernels.rotate import resident_bytes, resident_stages, rotate_by_delta
 from poetx_compile.ops.permute import pair_index
 
 _TILE_N = 64
@@ -135,6 +135,6 @@ def _fold_rows(weight: Tensor, delta: Tensor, pair: Tensor | None) -> Tensor:
         CHUNK=chunk_length(pair, rows),
         TILE_N=_TILE_N,
         num_warps=8 if padded == 256 else 4,
-        num_stages=3,
+        num_stages=resident_stages(),
     )
     return out

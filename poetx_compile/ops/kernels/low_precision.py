@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from poetx_compile.ops.kernels.common import power_of_two, shared_memory
+from poetx_compile.ops.kernels.common import operands_in_registers, power_of_two, shared_memory
 
 MAX_BLOCK = 256
 """The largest block whose Q, in 2 bytes, leaves room for anything else in shared memory."""
+
+
+def _panel() -> int:
+    return 32 if operands_in_registers() else 64
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class LowPrecisionTiling:
     """
 
     block_size: int
-    panel: int = 64
+    panel: int = field(default_factory=_panel)
     panel_warps: int = 8
     tile: int = 64
     tile_k: int = 32
@@ -49,9 +53,9 @@ class LowPrecisionTiling:
     def high(self) -> int:
         """How many tiles the programs with the most operands have on top of each other.
 
-        They read fewer bytes for each of their products, and have registers left.
+        They read fewer bytes for each of their products, if they have registers left.
         """
-        return min(2, self.padded // self.side)
+        return 1 if operands_in_registers() else min(2, self.padded // self.side)
 
     def panels(self, blocks: Any) -> Any:
         return blocks * (self.padded // self.panel_rows)

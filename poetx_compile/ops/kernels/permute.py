@@ -118,8 +118,7 @@ def permute_chunks_kernel(
 def permute_columns(x: Tensor, pair: Tensor, inverse: bool) -> Tensor:
     """`ops.permute_columns` of 2- or 4-byte elements.
 
-    Rows of at most `MAX_PERMUTE_WIDTH`, unless the pair is one of chunks (`run_length` of at least
-    `FUSED_RUN`).
+    Rows that are `permutable`: of at most `MAX_PERMUTE_WIDTH`, unless the pair is one of chunks.
     """
     x = x.contiguous()
     index = pair.select(0, 1 if inverse else 0)

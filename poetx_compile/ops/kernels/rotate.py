@@ -33,6 +33,7 @@ from poetx_compile.ops.kernels.common import (
     row_or,
     run_length,
     shared_memory,
+    sums_in_tensor_memory,
 )
 from poetx_compile.ops.kernels.permute import chunk_columns, permute_columns, source_columns
 
@@ -258,6 +259,11 @@ def _permuted(
     return out if afterwards is None else permute_columns(out, afterwards, True)
 
 
+def resident_stages() -> int:
+    """Tiles on their way to a kernel that keeps a block in shared memory, and one more."""
+    return 2 if sums_in_tensor_memory() else 3
+
+
 def resident_bytes(block_size: int) -> int:
     """Shared memory of `rotate_resident_kernel`: G − I, two tiles of x on their way, one of out."""
     padded = power_of_two(block_size, 128, 256)
@@ -297,7 +303,7 @@ def _rotate_resident(
         TRANSPOSE=transpose,
         TILE_T=_TILE_T,
         num_warps=8 if padded == 256 else 4,
-        num_stages=3,
+        num_stages=resident_stages(),
     )
     return out
 

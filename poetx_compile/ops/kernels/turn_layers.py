@@ -23,13 +23,14 @@ from poetx_compile.ops.kernels.common import (
     input_precision,
     is_fused,
     launch,
+    operands_in_registers,
     power_of_two,
     run_length,
     shared_memory,
 )
 from poetx_compile.ops.kernels.layers import table_of, together
 from poetx_compile.ops.kernels.permute import permute_columns
-from poetx_compile.ops.kernels.rotate import resident_bytes
+from poetx_compile.ops.kernels.rotate import resident_bytes, resident_stages
 from poetx_compile.ops.kernels.rounding import signed
 from poetx_compile.ops.kernels.turn_side import (
     turn_columns_resident_kernel,
@@ -45,6 +46,8 @@ RESIDENT_TILE = 64
 NARROW = (64, 256, 64, 4), (128, 128, 64, 4)
 """Of the tiled kernels on bf16: a tile along the side that stays, along the blocks; a step of a
 sum; warps. The first read fewer bytes, the others pad blocks less."""
+UNALIGNED = 64, 128, 64, 8
+"""On bf16 whose blocks begin anywhere: addresses and bits of single elements take registers."""
 WIDE = 64, 64, 32, 4
 """On fp32."""
 TILED_STAGES = 3
@@ -234,10 +237,10 @@ def _turn_side(
             PADDED=padded,
             TILE=RESIDENT_TILE,
             num_warps=8 if padded == 256 else 4,
-            num_stages=3,
+            num_stages=resident_stages(),
         )
         return
-    along, across, tile_k, warps = _tiles(b) if narrow else WIDE
+    along, across, tile_k, warps = _tiles(b, width) if narrow else WIDE
     tile = power_of_two(b, 16, across)
     tiles = -(-b // tile)
     items = -(-length // along) * side.blocks * len(group)
@@ -254,21 +257,26 @@ def _turn_side(
         TILE_K=power_of_two(b, 16, tile_k),
         STAGES=TILED_STAGES,
         PRECISION=input_precision(),
-        num_warps=warps,
+        num_warps=8 if operands_in_registers() else warps,
         num_stages=3,
     )
 
 
-def _tiles(b: int) -> tuple[int, int, int, int]:
-    """Those of `NARROW` that suit blocks of b."""
+def _tiles(b: int, width: int) -> tuple[int, int, int, int]:
+    """Those for bf16 that suit blocks of b of rows of `width`."""
+    if not _aligned(b, width):
+        return UNALIGNED
     large, small = (-(-b // across) * across for _, across, *_ in NARROW)
     return NARROW[0] if 4 * large <= 5 * small else NARROW[1]
 
 
 def _resident(b: int, width: int) -> bool:
     """Whether blocks of b stay in shared memory while the weight streams by."""
-    aligned = b % 8 == 0 and width % 16 == 0
-    return 64 < b <= 256 and aligned and resident_bytes(b) <= shared_memory()
+    return 64 < b <= 256 and _aligned(b, width) and resident_bytes(b) <= shared_memory()
+
+
+def _aligned(b: int, width: int) -> bool:
+    return b % 8 == 0 and width % 16 == 0
 
 
 def _table(group: Sequence[Layer]) -> Tensor:
