@@ -45,9 +45,17 @@ def markdown(rows: Sequence[Row], goals: Sequence[Goal] = GOALS) -> str:
             lines.append(f"| {goal.name} | {asked} | | not measured |")
         for row in found:
             speed = ratio(row, rows)
-            measured = f"{row['peak_gib']:.2f} GiB" + ("" if speed is None else f", {speed:.3g}")
+            measured = f"{row['peak_gib']:.2f} GiB" + _shown(goal, speed)
             lines.append(f"| {goal.name} | {asked} | {measured} | {_verdict(goal, row, speed)} |")
     return "\n".join(lines)
+
+
+def _shown(goal: Goal, speed: float | None) -> str:
+    """Two digits, or three where two would hide that it is missed."""
+    if speed is None:
+        return ""
+    hidden = goal.ratio is not None and speed < goal.ratio <= round(speed, 2)
+    return f", {speed:.{3 if hidden else 2}f}"
 
 
 def _verdict(goal: Goal, row: Row, speed: float | None) -> str:

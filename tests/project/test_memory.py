@@ -219,13 +219,15 @@ def test_goals_are_met_or_missed_by_the_rows() -> None:
     rows = [row_of(ADAMW, peak_gib=60.5, tokens_per_s=100.0)]
     rows += [row_of(case, peak_gib=22.0, tokens_per_s=90.0) for case in cases[:2]]
     asked = [(cases[0], 22.0, 0.9), (cases[0], 21.9, 0.91), (cases[1], 22.5, None)]
-    asked.append((cases[2], 22.0, None))
+    asked += [(cases[2], 22.0, None), (cases[1], 22.0, 0.9)]
+    rows[2]["tokens_per_s"] = 89.9
     text = goals.markdown(rows, [goals.Goal("it", *one) for one in asked])
     assert text.splitlines()[2:] == [
         "| it | ≤ 22 GiB, ≥ 0.9 | 22.00 GiB, 0.90 | met |",
         "| it | ≤ 21.9 GiB, ≥ 0.91 | 22.00 GiB, 0.90 | missed: memory, speed |",
         "| it | ≤ 22.5 GiB | 22.00 GiB, 0.90 | met |",
         "| it | ≤ 22 GiB | | not measured |",
+        "| it | ≤ 22 GiB, ≥ 0.9 | 22.00 GiB, 0.899 | missed: speed |",
     ]
 
 
