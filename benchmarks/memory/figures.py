@@ -101,7 +101,9 @@ def short_names(cases: Sequence[Case]) -> list[str]:
     """
     ours = [case for case in cases if case.method == POETX]
     common = {"momentum": "float32", "gradients": "float32"}
-    same = {k: v for k, v in common.items() if len({getattr(o, k) for o in ours}) == 1}
+    same: dict[str, Any] = {
+        k: v for k, v in common.items() if len({getattr(o, k) for o in ours}) == 1
+    }
     found = {}
     for case in cases:
         short = case if case.method != POETX else dataclasses.replace(case, **same)
