@@ -39,7 +39,10 @@ def natural_rows(index, rows, inside, CHUNK: tl.constexpr):
     return chunk * CHUNK + rows % CHUNK
 
 
-@triton.jit(do_not_specialize=["layers", "programs", *COUNTERS])
+_COUNTS = "blocks_left", "blocks_right", "column_blocks", "items", "layers", "programs"
+
+
+@triton.jit(do_not_specialize=[*_COUNTS, *COUNTERS])
 def turn_panels_kernel(
     weight,  # [rows, width], 2-byte elements, read and written; of the first layer
     left_deltas,  # [all blocks, B_LEFT, B_LEFT], like the weight
