@@ -7,34 +7,17 @@ from torch import Tensor
 
 from poetx_compile.ops.kernels import Kernel
 from poetx_compile.ops.kernels.common import FLOATS, permutable, static
-from poetx_compile.ops.permute import check_pair
 from poetx_compile.ops.precision import without_autocast
 from poetx_compile.ops.registry import define
-from poetx_compile.ops.rotate_by_delta import rotate_by_delta_reference
+from poetx_compile.ops.rotate_by_delta import check_product, rotate_by_delta_reference
 
 
 def _check(x: Tensor, rotation: Tensor, gather, scatter, transpose: bool) -> None:
-    torch._check(
-        x.dim() >= 1 and x.is_floating_point(),
-        lambda: f"poetx: x must be floating point [..., d], got {x.dtype} {list(x.shape)}",
-    )
-    torch._check(
-        rotation.dim() == 3 and rotation.shape[1] == rotation.shape[2],
-        lambda: f"poetx: rotation must be [blocks, b, b], got {list(rotation.shape)}",
-    )
+    check_product(x, rotation, "rotation", gather, scatter)
     torch._check(
         rotation.dtype in (torch.float32, torch.float64),
         lambda: f"poetx: rotation must be float32 or float64, got {rotation.dtype}",
     )
-    torch._check(
-        rotation.shape[0] * rotation.shape[1] <= x.shape[-1],
-        lambda: (
-            f"poetx: {rotation.shape[0]} blocks of {rotation.shape[1]} do not fit into "
-            f"{x.shape[-1]} columns"
-        ),
-    )
-    check_pair(gather, x.shape[-1], "gather")
-    check_pair(scatter, x.shape[-1], "scatter")
 
 
 def rotate_blocks_reference(

@@ -15,27 +15,33 @@ from poetx_compile.ops.permute import check_pair, pair_index
 from poetx_compile.ops.registry import define
 
 
-def _check(x: Tensor, delta: Tensor, gather, scatter, _) -> None:
+def check_product(x: Tensor, matrices: Tensor, name: str, gather, scatter) -> None:
+    """Check x [..., d], `matrices` [blocks, b, b] that are called `name`, and the permutations."""
     torch._check(
-        x.dim() >= 1 and x.is_floating_point() and delta.dtype == x.dtype,
-        lambda: (
-            f"poetx: x must be floating point [..., d] and delta of its dtype, got {x.dtype} "
-            f"{list(x.shape)} and {delta.dtype}"
-        ),
+        x.dim() >= 1 and x.is_floating_point(),
+        lambda: f"poetx: x must be floating point [..., d], got {x.dtype} {list(x.shape)}",
     )
     torch._check(
-        delta.dim() == 3 and delta.shape[1] == delta.shape[2],
-        lambda: f"poetx: delta must be [blocks, b, b], got {list(delta.shape)}",
+        matrices.dim() == 3 and matrices.shape[1] == matrices.shape[2],
+        lambda: f"poetx: {name} must be [blocks, b, b], got {list(matrices.shape)}",
     )
     torch._check(
-        delta.shape[0] * delta.shape[1] <= x.shape[-1],
+        matrices.shape[0] * matrices.shape[1] <= x.shape[-1],
         lambda: (
-            f"poetx: {delta.shape[0]} blocks of {delta.shape[1]} do not fit into "
+            f"poetx: {matrices.shape[0]} blocks of {matrices.shape[1]} do not fit into "
             f"{x.shape[-1]} columns"
         ),
     )
     check_pair(gather, x.shape[-1], "gather")
     check_pair(scatter, x.shape[-1], "scatter")
+
+
+def _check(x: Tensor, delta: Tensor, gather, scatter, _) -> None:
+    check_product(x, delta, "delta", gather, scatter)
+    torch._check(
+        delta.dtype == x.dtype,
+        lambda: f"poetx: delta must be of x's dtype {x.dtype}, got {delta.dtype}",
+    )
 
 
 def rotate_by_delta_reference(

@@ -218,3 +218,10 @@ def test_argument_errors(change, message: str) -> None:
     arguments = {"x": torch.randn(4, 6), "rotation": torch.zeros(3, 2, 2)}
     with pytest.raises(RuntimeError, match=message):
         ops.rotate_blocks(**(arguments | change))
+
+
+def test_a_delta_of_another_dtype_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="delta must be of x's dtype"):
+        ops.rotate_by_delta(torch.zeros(3, 6), torch.zeros(3, 2, 2).bfloat16())
+    with pytest.raises(RuntimeError, match=r"delta must be \[blocks, b, b\], got \[3, 2\]"):
+        ops.rotate_by_delta(torch.zeros(3, 6), torch.zeros(3, 2))
