@@ -156,7 +156,7 @@ class Queue:
     def _started(self, case: Case, gpu: str, place: Place, threads: int) -> _Work:
         files = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
         task = {"case": dataclasses.asdict(case), "place": dataclasses.asdict(place)}
-        # Recording CUDA graphs with segments that expand takes minutes.
+        # The pools of CUDA graphs were measured without segments that expand.
         expand = case.compile != "graphs"
         environment = (
             {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{expand}"}
