@@ -151,7 +151,10 @@ def check_cuda_graphs(options: Options, device: torch.device, group: Processes) 
     if not options.cuda_graphs:
         return
     if device.type != "cuda" or options.no_compile or options.stage != "inductor":
-        raise RunError("--cuda-graphs needs a CUDA device and --stage inductor: leave it out")
+        raise RunError(
+            "--cuda-graphs needs a CUDA device and a model that --stage inductor compiles: leave "
+            "it out"
+        )
     if group.several:
         raise RunError("--cuda-graphs is for one process: leave it out under torchrun")
 
