@@ -601,7 +601,13 @@ def test_turn_weight(dtype, n, m, b_out, b_in, chunk, poisoned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("n", "m", "b", "chunk"),
-    [(520, 1040, 256, 8), (1040, 1536, 512, 16), (2080, 1024, 1024, 16), (999, 515, 77, 1)],
+    [
+        (520, 1040, 256, 8),
+        (1040, 1536, 512, 16),
+        (2080, 1024, 1024, 16),
+        (1100, 1072, 328, 1),
+        (999, 515, 77, 1),
+    ],
 )
 @pytest.mark.parametrize("side", ["in", "out", "both"])
 def test_turn_weights(dtype, n, m, b, chunk, side, poisoned):
