@@ -110,8 +110,13 @@ def test_a_narrow_weight_is_rounded_to_a_neighbour_by_its_counter(dtype) -> None
 @pytest.mark.parametrize("b", [256, 512])
 @pytest.mark.parametrize("side", ["both", "one"])
 def test_layers_of_one_shape_share_their_launches(side: str, b: int, monkeypatch) -> None:
-    from poetx_compile.ops.kernels import cayley, cayley_low_precision
-    from poetx_compile.ops.kernels import turn_layers, turn_panels, turn_products
+    from poetx_compile.ops.kernels import (
+        cayley,
+        cayley_low_precision,
+        turn_layers,
+        turn_panels,
+        turn_products,
+    )
 
     launched: list[str] = []
 
