@@ -120,7 +120,7 @@ def _kind(case: Case) -> str:
 
 
 def curve(rows: Sequence[Row], path: Path) -> Path:
-    """Draw the losses of a run of `examples/pretrain.py`, bits a byte, into `path`.
+    """Draw the losses of runs of `examples/pretrain.py`, bits a byte, into `path`.
 
     Args:
         rows: of a file in ``benchmarks/results``; those that are no step are left alone.
@@ -130,25 +130,16 @@ def curve(rows: Sequence[Row], path: Path) -> Path:
     """
     from matplotlib.figure import Figure
 
-    steps = [row for row in rows if row.get("loss") is not None]
-    if not steps:
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get("loss") is not None:
+            runs.setdefault(row["run"], []).append(row)
+    if not runs:
         raise ValueError("no row is a step of a run")
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     panel = figure.subplots()
-    styles: dict[str, dict[str, Any]] = {
-        "loss": {"alpha": 0.5, "label": "training"},
-        "val_loss": {"marker": "o", "label": "validation"},
-    }
-    for field, style in styles.items():
-        there = [row for row in steps if row[field] is not None]
-        bits = [row[field] / math.log(2) for row in there]
-        panel.plot([row["step"] for row in there], bits, color="tab:blue", **style)
-        if field == "val_loss":
-            for row, value in zip(there, bits, strict=True):
-                panel.annotate(
-                    f"{value:.2f}", (row["step"], value), textcoords="offset points",
-                    xytext=(0, 9), ha="center",
-                )  # fmt: skip
+    for number, (run, steps) in enumerate(runs.items()):
+        _draw_run(panel, run, steps, f"C{number}", above=number == 0)
     for summary in (row for row in rows if row.get("killed_at")):
         panel.axvline(summary["killed_at"], color="tab:red", linestyle=":")
         text = f" killed; goes on\n from step {summary['checkpoint']}"
@@ -158,11 +149,29 @@ def curve(rows: Sequence[Row], path: Path) -> Path:
     panel.set_ylabel("loss, bits a byte")
     panel.grid(alpha=0.3)
     panel.legend()
-    first = steps[0]
-    figure.suptitle(
-        f"{first['run']}, {first['batch']} × {first['length']} tokens a step: {first['gpu']}",
-        fontsize=10,
-    )
+    first = next(iter(runs.values()))[0]
+    tokens = f"{first['batch']} × {first['length']} tokens a step"
+    figure.suptitle(f"{first['model']}, {tokens}: {first['gpu']}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
+
+
+def _draw_run(panel: Any, name: str, steps: Sequence[Row], color: str, above: bool) -> None:
+    """Losses of training as a line, those of validation as points with some of their values."""
+    styles: dict[str, dict[str, Any]] = {
+        "loss": {"alpha": 0.4, "linewidth": 0.8},
+        "val_loss": {"marker": "o", "markersize": 4, "label": f"{name}: validation"},
+    }
+    for field, style in styles.items():
+        there = [row for row in steps if row[field] is not None]
+        bits = [row[field] / math.log(2) for row in there]
+        panel.plot([row["step"] for row in there], bits, color=color, **style)
+        if field == "loss":
+            continue
+        every = -(-len(there) // 6)
+        for row, value in list(zip(there, bits, strict=True))[::-1][::every]:
+            panel.annotate(
+                f"{value:.2f}", (row["step"], value), textcoords="offset points", ha="center", color=color,
+                xytext=(0, 9 if above else -16),
+            )  # fmt: skip

@@ -242,7 +242,7 @@ def test_names_in_the_figure_leave_out_what_all_have() -> None:
 
 
 def test_the_losses_of_a_run_are_drawn(tmp_path: Path) -> None:
-    run = {"gpu": "A card", "run": "poetx", "batch": 1, "length": 8}
+    run = {"gpu": "A card", "model": "Llama", "run": "poetx", "batch": 1, "length": 8}
     rows: list[Row] = [
         run | {"killed_at": 2, "checkpoint": 1},
         *(run | {"step": i, "loss": 1.0, "val_loss": 2.0 if i == 2 else None} for i in (1, 2)),
