@@ -172,6 +172,6 @@ def _draw_run(panel: Any, name: str, steps: Sequence[Row], color: str, above: bo
         every = -(-len(there) // 6)
         for row, value in list(zip(there, bits, strict=True))[::-1][::every]:
             panel.annotate(
-                f"{value:.2f}", (row["step"], value), textcoords="offset points", ha="center", color=color,
-                xytext=(0, 9 if above else -16),
+                f"{value:.2f}", (row["step"], value), textcoords="offset points",
+                xytext=(0, 9 if above else -16), ha="center", color=color,
             )  # fmt: skip
