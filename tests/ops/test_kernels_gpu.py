@@ -587,6 +587,8 @@ def test_turn_weight(dtype, n, m, b_out, b_in, chunk, poisoned):
         assert_close(moved, expected, dtype)
     else:
         gap = 2.0**-7 * target.abs() + 1e-2 * expected.std()
+        if max(b_in, b_out) > 256:  # what each side changes is rounded to the nearest before
+            gap += 2.0**-8 * expected.abs()
         assert ((turned.double() - target).abs() <= gap).all()
         along = (moved * expected).sum() / expected.square().sum()
         assert abs(along - 1) < 5e-3, "a step is not what it should be on average"

@@ -26,7 +26,7 @@ from torch import Tensor
 from poetx_compile.ops.kernels.common import ceil_div, chunk_length, launch, run_length
 from poetx_compile.ops.kernels.layers import Layer, layer_of, table_of_layers
 from poetx_compile.ops.kernels.permute import source_columns
-from poetx_compile.ops.kernels.rounding import COUNTERS, group_bits, signed, stochastic_bf16
+from poetx_compile.ops.kernels.rounding import COUNTERS, signed, stochastic_bf16
 from poetx_compile.ops.kernels.turn_panels import natural_rows
 from poetx_compile.ops.kernels.turn_side import bits_of_natural_columns
 from poetx_compile.ops.precision import without_autocast
@@ -42,32 +42,19 @@ _COUNTS = "first", "height", "groups", "layers"
 
 @triton.jit
 def tile_of_layers(
-    weight, row_pair, column_pair, table, width, first, height, groups, layers,
-    ROW_CHUNK: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr,
+    weight, row_pair, column_pair, table, height, width, layers,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of a program: (where its tile is in the weight, and in the scratch, what of it there is;
-    rows, the first column, the inverse of the columns' order, the number of the layer)."""
+    """Of a program: (weight, row pair, column pair, number) of its layer; the number of the layer
+    among those of the launch, the rows of its tile, its first column."""
     # Neighbouring programs share rows: what they read of a row is one piece of memory.
-    across = tl.cdiv(groups * 8, TILE_COLUMNS)
+    across = tl.cdiv(width, TILE_COLUMNS)
     down = tl.cdiv(height, TILE_ROWS)
     program = tl.program_id(0)
-    start = program % across * TILE_COLUMNS
     index = program // (across * down)
-    local = program // across % down * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    weight, row_pair, column_pair, number = layer_of(
-        table, layers, index, weight, row_pair, column_pair
-    )
-    columns = start + tl.arange(0, TILE_COLUMNS)
-    row_there, there = local < height, columns < groups * 8
-    source = columns
-    if COLUMNS:
-        source = source_columns(column_pair, columns, there, CHUNK, RUN)
-    at = (natural_rows(row_pair, first + local, row_there, ROW_CHUNK) * width)[:, None]
-    place = ((index * height + local).to(tl.int64) * width)[:, None] + columns[None, :]
-    inside = row_there[:, None] & there[None, :]
-    inverse = column_pair + width // CHUNK
-    return weight + at + source[None, :], place, inside, first + local, start, inverse, number
+    rows = program // across % down * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    found = layer_of(table, layers, index, weight, row_pair, column_pair)
+    return found, index, rows, program % across * TILE_COLUMNS
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -80,7 +67,7 @@ def gather_rows_kernel(
     width,
     first,  # of the permuted rows
     height,
-    groups,  # of eight columns; those behind them stay
+    groups,  # of eight columns that turn, or go along with rows
     layers,
     ROW_CHUNK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -90,11 +77,19 @@ def gather_rows_kernel(
     TILE_COLUMNS: tl.constexpr,
 ):
     """Some permuted rows of all layers; COLUMNS: permuted columns too, which come in runs."""
-    at, place, inside, _row, _start, _inverse, _number = tile_of_layers(
-        weight, row_pair, column_pair, table, width, first, height, groups, layers,
-        ROW_CHUNK, CHUNK, RUN, COLUMNS, TILE_ROWS, TILE_COLUMNS,
-    )  # fmt: skip
-    tl.store(out + place, tl.load(at, mask=inside), mask=inside)
+    found, index, local, start = tile_of_layers(
+        weight, row_pair, column_pair, table, height, groups * 8, layers, TILE_ROWS, TILE_COLUMNS
+    )
+    weight, row_pair, column_pair, _number = found
+    columns = start + tl.arange(0, TILE_COLUMNS)
+    row_there, there = local < height, columns < groups * 8
+    source = columns
+    if COLUMNS:
+        source = source_columns(column_pair, columns, there, CHUNK, RUN)
+    at = (natural_rows(row_pair, first + local, row_there, ROW_CHUNK) * width)[:, None]
+    place = ((index * height + local).to(tl.int64) * width)[:, None] + columns[None, :]
+    inside = row_there[:, None] & there[None, :]
+    tl.store(out + place, tl.load(weight + at + source[None, :], mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*_COUNTS, *COUNTERS])
@@ -122,23 +117,31 @@ def add_change_kernel(
     HAS_APPLY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """W = W + D where `gather_rows_kernel` has read."""
-    at, place, inside, row, start, inverse, number = tile_of_layers(
-        weight, row_pair, column_pair, table, width, first, height, groups, layers,
-        ROW_CHUNK, CHUNK, RUN, COLUMNS, TILE_ROWS, TILE_COLUMNS,
-    )  # fmt: skip
+    """W = W + D, the columns in their natural order: what is written in pieces takes longer."""
+    found, index, local, start = tile_of_layers(
+        weight, row_pair, column_pair, table, height, width, layers, TILE_ROWS, TILE_COLUMNS
+    )
+    weight, row_pair, column_pair, number = found
+    inverse = column_pair + width // CHUNK
+    columns = start + tl.arange(0, TILE_COLUMNS)
+    row_there, there = local < height, columns < width
+    source = columns
+    if COLUMNS:
+        source = source_columns(inverse, columns, there, CHUNK, RUN)
+        there = there & (source < groups * 8)
+    at = (natural_rows(row_pair, first + local, row_there, ROW_CHUNK) * width)[:, None]
+    at = weight + at + columns[None, :]
+    place = ((index * height + local).to(tl.int64) * width)[:, None] + source[None, :]
+    inside = row_there[:, None] & there[None, :]
     total = tl.load(at, mask=inside).to(tl.float32)
     total += tl.load(change + place, mask=inside).to(tl.float32)
     if HAS_APPLY:
         inside = inside & (tl.load(apply) != 0)
     if STOCHASTIC:
-        if COLUMNS:
-            numbers = start // 8 + tl.arange(0, TILE_COLUMNS // 8)
-            bits = group_bits(row, numbers, seed_low, seed_high, step, number)
-        else:
-            bits = bits_of_natural_columns(
-                row, start, width, inverse, seed_low, seed_high, step, number, CHUNK, TILE_COLUMNS
-            )
+        bits = bits_of_natural_columns(
+            first + local, start, width, inverse, seed_low, seed_high, step, number, CHUNK,
+            TILE_COLUMNS,
+        )  # fmt: skip
         tl.store(at, stochastic_bf16(total, bits), mask=inside)
     else:
         tl.store(at, total.to(weight.dtype.element_ty), mask=inside)
@@ -197,13 +200,14 @@ def _turn_rows(
         "num_warps": WARPS,
         "num_stages": 1,
     }
-    programs = len(group) * ceil_div(height, TILE_ROWS) * ceil_div(turned, TILE_COLUMNS)
-    launch(gather_rows_kernel, programs, *pointers, stored, *sizes, **fixed)
+    down = len(group) * ceil_div(height, TILE_ROWS)
+    across = ceil_div(turned, TILE_COLUMNS)
+    launch(gather_rows_kernel, down * across, *pointers, stored, *sizes, **fixed)
     for place, layer in enumerate(group):
         make_change(stored[place], change[place], layer, first)
     launch(
         add_change_kernel,
-        programs,
+        down * ceil_div(width, TILE_COLUMNS),
         *pointers,
         change,
         table if apply is None else apply,
