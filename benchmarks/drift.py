@@ -20,14 +20,16 @@ from poetx_compile import ops
 from poetx_compile.layers.permutation import draw_permutation
 from poetx_compile.layers.sides import side_blocks
 from poetx_compile.ops.packing import packed_size
-from poetx_compile.ops.random import matrix_bits, round_stochastically
+from poetx_compile.optim.turning import NORM_EVERY
 
 COLUMNS = (
     "rounding", "every", "rate", "steps", "norm_drift", "mean_drift", "smallest", "middle",
     "largest", "ms",
 )  # fmt: skip
 
-ROUNDINGS = ("float32", "nearest", "stochastic", "stochastic norm")
+ALONE = "stochastic alone"
+ROUNDINGS = ("float32", "nearest", ALONE, "stochastic")
+"""The last is what is done: every `NORM_EVERY` steps the norm is put right."""
 MOMENTUM = 0.95
 
 
@@ -119,21 +121,18 @@ class Weight:
     def turn(self, steps: Sequence[Tensor], number: int) -> None:
         """Turn the weight, rounded in the way that is tried."""
 
-        def turn(weight: Tensor) -> Tensor:
-            ops.turn_weight_(weight, *steps, *self.pairs, *self.blocks, 3, self.seed, number, 0)
+        def turn(weight: Tensor, scale: Tensor | None = None) -> Tensor:
+            given = *steps, *self.pairs, *self.blocks, 3, self.seed, number, 0, None, scale
+            ops.turn_weight_(weight, *given)
             return weight
 
-        if self.rounding in ("float32", "stochastic"):
-            turn(self.weight)
-            return
-        wide = turn(self.weight.float())
         if self.rounding == "nearest":
-            self.weight.copy_(wide)
+            self.weight.copy_(turn(self.weight.float()))
             return
-        wide *= self.norm / wide.norm()
-        n, m = wide.shape
-        bits = matrix_bits(n, m, self.seed, number, 0, wide.device)
-        self.weight.copy_(round_stochastically(wide, self.weight.dtype, bits))
+        scale = None
+        if self.rounding == "stochastic" and number % NORM_EVERY == 0:
+            scale = self.norm / self.weight.float().norm()
+        turn(self.weight, scale)
 
     def spectrum(self) -> Tensor:
         """Singular values, descending, float64."""

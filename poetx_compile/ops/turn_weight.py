@@ -37,6 +37,7 @@ def turn_weight_reference(
     step: int,
     layer: int,
     apply: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """``W[perm_out][:, perm_in] ← R_outᵀ W[perm_out][:, perm_in] R_inᵀ`` in place.
 
@@ -55,11 +56,15 @@ def turn_weight_reference(
         seed: 64 bits, the key of the random bits.
         step, layer: 32 bits each, their counters.
         apply: a scalar on the device, or ``None``: where it is zero, nothing is written.
+        scale: a scalar on the device, or ``None``: what R_in is multiplied by, R_out where no
+            column turns. It puts the norm right that rounding has moved.
     """
     n, m = weight.shape
     rows, columns = pair_index(perm_out, 0, n), pair_index(perm_in, 0, m)
     permuted = weight.index_select(0, rows).index_select(1, columns)
-    deltas = (_delta(skew_in, block_in, order), _delta(skew_out, block_out, order))
+    deltas = [_delta(skew_in, block_in, order), _delta(skew_out, block_out, order)]
+    if scale is not None:
+        scale_rotation_(deltas[0] if len(skew_in) else deltas[1], scale)
     turned = rotate_weight(permuted, *deltas)
     if weight.dtype in (torch.bfloat16, torch.float16):
         bits = matrix_bits(n, m, seed, step, layer, weight.device)
@@ -75,6 +80,12 @@ def _delta(skew: Tensor, block_size: int, order: int | None) -> Tensor:
     if skew.shape[0] == 0:
         return skew.new_zeros(0, block_size, block_size)
     return minus_identity(rotations(skew, block_size, order))
+
+
+def scale_rotation_(delta: Tensor, scale: Tensor) -> None:
+    """``R − I`` [blocks, b, b] becomes ``scale R − I``, in place."""
+    delta.mul_(scale)
+    delta.diagonal(dim1=1, dim2=2).add_(scale - 1)
 
 
 @without_autocast
@@ -111,14 +122,17 @@ def rotate_in_place(wide: Tensor, delta_in: Tensor, delta_out: Tensor) -> Tensor
 
 def _check(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, *rest) -> None:
     check_sides(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out)
-    *_, apply = rest
+    *_, apply, scale = rest
     torch._check(
         order is None or order >= 1, lambda: f"poetx: the Neumann order must be ≥ 1, got {order}"
     )
-    torch._check(
-        apply is None or apply.dim() == 0,
-        lambda: f"poetx: apply must be a scalar tensor, got {list(apply.shape)}",
-    )
+    for name, value in (("apply", apply), ("scale", scale)):
+        torch._check(
+            value is None or value.dim() == 0,
+            lambda name=name, value=value: (
+                f"poetx: {name} must be a scalar tensor, got {list(value.shape)}"
+            ),
+        )
     wide = rotation_dtype(weight.dtype)
     torch._check(
         skew_in.dtype == skew_out.dtype
@@ -128,8 +142,9 @@ def _check(weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, or
 
 
 def _kernel_takes(
-    weight, skew_in, skew_out, perm_in, perm_out, b_in, b_out, order, seed, step, layer, apply
-) -> bool:
+    weight, skew_in, skew_out, perm_in, perm_out, b_in, b_out, order, seed, step, layer, apply,
+    scale,
+) -> bool:  # fmt: skip
     floats = weight.dtype in (torch.bfloat16, torch.float32) and skew_in.dtype == torch.float32
     return floats and order == 3 and weight.is_contiguous() and permutable(weight, perm_in)
 
@@ -156,6 +171,7 @@ class Turn(NamedTuple):
     block_out: int
     order: int | None
     layer: int
+    scale: Tensor | None = None
 
     @property
     def steps(self) -> tuple[tuple[Tensor | None, int], tuple[Tensor | None, int]]:
@@ -203,16 +219,17 @@ def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | N
             # do.
             given = *turn._replace(skew_in=steps[0], skew_out=steps[-1])[:8], seed, step
             two = min(turn.weight.shape) > 1
-            applies[asked] = two and kernel.applies(*given, turn.layer, apply)
+            applies[asked] = two and kernel.applies(*given, turn.layer, apply, turn.scale)
         if applies[asked]:
             together.append((turn, kind))
         else:
-            weight, *_, layer = turn
+            weight = turn.weight
             whole = [
                 weight.new_empty(0, packed_size(b), dtype=steps[0].dtype) if skew is None else skew
                 for skew, b in turn.steps
             ]
-            turn_weight_(weight, *whole, *turn[3:8], seed, step, layer, apply)
+            counters = seed, step, turn.layer
+            turn_weight_(weight, *whole, *turn[3:8], *counters, apply, turn.scale)
     if together:
         from poetx_compile.ops.kernels.turn_layers import turn_layers  # loads Triton
 

@@ -619,7 +619,8 @@ def test_turn_weights(dtype, n, m, b, chunk, side, poisoned):
     for layer in (5, 2, 9):
         weight = torch.randn(n, m, device=DEVICE).to(dtype)
         steps = skew(m // b * (side != "out"), b, 0.02), skew(n // b * (side != "in"), b, 0.02)
-        turns.append(Turn(weight, *steps, *map(pair, (m, n), chunks), b, b, 3, layer))
+        scale = torch.tensor(1.003, device=DEVICE) if layer == 2 else None
+        turns.append(Turn(weight, *steps, *map(pair, (m, n), chunks), b, b, 3, layer, scale))
     before = [turn.weight.clone() for turn in turns]
     versions = [turn.weight._version for turn in turns]
     turn_weights_(turns, 2**63 - 5, 17, torch.tensor(0, device=DEVICE))
@@ -627,7 +628,7 @@ def test_turn_weights(dtype, n, m, b, chunk, side, poisoned):
     turn_weights_(turns, 2**63 - 5, 17)
     assert all(turn.weight._version > old for turn, old in zip(turns, versions, strict=True))
     for turn, old in zip(turns, before, strict=True):
-        given = *turn[1:8], 2**63 - 5, 17, turn.layer
+        given = *turn[1:8], 2**63 - 5, 17, turn.layer, None, turn.scale
         target, plain = old.double(), old.clone()
         turn_weight_reference(target, *wide(*given))
         moved, expected = turn.weight.double() - old.double(), target - old.double()

@@ -396,19 +396,20 @@ from poetx_compile.ops.kernels import rounding, turn_layers, turn_side
 from poetx_compile.ops.turn_weight import Turn, rotate_weight
 from poetx_compile.ops import random
 
-def turned(weight, b_in, b_out, perm_in, perm_out, apply=None):
+def turned(weight, b_in, b_out, perm_in, perm_out, apply=None, scale=None):
     (n, m), given = weight.shape, (b_in, b_out, 3, 5, 2, 1)
     steps = skew(m // b_in, b_in) / 20, skew(n // b_out, b_out) / 20
     actual, expected = weight.clone(), weight.double()
-    turn_layers.turn_weight_(actual, *steps, perm_in, perm_out, *given, apply)
+    turn_layers.turn_weight_(actual, *steps, perm_in, perm_out, *given, apply, scale)
     wide = [s.double() for s in steps]
+    given = *given, apply, None if scale is None else scale.double()
     reference("turn_weight", "turn_weight")(expected, *wide, perm_in, perm_out, *given)
     assert_close(actual - weight, expected - weight, what="what a step adds")
 
 for n, m, b_in, b_out in ((7, 10, 3, 2), (75, 66, 33, 70), (130, 20, 4, 65)):
     turned(torch.randn(n, m), b_in, b_out, pair(m), pair(n))
 turned(torch.randn(96, 144), 72, 80, pair(18), pair(6))  # chunks: in the kernels
-turned(torch.randn(96, 128), 64, 96, pair(8), pair(96), torch.tensor(1.0))
+turned(torch.randn(96, 128), 64, 96, pair(8), pair(96), torch.tensor(1.0), torch.tensor(1.01))
 # Two layers, from one side in one launch, and what a step adds to them. fp16 in place of bf16.
 def together(n, m, b_out, b_in, chunks, sides):
     made, before, expected = [], [], []
@@ -451,7 +452,7 @@ for sides in ("in", "out"):
 weight = torch.randn(4, 6)
 given = skew(2, 3), skew(2, 2), pair(6), pair(4), 3, 2, 3, 5, 2, 1
 still = weight.clone()
-turn_layers.turn_weight_(still, *given, torch.tensor(0))
+turn_layers.turn_weight_(still, *given, torch.tensor(0), None)
 assert torch.equal(still, weight)
 
 @triton.jit

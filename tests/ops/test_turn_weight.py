@@ -67,6 +67,14 @@ def test_it_is_the_effective_weight_of_the_step(n, m, b_in, b_out, kind) -> None
     columns = (perm_in[0][:, None] * chunk_in + torch.arange(chunk_in)).flatten()
     expected = full[1].T @ weight[rows][:, columns] @ full[0].T
     assert (turned[rows][:, columns] - expected).abs().max() < 1e-14
+    # What brings a norm back is one factor of all that a side turns.
+    scaled, scale = weight.clone(), torch.tensor(1.01, dtype=DOUBLE)
+    ops.turn_weight_(scaled, *rest, None, scale)
+    if len(step_in):
+        expected[:, : len(step_in) * b_in] *= scale
+    else:
+        expected[: len(step_out) * b_out] *= scale
+    assert (scaled[rows][:, columns] - expected).abs().max() < 1e-14
 
 
 def test_its_definition() -> None:
@@ -81,6 +89,8 @@ def test_its_definition() -> None:
         ops.turn_weight_(weight.double(), *rest)
     with pytest.raises(RuntimeError, match="apply must be a scalar"):
         ops.turn_weight_(weight, *rest, torch.ones(2))
+    with pytest.raises(RuntimeError, match="scale must be a scalar"):
+        ops.turn_weight_(weight, *rest, None, torch.ones(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

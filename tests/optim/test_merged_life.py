@@ -21,6 +21,7 @@ from poetx_compile.errors import (
 )
 from poetx_compile.layers.prepared import equivalence_of, prepared_linears, stored_weight
 from poetx_compile.ops import turn_weight
+from poetx_compile.optim import turning
 from poetx_compile.optim.merge import merge
 from tests.helpers.merged import OPTIMISERS, Net, data, net, step, weights
 
@@ -98,8 +99,11 @@ def test_a_scaler_skips_steps(fused: bool) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_a_run_goes_on_bit_for_bit(name: str, tmp_path: Any) -> None:
-    """Stochastic rounding and redraws included: they follow from the saved count of steps."""
+def test_a_run_goes_on_bit_for_bit(
+    name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding, redraws, norms put right: all of it follows from the saved count of steps."""
+    monkeypatch.setattr(turning, "NORM_EVERY", 2)
     model = net(torch.bfloat16, redraw_interval=4)
     optimizer = OPTIMISERS[name](model)
     for _ in range(3):
@@ -316,6 +320,25 @@ def test_diagnostics_tell_of_the_drift() -> None:
     nn.init.normal_(model.k.weight)
     step(model, optimizer)
     assert poetx.diagnostics(model)["norm_drift_max"] < 0.01
+
+
+@pytest.mark.parametrize("name", ["AdamW", "POETXAdamW", "POETXMuon, turn_every"])
+def test_rounding_moves_no_norm_for_long(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drift(every: int, dtype: torch.dtype, steps: int = 122) -> tuple[float, torch.Tensor]:
+        monkeypatch.setattr(turning, "NORM_EVERY", every)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 256, bias=False)).to(dtype)
+        poetx.prepare(model, poetx.POETXConfig(block_size=64, merge_interval=1))
+        optimizer = OPTIMISERS[name](model)
+        x = torch.randn(8, 256).to(dtype)
+        for _ in range(steps):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return poetx.diagnostics(model)["norm_drift_max"], model[0].weight.detach()
+
+    assert drift(40, torch.bfloat16)[0] < 6e-5 < 2e-4 < drift(1000, torch.bfloat16)[0]
+    assert torch.equal(drift(2, torch.float32, 6)[1], drift(1000, torch.float32, 6)[1])
 
 
 @pytest.mark.parametrize("name", ["SGD", "POETXMuon"])

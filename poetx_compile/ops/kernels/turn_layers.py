@@ -39,7 +39,7 @@ from poetx_compile.ops.kernels.turn_side import (
     turn_rows_resident_kernel,
     turn_rows_tiled_kernel,
 )
-from poetx_compile.ops.turn_weight import Turn
+from poetx_compile.ops.turn_weight import Turn, scale_rotation_
 
 RESIDENT_TILE = 64
 """Rows (columns) of a step of the resident kernels, as in `rotate` and `fold`."""
@@ -70,9 +70,10 @@ def turn_weight_(
     step: int,
     layer: int,
     apply: Tensor | None,
+    scale: Tensor | None,
 ) -> None:
     """`ops.turn_weight_` of one weight; the arguments are those of the op."""
-    given = weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, layer
+    given = weight, skew_in, skew_out, perm_in, perm_out, block_in, block_out, order, layer, scale
     turn = Turn(*given)
     turn_layers([(turn, turn.kind)], seed, step, apply)
 
@@ -125,6 +126,9 @@ def with_deltas(turns: Sequence[Turn]) -> list[Layer]:
             count, blocks = counts[b, dtype], skew.shape[0]
             sides.append(Side(made[b, dtype], count[flipped], blocks))
             count[flipped] += blocks
+        if turn.scale is not None:
+            scaled = next(side for side in sides if side is not None)
+            scale_rotation_(scaled.deltas, turn.scale)
         layers.append(Layer(turn, *sides))
     return layers
 
