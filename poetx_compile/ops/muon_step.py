@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from poetx_compile._torch import _disable_dynamo
-from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels import Kernel, current
 
 
 class Part(NamedTuple):
@@ -70,5 +69,5 @@ def muon_steps(
     Returns:
         fp32 [blocks of those that turn, b(b−1)/2], one part after another.
     """
-    with torch.cuda.device(parts[0].gradient.device):
+    with current(parts[0].gradient.device):
         return _kernel().load()(parts, turning, block_size, mu, rate, seed, step)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from poetx_compile.ops.cayley import rotations
 from poetx_compile.ops.identity_equivalence import check_sides
-from poetx_compile.ops.kernels import Kernel
+from poetx_compile.ops.kernels import Kernel, current
 from poetx_compile.ops.kernels.common import permutable
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.permute import pair_index
@@ -234,6 +234,6 @@ def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | N
         from poetx_compile.ops.kernels.turn_layers import turn_layers  # loads Triton
 
         weights = [turn.weight for turn, _ in together]
-        with torch.cuda.device(weights[0].device):
+        with current(weights[0].device):
             turn_layers(together, seed, step, apply)
         torch.autograd.graph.increment_version(weights)

@@ -67,6 +67,7 @@ class POETXAdamW(torch.optim.AdamW):
             **adamw,
         )
         self.schedule = attach(self, model, config)
+        self.schedule.compile_early()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; with a closure it is called first, with gradients enabled, and returned."""

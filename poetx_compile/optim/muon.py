@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from poetx_compile.ops.muon_step import Part, fused, muon_steps
 from poetx_compile.optim import momentum as stored
 from poetx_compile.optim.adamw import adamw_step, fusible
 from poetx_compile.optim.blocks import ROTATIONS_BYTES, BlockKind, bounded, by_kind, chunks, gather
+from poetx_compile.optim.early import StandIns
 from poetx_compile.optim.groups import BLOCK, ensure_prepared, param_groups
 from poetx_compile.optim.schedule import MergeSchedule, attach
 from poetx_compile.optim.turning import Steps
@@ -105,6 +107,7 @@ class POETXMuon(torch.optim.Optimizer):
         defaults = {key: value for key, value in self._adamw.defaults.items() if key != "betas"}
         super().__init__(groups, {**defaults, "momentum": momentum})
         self.schedule = attach(self, model, config)
+        self.schedule.compile_early(self._rehearse, turn_every)
         self.register_load_state_dict_post_hook(_fit_momentum)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -167,6 +170,17 @@ class POETXMuon(torch.optim.Optimizer):
                 of_group.setdefault(id(owners[skew]), []).append(skew)
         several = of_group.values()
         return [s for some in several for s in self._of_group(owners[some[0]], resting, some)]
+
+    def _rehearse(self, stand_ins: StandIns) -> Steps:
+        """The steps of stand-ins, by one of this class without parameters, state or schedule."""
+        made = object.__new__(type(self))
+        made.momentum_dtype, made.state = self.momentum_dtype, defaultdict(dict)
+        steps: list[tuple[Tensor, int, Sequence[Tensor]]] = []
+        for group in self.param_groups:
+            if BLOCK in group:
+                some = _trained([stand_ins[p] for p in group["params"] if p in stand_ins])
+                steps += made._of_group({**group, "lr": 0.0}, (), some)
+        return steps
 
     def _of_group(
         self,

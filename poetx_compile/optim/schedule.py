@@ -37,6 +37,7 @@ from poetx_compile.layers.prepared import (
 from poetx_compile.layers.registry import registry
 from poetx_compile.layers.sharding import check_processes
 from poetx_compile.optim.angle import ANGLE, AngleGuard
+from poetx_compile.optim.early import Early, Rehearse, compile_early
 from poetx_compile.optim.follow import follow_all
 from poetx_compile.optim.groups import BLOCK, GAINS, RULE, only, prepared_config
 from poetx_compile.optim.merge import check_whole, merge, redraw
@@ -99,7 +100,10 @@ def attach(
             "attach any other optimiser once"
         )
     skews = [skew for _, _, e in prepared_linears(model) for skew in e.skews]
-    return attach_probed(optimizer, model, config, probe(optimizer, skews, config.moments))
+    schedule = attach_probed(optimizer, model, config, probe(optimizer, skews, config.moments))
+    if not _by_batches(optimizer):
+        schedule.compile_early()
+    return schedule
 
 
 def attach_probed(
@@ -172,6 +176,7 @@ class MergeSchedule:
         self._loose: set[nn.Parameter] = set()
         self._guard: AngleGuard | None = None
         self.turner: Turner | None = None
+        self._early: list[Early] = []
         self._rates = RateWatch()
         self.merges = self.early_merges = self.redraws = 0
         self._restored = self._stepped = False
@@ -297,9 +302,15 @@ class MergeSchedule:
         rotations = (p for p in group["params"] if p in self._skews)
         return any(p.requires_grad or p.grad is not None for p in rotations)
 
+    def compile_early(self, rehearse: Rehearse | None = None, period: int = 1) -> None:
+        """Compile the kernels of the steps to come; arguments as of `optim.early`."""
+        self._early = compile_early(self._layers, rehearse, period)
+
     # --- hooks of the optimiser -------------------------------------------------------------------
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        while self._early:
+            self._early.pop().wait()
         self._check_layers()
         self._tidy_groups(optimizer)
         follow_all(optimizer)

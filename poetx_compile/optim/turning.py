@@ -68,6 +68,26 @@ Make = Callable[[Sequence[nn.Parameter]], Steps]
 """Makes the steps of rotations from zero; of those that stay it makes none."""
 
 
+def by_rotation(steps: Steps) -> dict[Tensor, Tensor]:
+    """The step of each rotation."""
+    made: dict[Tensor, Tensor] = {}
+    for stack, _, skews in steps:
+        made.update(zip(skews, stack.split([len(skew) for skew in skews]), strict=True))
+    return made
+
+
+def turn_of(
+    weight: Tensor,
+    e: OrthogonalEquivalence,
+    step_in: Tensor | None,
+    step_out: Tensor | None,
+    number: int,
+) -> Turn:
+    """What turns a stored weight by its steps."""
+    of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
+    return Turn(weight, step_in, step_out, *of_sides, e.order, number)
+
+
 class Turner:
     """Turns the weights of some layers, for one optimiser.
 
@@ -214,10 +234,7 @@ class Turner:
         self._look_at([made for made, *_ in steps])
         if _measured(number):
             self._angles += largest_norms([(made, b) for made, b, _ in steps])
-        of_skew: dict[Tensor, Tensor] = {}
-        for stack, _, skews in steps:
-            sizes = [skew.shape[0] for skew in skews]
-            of_skew.update(zip(skews, stack.split(sizes), strict=True))
+        of_skew = by_rotation(steps)
         turns: dict[torch.device, list[Turn]] = defaultdict(list)
         for module, e in layers:
             skews = self._skews[e]
@@ -226,10 +243,9 @@ class Turner:
             weight = stored_weight(module)
             e.note_norm(weight)
             step_in, step_out = map(of_skew.get, skews)
-            of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
             scale = _to_its_norm(e, weight) if _is_scaled(number, period) else None
-            turn = Turn(weight, step_in, step_out, *of_sides, e.order, self._numbers[e], scale)
-            turns[weight.device].append(turn)
+            turn = turn_of(weight, e, step_in, step_out, self._numbers[e])
+            turns[weight.device].append(turn._replace(scale=scale))
             e.interrupted = True
         try:
             for device, several in turns.items():

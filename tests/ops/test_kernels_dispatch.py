@@ -72,10 +72,11 @@ def test_the_device_of_the_tensors_is_asked_what_fits(monkeypatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device", lambda i: asked.append(i) or contextlib.nullcontext())
+    given = asked.append
+    monkeypatch.setattr(torch.cuda, "device", lambda one: given(one) or contextlib.nullcontext())
     with FakeTensorMode():
         x = torch.empty(2, device="cuda:1")
-    assert kernels.Kernel("", lambda x: asked == [1]).applies(x)
+    assert kernels.Kernel("", lambda x: asked == [x.device]).applies(x)
 
 
 def test_no_kernel_is_autotuned(monkeypatch) -> None:

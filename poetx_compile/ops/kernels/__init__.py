@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from poetx_compile.ops.kernels.common import rehearsing
+
 # ROCm devices have this type too; `input_precision` knows the difference.
 _DEVICE_TYPE = "cuda"
 
@@ -30,9 +32,23 @@ def _triton_runs_on(index: int) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(index) >= (8, 0)
 
 
-def _on(index: int) -> contextlib.AbstractContextManager[Any]:
-    """What kernels ask of the current device is asked of this one."""
-    return torch.cuda.device(index) if torch.cuda.is_available() else contextlib.nullcontext()
+def run_on(device: torch.device) -> bool:
+    """Whether kernels run on tensors of this device; in a `rehearsal` on those of meta."""
+    if device.type == "meta":
+        return rehearsing()
+    if device.type != _DEVICE_TYPE:
+        return False
+    return _triton_runs_on(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, this device is the current one: kernels ask it, and Triton launches on it.
+
+    In a `rehearsal` that is the one that meta stands for.
+    """
+    if device.type == "meta" or not torch.cuda.is_available():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 @dataclass(frozen=True)
@@ -56,14 +72,11 @@ class Kernel:
         """
         tensors = [a for a in args if isinstance(a, Tensor)]
         device = tensors[0].device
-        if device.type != _DEVICE_TYPE or any(t.device != device for t in tensors):
+        if not run_on(device) or any(t.device != device for t in tensors):
             return False
         if any(isinstance(size, int) and size == 0 for t in tensors for size in t.shape):
             return False
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if not _triton_runs_on(index):
-            return False
-        with _on(index):
+        with current(device):
             return self.takes(*args)
 
     def run(self, *args: Any) -> Tensor:
@@ -73,7 +86,7 @@ class Kernel:
             What the op returns, a contiguous tensor of its own.
         """
         tensors = [a for a in args if isinstance(a, Tensor)]
-        with torch.cuda.device(tensors[0].device):  # Triton launches on the current device
+        with current(tensors[0].device):
             return self.load()(*args)
 
     def load(self) -> Callable[..., Tensor]:

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,19 @@ chunks of the permutation are too short to be moved one by one; fewer where it i
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *LOW_PRECISION)
 
+
+class Launch(NamedTuple):
+    """The arguments of `launch`."""
+
+    kernel: Any
+    programs: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
 _tracing = contextvars.ContextVar("poetx_tracing_launches", default=False)
+_rehearsed: contextvars.ContextVar[list[Launch] | None]
+_rehearsed = contextvars.ContextVar("poetx_rehearsed_launches", default=None)
 
 
 @contextlib.contextmanager
@@ -40,6 +52,26 @@ def traced_launches() -> Iterator[None]:
         _tracing.reset(token)
 
 
+@contextlib.contextmanager
+def rehearsal() -> Iterator[list[Launch]]:
+    """Inside, meta tensors stand for those of the current device, and launches are only noted.
+
+    Yields:
+        The launches so far.
+    """
+    launches: list[Launch] = []
+    token = _rehearsed.set(launches)
+    try:
+        yield launches
+    finally:
+        _rehearsed.reset(token)
+
+
+def rehearsing() -> bool:
+    """Whether this is in a `rehearsal`."""
+    return _rehearsed.get() is not None
+
+
 def launch(kernel: Any, programs: Any, *args: Any, **constants: Any) -> None:
     """Launch a Triton kernel on a one-dimensional grid of `programs`.
 
@@ -50,7 +82,10 @@ def launch(kernel: Any, programs: Any, *args: Any, **constants: Any) -> None:
             what differs between steps, or layers of a shape, is in `do_not_specialize`.
         constants: the kernel's ``tl.constexpr`` arguments, ``num_warps`` and ``num_stages``.
     """
-    if _tracing.get():
+    rehearsed = _rehearsed.get()
+    if rehearsed is not None:
+        rehearsed.append(Launch(kernel, programs, args, constants))
+    elif _tracing.get():
         meta = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         configured = _configured(kernel, **meta)
         torch.library.wrap_triton(configured)[(programs,)](*args, **constants)
