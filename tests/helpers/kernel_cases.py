@@ -227,7 +227,7 @@ def turn(dtype: torch.dtype, b: int, chunk: int, blocks: tuple[int, int]) -> Non
     steps = [meta(count, b * (b - 1) // 2) for count in blocks]
     perms = [pair(2 * b // chunk)] * 2
     apply = torch.empty((), dtype=torch.int32, device="meta")
-    turn_weight_(meta(2 * b, 2 * b, dtype=dtype), *steps, *perms, b, b, 3, 5, 3, 1, apply)
+    turn_weight_(meta(2 * b, 2 * b, dtype=dtype), *steps, *perms, b, b, 3, 5, 3, 1, apply, None)
 
 
 def requantize(dtype: torch.dtype) -> None:

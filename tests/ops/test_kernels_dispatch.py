@@ -39,7 +39,7 @@ def _arguments(op: str, device: str) -> tuple[Any, ...]:
         "stacked_block_products": (x, x, x, x, 2, 2, 32, None, None),
         "skew_block_products": (x, x, 2, 32, pair, x, x, 2, None),
         "orthogonalize_skew": (skew, 32),
-        "turn_weight_": (x, skew, new(1, 15), pair, rows, 32, 6, 3, 0, 0, 0, None),
+        "turn_weight_": (x, skew, new(1, 15), pair, rows, 32, 6, 3, 0, 0, 0, None, None),
         "requantize_": (int8, new(6, 1), new(6, 64), new(dtype=torch.int64), 0, 0),
         "permute_columns": (x, pair, False),
     }[op]
