@@ -139,7 +139,7 @@ def test_blocks_of_middle_size_are_turned_in_one_launch(b_in, b_out, compiled_la
 
     weight, perms = meta(1024, 2048, dtype=BF16), (pair(32), pair(16))
     steps = [meta(size // b, b * (b - 1) // 2) for size, b in ((2048, b_in), (1024, b_out))]
-    turn_layers.turn_weight_(weight, *steps, *perms, b_in, b_out, 3, 5, 3, 1, None)
+    turn_layers.turn_weight_(weight, *steps, *perms, b_in, b_out, 3, 5, 3, 1, None, None)
     turn = compiled_launches[-1]
     assert turn.metadata.name == "turn_panels_kernel"
     assert turn.metadata.shared <= SHARED_MEMORY
@@ -159,7 +159,7 @@ def test_one_side_is_turned_in_one_launch(side, dtype, b, chunk, kind, compiled_
     steps = [meta(2 * (side == name), b * (b - 1) // 2) for name in ("columns", "rows")]
     perms = pair(2048 // chunk), pair(2048 // chunk)
     apply = torch.empty((), dtype=torch.int32, device="meta")
-    turn_layers.turn_weight_(weight, *steps, *perms, b, b, 3, 5, 3, 1, apply)
+    turn_layers.turn_weight_(weight, *steps, *perms, b, b, 3, 5, 3, 1, apply, None)
     turn = compiled_launches[-1]
     assert turn.metadata.name == f"turn_{side}_{kind}_kernel"
     assert turn.metadata.shared <= SHARED_MEMORY
@@ -179,7 +179,7 @@ def test_large_blocks_are_turned_by_products_between_two_launches(
     perms = pair(1040 // 16), pair(1200 // 8)
     apply = torch.empty((), dtype=torch.int32, device="meta")
     weight = meta(1200, 1040, dtype=BF16)
-    turn_layers.turn_weight_(weight, *steps, *perms, 512, 512, 3, 5, 3, 1, apply)
+    turn_layers.turn_weight_(weight, *steps, *perms, 512, 512, 3, 5, 3, 1, apply, None)
     turns = compiled_launches[-2:]
     names = [kernel.metadata.name for kernel in turns]
     assert names == ["gather_rows_kernel", "add_change_kernel"]
