@@ -205,6 +205,7 @@ def test_importing_the_package_loads_little_more_than_torch(imported: list[str])
     assert [m for m in modules if m.startswith(kernels)] == [
         kernels,
         f"{kernels}.common",
+        f"{kernels}.early",
         f"{kernels}.low_precision",
     ]
     # Neither Dynamo nor Inductor, nor what they load: sympy, Triton.
