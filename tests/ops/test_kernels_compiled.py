@@ -84,6 +84,7 @@ def test_spills_are_recorded_of_cases_that_exist():
     ("dtype", "n", "m", "b", "chunk"),
     [
         (BF16, 512, 1024, 256, 64),
+        (BF16, 2048, 4096, 1024, 16),
         (BF16, 99, 200, 77, 1),
         (torch.float32, 512, 1024, 256, 64),
     ],
@@ -149,7 +150,7 @@ def test_blocks_of_middle_size_are_turned_in_one_launch(b_in, b_out, compiled_la
 
 @pytest.mark.parametrize(
     ("dtype", "b", "chunk", "kind"),
-    [(BF16, 256, 64, "resident"), (torch.float32, 256, 64, "tiled")],
+    [(BF16, 256, 64, "resident"), (BF16, 1024, 64, "tiled"), (torch.float32, 256, 64, "tiled")],
 )
 @pytest.mark.parametrize("side", ["columns", "rows"])
 def test_one_side_is_turned_in_one_launch(side, dtype, b, chunk, kind, compiled_launches, tmp_path):
@@ -164,32 +165,12 @@ def test_one_side_is_turned_in_one_launch(side, dtype, b, chunk, kind, compiled_
     assert turn.metadata.name == f"turn_{side}_{kind}_kernel"
     assert turn.metadata.shared <= SHARED_MEMORY
     assert turn.asm["ttgir"].count("ttng.warp_group_dot ") == (1 if dtype == BF16 else 3)
-    assert stack_bytes(turn.asm["cubin"], tmp_path) == 0
+    # The bits of 64x256 elements beside their sums do not fit; tiles that do are slower.
+    assert stack_bytes(turn.asm["cubin"], tmp_path) <= (
+        512 if (dtype, kind) == (BF16, "tiled") else 0
+    )
     assert re.search(r"st\.global\S*\.v4", turn.asm["ptx"])
     assert "cp.async.cg.shared.global" in turn.asm["ptx"]
-
-
-@pytest.mark.parametrize("blocks", [(2, 0), (0, 2)])
-def test_large_blocks_are_turned_by_products_between_two_launches(
-    blocks, compiled_launches, tmp_path
-):
-    from poetx_compile.ops.kernels import turn_layers
-
-    steps = [meta(count, 512 * 511 // 2) for count in blocks]
-    perms = pair(1040 // 16), pair(1200 // 8)
-    apply = torch.empty((), dtype=torch.int32, device="meta")
-    weight = meta(1200, 1040, dtype=BF16)
-    turn_layers.turn_weight_(weight, *steps, *perms, 512, 512, 3, 5, 3, 1, apply, None)
-    turns = compiled_launches[-2:]
-    names = [kernel.metadata.name for kernel in turns]
-    assert names == ["gather_rows_kernel", "add_change_kernel"]
-    for kernel, vectors in zip(turns, (1, 2), strict=True):
-        assert stack_bytes(kernel.asm["cubin"], tmp_path) == 0
-        assert kernel.metadata.shared <= 1024  # nothing goes through it but numbers of columns
-        ptx = kernel.asm["ptx"]
-        stores = len(re.findall(r"st\.global\S*\.v4", ptx))
-        assert stores == len(re.findall(r"st\.global", ptx)) == 4
-        assert len(re.findall(r"ld\.global\S*\.v4", ptx)) >= vectors * stores
 
 
 @pytest.mark.parametrize("b", [320, 1024])
@@ -308,7 +289,7 @@ def test_stacked_products_share_one_loop(compiled_launches):
     [
         (A100, "delta, b 256", "rotation_kernel"),
         (A100, "tangent, b 77", "conjugate_right_kernel"),
-        (A100, "turn rows bf16, b 256, chunks", "add_change_kernel"),
+        (A100, "turn rows bf16, b 320, chunks", "turn_rows_tiled_kernel"),
         (A100, "skew products bf16, b 320", "block_product_kernel"),
         (BLACKWELL, "rotate bf16", "rotate_resident_kernel"),
         (BLACKWELL, "turn rows bf16, b 256, chunks", "turn_rows_resident_kernel"),

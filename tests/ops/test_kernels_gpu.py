@@ -575,7 +575,7 @@ def test_turn_weight(dtype, n, m, b_out, b_in, chunk, poisoned):
     steps = skew(m // b_in, b_in, 0.02), skew(n // b_out, b_out, 0.02)
     chunks = [chunk if size % chunk == 0 else 1 for size in (m, n)]
     args = *steps, *map(pair, (m, n), chunks), b_in, b_out, 3, 2**63 - 5, 17, 4
-    assert OPS["turn_weight_"].kernel.applies(weight, *args, None)
+    assert OPS["turn_weight_"].kernel.applies(weight, *args, None, None)
     target, turned = weight.double(), weight.clone()
     torch.ops.poetx.turn_weight_(target, *wide(*args))
     torch.ops.poetx.turn_weight_(turned, *args, torch.tensor(1.0, device=DEVICE))
@@ -587,8 +587,6 @@ def test_turn_weight(dtype, n, m, b_out, b_in, chunk, poisoned):
         assert_close(moved, expected, dtype)
     else:
         gap = 2.0**-7 * target.abs() + 1e-2 * expected.std()
-        if max(b_in, b_out) > 256:  # what each side changes is rounded to the nearest before
-            gap += 2.0**-8 * expected.abs()
         assert ((turned.double() - target).abs() <= gap).all()
         along = (moved * expected).sum() / expected.square().sum()
         assert abs(along - 1) < 5e-3, "a step is not what it should be on average"
@@ -603,13 +601,7 @@ def test_turn_weight(dtype, n, m, b_out, b_in, chunk, poisoned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("n", "m", "b", "chunk"),
-    [
-        (520, 1040, 256, 8),
-        (1040, 1536, 512, 16),
-        (2080, 1024, 1024, 16),
-        (1100, 1072, 328, 1),
-        (999, 515, 77, 1),
-    ],
+    [(520, 1040, 256, 8), (1040, 1536, 512, 16), (2080, 1024, 1024, 16), (999, 515, 77, 1)],
 )
 @pytest.mark.parametrize("side", ["in", "out", "both"])
 def test_turn_weights(dtype, n, m, b, chunk, side, poisoned):

@@ -488,62 +488,6 @@ for chunk in (8, 2):
     where = (order[1][:, None] * chunk + torch.arange(chunk)).flatten()
     assert torch.equal(out[:, 16:].long(), bits[:16, where][:, 16:])
 """,
-    "turn_products": """
-from poetx_compile.ops import random
-from poetx_compile.ops.kernels import turn_products
-from poetx_compile.ops.kernels.layers import Layer, Side
-from poetx_compile.ops.turn_weight import Turn, rotate_weight
-
-def natural(pair, chunk):
-    return (pair[:, :, None] * chunk + torch.arange(chunk)).flatten(1)
-
-def turned(n, m, b_out, b_in, chunks, apply=None):
-    # Three layers, and what lies between their deltas; bf16, whose products are torch's.
-    sides = [
-        ((0.03 / b**0.5 * torch.randn(9 * blocks + 1, b, b)).bfloat16(), blocks) if b else None
-        for b, blocks in ((b_in, b_in and m // b_in), (b_out, b_out and n // b_out))
-    ]
-    made, before, expected = [], [], []
-    for number in (2, 0, 1):
-        weight = torch.randn(n, m).bfloat16()
-        perms = pair(m // chunks[0]), pair(n // chunks[1])
-        of = [side and Side(side[0], 1 + 3 * number * side[1], side[1]) for side in sides]
-        columns, rows = (natural(p, c)[0] for p, c in zip(perms, chunks))
-        delta_in, delta_out = (
-            side.deltas.double() if side else torch.zeros(0, 1, 1).double() for side in of
-        )
-        exact = rotate_weight(weight[rows][:, columns].double(), delta_in, delta_out.mT)
-        bits = random.matrix_bits(n, m, 5, 2, number, weight.device)
-        expected.append(random.round_stochastically(exact.float(), torch.bfloat16, bits))
-        before.append(weight.clone())
-        made.append(Layer(Turn(weight, None, None, *perms, 8, 8, 3, number), *of))
-    turn_products.turn_products(made, 5, 2, apply)
-    for layer, old, wanted in zip(made, before, expected):
-        columns, rows = (natural(p, c)[0] for p, c in zip(layer.turn[3:5], chunks))
-        found = layer.turn.weight[rows][:, columns]
-        if apply is not None and not apply:
-            assert torch.equal(layer.turn.weight, old)
-            continue
-        assert (found == wanted).float().mean() > 0.93  # D is rounded; other bits give a half
-        # What differs was next to the other neighbour, or next to zero.
-        gap = 2.0**-7 * wanted.float().abs() + 0.001
-        assert ((found.float() - wanted.float()).abs() <= gap).all()
-        still = (found == old[rows][:, columns])
-        if b_out is None:
-            assert still[:, m // b_in * b_in :].all()
-        if b_in is None:
-            assert still[n // b_out * b_out :].all()
-
-for scratch in (2**28, 20000, 7000):  # three layers at once; one, or two; some rows of one
-    turn_products.SCRATCH_BYTES = scratch
-    turned(60, 80, 24, None, (2, 4))  # rows in their natural columns, single ones
-    turned(60, 80, 24, None, (16, 1))
-    turned(60, 288, None, 24, (8, 4))
-    turned(70, 80, 24, 16, (16, 10))
-    turned(48, 80, 16, 24, (80, 1))  # columns in the order they are in
-turned(60, 80, 24, 24, (8, 4), torch.tensor(1.0))
-turned(60, 80, 24, 24, (8, 4), torch.tensor(0))
-""",
     "permute": """
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int32):
     for shape in ((1, 2), (5, 3, 77), (4, 64), (3, 2, 1)):

@@ -162,25 +162,22 @@ def test_another_number_of_layers_compiles_nothing(b, blocks, monkeypatch):
     turn = Turn(meta(2 * b, 2 * b, dtype=BF16), *steps, pair(2), pair(2), b, b, 3, 1)
     for layers in (1, 2, 15, 16, 17, 32):
         turn_layers([(turn, turn.kind)] * layers, 5, layers, None)
-    names = {name for name, _ in compiled.variants}
-    assert "unpack_kernel" in names
-    assert ("add_change_kernel" in names) == (b > 256)
+    assert "unpack_kernel" in {name for name, _ in compiled.variants}
     assert compiled.several() == {}
 
 
-@pytest.mark.parametrize("b", [256, 512])
 @pytest.mark.parametrize("blocks", [(1, 1), (1, 0), (0, 1)])
-def test_shapes_of_one_alignment_share_the_kernels_of_a_turn(b, blocks, monkeypatch):
-    """A decoder layer of 8B has three of them: with b = 256 16 blocks, or 56, on either side."""
+def test_shapes_of_one_alignment_share_the_kernels_of_a_turn(blocks, monkeypatch):
+    """A decoder layer of 8B has three of them: 16 blocks, or 56, on either side."""
     from poetx_compile.ops.kernels.turn_layers import turn_layers
     from poetx_compile.ops.turn_weight import Turn
 
     compiled = Compiled(monkeypatch)
     for rows, width in ((4096, 4096), (14336, 4096), (4096, 14336)):
-        counts = blocks[0] * width // b, blocks[1] * rows // b
-        steps = [meta(count, b * (b - 1) // 2) for count in counts]
+        counts = blocks[0] * width // 256, blocks[1] * rows // 256
+        steps = [meta(count, 256 * 255 // 2) for count in counts]
         perms = pair(width // 64), pair(rows // 64)
-        turn = Turn(meta(rows, width, dtype=BF16), *steps, *perms, b, b, 3, 1)
+        turn = Turn(meta(rows, width, dtype=BF16), *steps, *perms, 256, 256, 3, 1)
         turn_layers([(turn, turn.kind)] * 2, 5, 2, None)
     assert compiled.several() == {}
 

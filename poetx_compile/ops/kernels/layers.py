@@ -4,41 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from poetx_compile.ops.turn_weight import Turn
-
 ALIGNED = 16
 """Elements by whose multiples the weights of a launch lie apart: what keeps loads whole vectors."""
-
-
-class Side(NamedTuple):
-    """The deltas of one side of a layer: `blocks` of `stack`, from `first` on."""
-
-    stack: Tensor  # [all blocks, b, b]
-    first: int
-    blocks: int
-
-    @property
-    def deltas(self) -> Tensor:
-        return self.stack[self.first : self.first + self.blocks]
-
-    @property
-    def block(self) -> int:
-        return self.stack.shape[1]
-
-
-class Layer(NamedTuple):
-    """A weight and what it is turned by; ``None`` is a side that stays."""
-
-    turn: Turn
-    side_in: Side | None
-    side_out: Side | None
 
 
 @triton.jit
@@ -75,19 +49,6 @@ def table_of(
     places = tuple(place // ALIGNED for place in apart(weights))
     pairs = apart(row_pairs) + apart(column_pairs)
     return on_device((*places, *pairs, *numbers, *first_in, *first_out), weights[0].device)
-
-
-def table_of_layers(layers: Sequence[Layer]) -> Tensor:
-    """The table of a launch that turns these."""
-    turns, sides_in, sides_out = zip(*layers, strict=True)
-    return table_of(
-        [turn.weight for turn in turns],
-        [turn.perm_out for turn in turns],
-        [turn.perm_in for turn in turns],
-        [turn.layer for turn in turns],
-        [0 if side is None else side.first for side in sides_in],
-        [0 if side is None else side.first for side in sides_out],
-    )
 
 
 def apart(tensors: Sequence[Tensor], of: Tensor | None = None) -> tuple[int, ...]:

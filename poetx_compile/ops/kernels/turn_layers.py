@@ -1,21 +1,20 @@
 """`turn_weights_` by Triton kernels: the weights of several layers in few launches.
 
 The packed steps of one block size become ``R_in − I`` and ``R_outᵀ − I`` in the same launches. Then
-weights of one shape are turned together: by `turn_products` where a block is too large for shared
-memory, else from one side by `turn_side` and from both by `turn_panels`. What neither of them takes
-from both sides takes two launches of `turn_weight` a weight.
+weights of one shape are turned together: from one side by `turn_side`, from both by `turn_panels`,
+up to b = 256. Beyond, each weight takes two launches of `turn_weight`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from poetx_compile.ops.kernels import turn_panels, turn_products, turn_weight
+from poetx_compile.ops.kernels import turn_panels, turn_weight
 from poetx_compile.ops.kernels.cayley import delta
 from poetx_compile.ops.kernels.common import (
     MULTIPROCESSORS,
@@ -29,7 +28,7 @@ from poetx_compile.ops.kernels.common import (
     run_length,
     shared_memory,
 )
-from poetx_compile.ops.kernels.layers import Layer, Side, table_of_layers, together
+from poetx_compile.ops.kernels.layers import table_of, together
 from poetx_compile.ops.kernels.permute import permute_columns
 from poetx_compile.ops.kernels.rotate import resident_bytes, resident_stages
 from poetx_compile.ops.kernels.rounding import signed
@@ -44,9 +43,9 @@ from poetx_compile.ops.turn_weight import Turn, scale_rotation_
 RESIDENT_TILE = 64
 """Rows (columns) of a step of the resident kernels, as in `rotate` and `fold`."""
 
-NARROW = 128, 64, 64, 4
+NARROW = (64, 256, 64, 4), (128, 128, 64, 4)
 """Of the tiled kernels on bf16: a tile along the side that stays, along the blocks; a step of a
-sum; warps."""
+sum; warps. The first read fewer bytes, the others pad blocks less."""
 UNALIGNED = 64, 128, 64, 8
 """On bf16 whose blocks begin anywhere: addresses and bits of single elements take registers."""
 WIDE = 64, 64, 32, 4
@@ -55,6 +54,26 @@ TILED_STAGES = 3
 """Of the sums: one of them waits for what a gather finds."""
 TILED_PROGRAMS = 2
 """Of a multiprocessor: one computes while the other loads, draws bits or writes."""
+
+
+class Side(NamedTuple):
+    """The deltas of one side of a layer: `blocks` of `stack`, from `first` on."""
+
+    stack: Tensor  # [all blocks, b, b]
+    first: int
+    blocks: int
+
+    @property
+    def deltas(self) -> Tensor:
+        return self.stack[self.first : self.first + self.blocks]
+
+
+class Layer(NamedTuple):
+    """A weight and what it is turned by; ``None`` is a side that stays."""
+
+    turn: Turn
+    side_in: Side | None
+    side_out: Side | None
 
 
 def turn_weight_(
@@ -147,62 +166,51 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def _turn_alike(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
     """Turn weights of one kind from the sides that have steps."""
-    turn, *sides = group[0]
-    turning = [side for side in sides if side is not None]
-    if _by_products(turn.weight, *turning):
-        turned = turn_products.turn_products
-    elif len(turning) == 1:
-        turned = _turn_side
-    else:
-        _turn_both(group, seed, step, apply)
-        return
-    side_in = sides[0]
-    if side_in is None or is_fused(turn.perm_in, turn.weight.shape[1], side_in.block):
-        turned(group, seed, step, apply)
-        return
-    whole = turn.perm_in.new_zeros(2, 1)  # the order that a weight is in already
-    for turn, *sides in group:  # single columns: a pass of their own, there and back
-        matrix = permute_columns(turn.weight, turn.perm_in, False)
-        there = Layer(turn._replace(weight=matrix, perm_in=whole), *sides)
-        turned([there], seed, step, apply)
-        turn.weight.copy_(permute_columns(matrix, turn.perm_in, True))
-
-
-def _by_products(weight: Tensor, *sides: Side) -> bool:
-    """Whether products of a library turn a weight: aligned blocks that do not stay in memory."""
-    sizes, width = [side.block for side in sides], weight.shape[1]
-    if weight.element_size() != 2 or not all(_aligned(b, width) for b in sizes):
-        return False
-    large = max(sizes)
-    return large > 256 or (len(sizes) == 1 and large > 64 and not _resident(large, width))
-
-
-def _turn_both(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
-    """Turn weights from both sides: in one launch, or in two each."""
     turn, side_in, side_out = group[0]
-    assert side_in is not None
-    assert side_out is not None
-    stacks = side_in.stack, side_out.stack
-    if turn_panels.fits(turn.weight, *stacks, turn.perm_in):
-        of_kind = turn.weight, *stacks, turn.perm_in, turn.perm_out
-        blocks = side_in.blocks, side_out.blocks
-        turn_panels.turn_panels(*of_kind, table_of_layers(group), blocks, seed, step, apply)
-        return
-    for turn, one, other in group:
-        assert one is not None
-        assert other is not None
-        perms, counters = (turn.perm_in, turn.perm_out), (seed, step, turn.layer)
-        turn_weight.turn_by_deltas(turn.weight, one.deltas, other.deltas, *perms, *counters, apply)
+    if side_in is not None and side_out is not None:
+        stacks = side_in.stack, side_out.stack
+        if turn_panels.fits(turn.weight, *stacks, turn.perm_in):
+            of_kind = turn.weight, *stacks, turn.perm_in, turn.perm_out
+            blocks = side_in.blocks, side_out.blocks
+            turn_panels.turn_panels(*of_kind, _table(group), blocks, seed, step, apply)
+            return
+        for turn, one, other in group:
+            assert one is not None
+            assert other is not None
+            perms, counters = (turn.perm_in, turn.perm_out), (seed, step, turn.layer)
+            turn_weight.turn_by_deltas(
+                turn.weight, one.deltas, other.deltas, *perms, *counters, apply
+            )
+    elif side_out is not None:
+        _turn_side(group, side_out, seed, step, apply, columns=False)
+    elif side_in is not None:
+        b, width = side_in.stack.shape[1], turn.weight.shape[1]
+        if is_fused(turn.perm_in, width, b):
+            _turn_side(group, side_in, seed, step, apply, columns=True)
+            return
+        whole = turn.perm_in.new_zeros(2, 1)  # the order that a weight is in already
+        for turn, *sides in group:  # single columns: a pass of their own, there and back
+            matrix = permute_columns(turn.weight, turn.perm_in, False)
+            there = Layer(turn._replace(weight=matrix, perm_in=whole), *sides)
+            _turn_side([there], side_in, seed, step, apply, columns=True)
+            turn.weight.copy_(permute_columns(matrix, turn.perm_in, True))
 
 
-def _turn_side(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
-    """Turn weights from one side in one launch: their columns, or their rows."""
-    turn, side_in, side_out = group[0]
-    columns = side_in is not None
-    side = side_in if columns else side_out
-    assert side is not None
-    weight, table = turn.weight, table_of_layers(group)
-    (rows, width), b = weight.shape, side.block
+def _turn_side(
+    group: Sequence[Layer], side: Side, seed: int, step: int, apply: Tensor | None, *, columns: bool
+) -> None:
+    """Turn weights from one side in one launch: their columns, or their rows.
+
+    Args:
+        group: the layers.
+        side: the first one's.
+        seed, step, apply: those of the op.
+        columns: whether columns turn.
+    """
+    turn = group[0].turn
+    weight = turn.weight
+    table = _table(group)
+    (rows, width), b = weight.shape, side.stack.shape[1]
     length = rows if columns else width
     narrow = weight.element_size() == 2
     fixed = {
@@ -236,8 +244,7 @@ def _turn_side(group: Sequence[Layer], seed: int, step: int, apply: Tensor | Non
             num_stages=resident_stages(),
         )
         return
-    of_narrow = NARROW if _aligned(b, width) else UNALIGNED
-    along, across, tile_k, warps = of_narrow if narrow else WIDE
+    along, across, tile_k, warps = _tiles(b, width) if narrow else WIDE
     tile = power_of_two(b, 16, across)
     tiles = -(-b // tile)
     items = -(-length // along) * side.blocks * len(group)
@@ -259,6 +266,14 @@ def _turn_side(group: Sequence[Layer], seed: int, step: int, apply: Tensor | Non
     )
 
 
+def _tiles(b: int, width: int) -> tuple[int, int, int, int]:
+    """Those for bf16 that suit blocks of b of rows of `width`."""
+    if not _aligned(b, width):
+        return UNALIGNED
+    large, small = (-(-b // across) * across for _, across, *_ in NARROW)
+    return NARROW[0] if 4 * large <= 5 * small else NARROW[1]
+
+
 def _resident(b: int, width: int) -> bool:
     """Whether blocks of b stay in shared memory while the weight streams by."""
     return 64 < b <= 256 and _aligned(b, width) and resident_bytes(b) <= shared_memory()
@@ -266,3 +281,15 @@ def _resident(b: int, width: int) -> bool:
 
 def _aligned(b: int, width: int) -> bool:
     return b % 8 == 0 and width % 16 == 0
+
+
+def _table(group: Sequence[Layer]) -> Tensor:
+    turns, sides_in, sides_out = zip(*group, strict=True)
+    return table_of(
+        [turn.weight for turn in turns],
+        [turn.perm_out for turn in turns],
+        [turn.perm_in for turn in turns],
+        [turn.layer for turn in turns],
+        [0 if side is None else side.first for side in sides_in],
+        [0 if side is None else side.first for side in sides_out],
+    )

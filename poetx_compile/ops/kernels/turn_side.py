@@ -7,9 +7,9 @@ those of every other kernel: ``row_pair`` and ``column_pair`` say both ways what
 *Resident*, bf16 and 64 < b ≤ 256: a block of R − I stays in shared memory while the weight streams
 by, read once and written once.
 
-*Tiled*, all that `turn_products` does not take: a program takes whole blocks, by tiles of the
-result. Where a block has more than one they go through a scratch until all of it has been read; a
-program uses its scratch again for each of its blocks, so that it stays in the L2 cache.
+*Tiled*, all others: a program takes whole blocks, by tiles of the result. Where a block has more
+than one they go through a scratch until all of it has been read; a program uses its scratch again
+for each of its blocks, so that it stays in the L2 cache.
 """
 
 from __future__ import annotations

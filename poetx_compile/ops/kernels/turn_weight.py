@@ -9,8 +9,8 @@ A weight stays in its natural order: rows are gathered and scattered for nothing
 they come in runs (`common.is_fused`). A delta is rounded once, which a small rotation can afford
 (`rotation_delta`), U is rounded as an operand alone, and bf16 results stochastically.
 
-Where a weight is turned by both sides, and by blocks that neither `turn_panels` nor `turn_products`
-takes, it takes two launches, through a scratch of the weight's size: U, in bf16 as two numbers. All
+Where a weight is turned by both sides, and by blocks that `turn_panels` does not take, it takes two
+launches, through a scratch of the weight's size: U, in bf16 as two numbers. All
 rows are read before the second launch writes any.
 """
 
