@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -44,6 +45,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(driver, "_active", active)
     monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     # Trials of the optimiser want more than zeros.
     probe = poetx.optim.schedule.probe
 
