@@ -100,10 +100,7 @@ def attach(
             "attach any other optimiser once"
         )
     skews = [skew for _, _, e in prepared_linears(model) for skew in e.skews]
-    schedule = attach_probed(optimizer, model, config, probe(optimizer, skews, config.moments))
-    if not _by_batches(optimizer):
-        schedule.compile_early()
-    return schedule
+    return attach_probed(optimizer, model, config, probe(optimizer, skews, config.moments))
 
 
 def attach_probed(
@@ -127,6 +124,8 @@ def attach_probed(
     optimizer.register_load_state_dict_pre_hook(schedule._before_load)
     optimizer.register_load_state_dict_post_hook(schedule._after_load)
     optimizer.__reduce_ex__ = _refuse_copy  # type: ignore[method-assign, assignment]
+    if not _by_batches(optimizer):  # those of this package say what their own steps launch
+        schedule.compile_early()
     return schedule
 
 
