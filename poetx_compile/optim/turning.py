@@ -56,6 +56,10 @@ MEASURED_EVERY = 128
 NORM_EVERY = 200
 """Steps in which rounding to bf16 moves a norm by less than a tenth of a per cent."""
 
+ROUNDING = 0.01
+"""Relative change of a norm that can come of rounding. One that is further off was changed by
+something else, and stays as it is: `diagnostics` tells of it."""
+
 log = logging.getLogger("poetx_compile")
 
 Update = Callable[[set[Tensor]], None]
@@ -326,7 +330,7 @@ def _to_its_norm(e: OrthogonalEquivalence, weight: Tensor) -> Tensor | None:
     if weight.element_size() > 2:
         return None
     scale = e.reference_norm / e.norm(weight)
-    return torch.where(scale.isfinite(), scale, 1.0)  # of a weight of zeros
+    return torch.where((scale - 1).abs() < ROUNDING, scale, 1.0)  # 1 where it is NaN, too
 
 
 def _bytes_of_steps(layer: Layer) -> int:

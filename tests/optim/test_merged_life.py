@@ -341,6 +341,23 @@ def test_rounding_moves_no_norm_for_long(name: str, monkeypatch: pytest.MonkeyPa
     assert torch.equal(drift(2, torch.float32, 6)[1], drift(1000, torch.float32, 6)[1])
 
 
+def test_a_norm_that_somebody_else_has_changed_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes through the stored parameters is not seen: what is written has to stay."""
+    monkeypatch.setattr(turning, "NORM_EVERY", 2)
+    model = net(torch.bfloat16)
+    optimizer = poetx.POETXMuon(model, lr=0.01)
+    step(model, optimizer)
+    before = stored_weight(model.q).float().norm()
+    with torch.no_grad():
+        stored_weight(model.q).mul_(0.5)
+        stored_weight(model.k).zero_()
+    for _ in range(4):
+        step(model, optimizer)
+    assert abs(stored_weight(model.q).float().norm() / before - 0.5) < 0.005
+    assert not stored_weight(model.k).any()
+    assert poetx.diagnostics(model)["norm_drift_max"] > 0.49
+
+
 @pytest.mark.parametrize("name", ["SGD", "POETXMuon"])
 def test_a_compiled_step(name: str) -> None:
     one, other = net(), net()
