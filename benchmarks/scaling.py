@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +36,7 @@ from benchmarks import gate
 from benchmarks.distributed import EXAMPLES, synchronize
 from benchmarks.options import list_of, positive
 from benchmarks.rows import RESULTS, Row, environment, line, result_path, table, write
-from benchmarks.sent import Sent, by_formula, counted_allreduce, counting
+from benchmarks.sent import Sent, by_formula, counted_allreduce, counted_in_bf16, counting
 from poetx_compile.distributed.shards import local
 from poetx_compile.optim.merge import merge
 
@@ -98,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--block-size", type=positive, default=256)
     add("--momentum-dtype", default="float32")
     add("--bucket-mib", type=positive, default=25, help="of DDP")
+    add(
+        "--reduced-in", default="own", choices=("own", "bfloat16"),
+        help="under DDP: the dtype of each gradient, or bf16, by torch's bf16_compress_hook",
+    )  # fmt: skip
     add(
         "--rotations-of", default="block", choices=("block", "model"),
         help="under FSDP2, what the rotations are a group of: fewer collectives, or less memory",
@@ -177,9 +182,13 @@ def measure(args: argparse.Namespace, case: Case) -> Row:
     (slowest_ms,) = _over_processes([own_ms], dist.ReduceOp.MAX)
     if not last < first:
         raise gate.GateError(f"{case}: the loss went from {first:.4g} to {last:.4g}")
-    sent, formula = (
-        sent_in(step, case),
-        by_formula(model, args.block_size, sharded=case.parallel == FSDP2),
+    narrow = case.parallel == DDP and args.reduced_in == "bfloat16"
+    sent = sent_in(step, case, counted_in_bf16 if narrow else counted_allreduce)
+    formula = by_formula(
+        model,
+        args.block_size,
+        sharded=case.parallel == FSDP2,
+        reduced_size=2 if narrow else None,
     )
     _check_sent(case, sent, formula)
     if case.parallel == DDP:
@@ -272,13 +281,16 @@ def start(args: argparse.Namespace, case: Case, device: torch.device) -> tuple[n
 
 def _spread(model: Any, case: Case, args: argparse.Namespace) -> nn.Module:
     if case.parallel == DDP:  # the processes have the same weights already
-        return DistributedDataParallel(
+        ddp = DistributedDataParallel(
             model,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
             init_sync=False,
             bucket_cap_mb=args.bucket_mib,
         )
+        if args.reduced_in == "bfloat16":
+            ddp.register_comm_hook(None, bf16_compress_hook)
+        return ddp
     if case.parallel == FSDP2:
         apart = case.method != "adamw"
         if apart and args.rotations_of == "model":
@@ -291,7 +303,7 @@ def _spread(model: Any, case: Case, args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def sent_in(step: Step, case: Case) -> Sent:
+def sent_in(step: Step, case: Case, hook: Any = counted_allreduce) -> Sent:
     """What one more step sends; under DDP one with a hook, which the timed ones are without."""
     sent = Sent()
     if case.parallel == FSDP2:
@@ -302,7 +314,7 @@ def sent_in(step: Step, case: Case) -> Sent:
         step.forward = model  # the hooks of DDP go with it
         gc.collect()
         step.forward = DistributedDataParallel(model, init_sync=False)
-        step.forward.register_comm_hook(sent, counted_allreduce)
+        step.forward.register_comm_hook(sent, hook)
         step()
     return sent
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    allreduce_hook,
+    bf16_compress_hook,
+)
 
 from poetx_compile.layers.prepared import prepared_linears
 
@@ -30,6 +33,12 @@ def counted_allreduce(sent, bucket):  # type: ignore[no-untyped-def]  # DDP refu
     """What DDP does without a hook, and the bytes of it."""
     sent.reduced += bucket.buffer().nbytes
     return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+
+
+def counted_in_bf16(sent, bucket):  # type: ignore[no-untyped-def]
+    """torch's hook that reduces in bf16, and the bytes of it."""
+    sent.reduced += 2 * bucket.buffer().numel()
+    return bf16_compress_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -56,24 +65,31 @@ def counting(sent: Sent) -> Iterator[None]:
                 setattr(dist, name, function)
 
 
-def by_formula(model: nn.Module, block_size: int, *, sharded: bool) -> Sent:
+def by_formula(
+    model: nn.Module, block_size: int, *, sharded: bool, reduced_size: int | None = None
+) -> Sent:
     """What a step has to send, from shapes alone.
 
     Reduced: the gradients of what trains; of a prepared weight [n, m] these are b(b − 1)/2 fp32
     values for each block of its two sides. Gathered, by FSDP2: what is in blocks once for the
     forward and once for the backward, and the rest once.
+
+    Args:
+        reduced_size: bytes of an element that is reduced; default: of its gradient.
     """
     sent = Sent()
     prepared = {name for name, _, _ in prepared_linears(model)}
     for name, parameter in model.named_parameters():
         if name.removesuffix(".parametrizations.weight.original") in prepared:
             n, m = parameter.shape
-            rotations = 4 * (_packed(n, block_size) + _packed(m, block_size))
-            trained, held = rotations, rotations + n * m * parameter.element_size()
+            count = _packed(n, block_size) + _packed(m, block_size)
+            trained = (reduced_size or 4) * count
+            held = 4 * count + n * m * parameter.element_size()
         elif ".parametrizations." in name:
             continue  # the rotations, counted with their weight
         else:
-            trained = held = parameter.numel() * parameter.element_size()
+            trained = (reduced_size or parameter.element_size()) * parameter.numel()
+            held = parameter.numel() * parameter.element_size()
         sent.reduced += trained
         if sharded:
             sent.gathered += held * (2 if name.startswith("layers.") else 1)

@@ -65,6 +65,10 @@ LATE = {
     "register_lowering": "torch._inductor.lowering",
     "V": "torch._inductor.virtualized",
     "AsyncCompile": "torch._inductor.async_compile",
+    "CompiledTritonKernels": "torch._inductor.async_compile",
+    "get_compile_threads": "torch._inductor.async_compile",
+    "_load_triton_kernel_from_source": "torch._inductor.codecache",
+    "_set_triton_ptxas_path": "torch._inductor.runtime.compile_tasks",
     "PythonWrapperCodegen": "torch._inductor.codegen.wrapper",
 }
 """Names of what is loaded only when something is compiled, and their modules: importing this
@@ -82,8 +86,7 @@ ATTRIBUTES = {
     "torch.nn.utils.parametrize": "_cache _cache_enabled",
     "torch._ops.OpOverload": "_schema",
     "torch.fx.Node": "_dynamo_source",  # Dynamo sets it, on placeholders
-    "torch._inductor.codegen.wrapper.PythonWrapperCodegen": "define_kernel "
-    "define_user_defined_triton_kernel",
+    "torch._inductor.codegen.wrapper.PythonWrapperCodegen": "define_kernel",
 }
 """Attributes that are read or set where their objects are."""
 

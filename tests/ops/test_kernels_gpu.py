@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from benchmarks.tolerances import ORTHOGONALIZED
 from poetx_compile import ops
-from poetx_compile.compile.lowerings import ExpandOps, compile_inner, register
+from poetx_compile.compile.lowerings import ExpandOps, compile_inner, early, register
 from poetx_compile.ops import OPS
 from poetx_compile.ops.block_product import block_product_reference
 from poetx_compile.ops.cayley import cayley_neumann_backward_reference, cayley_neumann_reference
@@ -478,10 +479,32 @@ def test_kernels_are_on_their_way_when_the_module_asks_for_them(inductor_cache):
     deadline = time.monotonic() + 120
     while not AsyncCompile.use_process_pool() and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert AsyncCompile.use_process_pool(), "no workers after two minutes"
     counters.clear()
     with_gradients(compiled(layer), *inputs_of(torch.bfloat16, 72, 256, 64))
     asked = counters["inductor"]["async_compile_cache_miss"]  # it counts all of them
     assert counters["inductor"]["async_compile_cache_hit"] == asked / 2 > 0
+
+
+def test_threads_compile_while_there_are_no_workers(inductor_cache, monkeypatch):
+    from torch._inductor.async_compile import AsyncCompile
+
+    compiled_by = []
+    in_a_thread = early._in_a_thread
+
+    def noted(name, source):
+        in_a_thread(name, source)
+        compiled_by.append(threading.current_thread().name)
+
+    monkeypatch.setattr(AsyncCompile, "use_process_pool", classmethod(lambda cls: False))
+    monkeypatch.setattr(early, "_in_a_thread", noted)
+    counters.clear()
+    inputs = inputs_of(torch.bfloat16, 88, 256, 64)
+    found = with_gradients(compiled(layer), *inputs)
+    for got, expected in zip(found, with_gradients(layer, *inputs), strict=True):
+        assert_close(got, expected, torch.bfloat16)
+    assert len(compiled_by) == counters["inductor"]["async_compile_cache_miss"] > 0
+    assert all(name.startswith("poetx-early") for name in compiled_by)
 
 
 def test_dynamic_number_of_tokens_compiles_once():

@@ -24,6 +24,12 @@ THREADS = 4
 """At most: each takes a little of the time in which one thread alone runs Python."""
 
 
+def threads() -> int:
+    """How many compile at once: one core is left to the thread that goes on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else THREADS
+    return max(1, min(THREADS, cores - 1))
+
+
 class Early:
     """The launches of a rehearsal, compiled in the background from now on.
 
@@ -43,8 +49,7 @@ class Early:
         for one in launches:
             alike[id(one.kernel)].append(one)
         self._open = list(alike.values())
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else THREADS
-        count = max(1, min(THREADS, cores - 1, len(self._open)))
+        count = min(threads(), len(self._open))
         self._threads = [
             threading.Thread(target=self._work, name="poetx-early") for _ in range(count)
         ]
