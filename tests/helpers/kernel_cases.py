@@ -250,7 +250,8 @@ def launches() -> dict[str, Callable[[], None]]:
     for name, dtype in dtypes.items():
         found[f"momenta {name}"] = lambda dtype=dtype: momenta(64, dtype)
     sides = {"both sides": (2, 2), "columns": (2, 0), "rows": (0, 2)}
-    sizes = (64, 16), (77, 1), (128, 16), (256, 16), (256, 1), (320, 16), (1024, 16), (1024, 1)
+    aligned = (64, 16), (128, 16), (256, 16), (320, 16), (512, 64), (1024, 64)
+    sizes = *aligned, (77, 1), (256, 1), (1024, 1)
     for (side, blocks), (b, chunk), name in itertools.product(
         sides.items(), sizes, ("bf16", "fp32")
     ):

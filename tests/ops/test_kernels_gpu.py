@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 
 from benchmarks.tolerances import ORTHOGONALIZED
 from poetx_compile import ops
@@ -472,6 +473,7 @@ def test_inductor_launches_the_kernels_itself(dtype, width, b, kind):
     assert len(re.findall(r"backward_product_kernel_\d+\.run\(", backward)) == 3
 
 
+@inductor_config.patch(compile_threads=4)  # one where tests run side by side
 def test_kernels_are_on_their_way_when_the_module_asks_for_them(inductor_cache):
     from torch._inductor.async_compile import AsyncCompile
 
@@ -486,6 +488,7 @@ def test_kernels_are_on_their_way_when_the_module_asks_for_them(inductor_cache):
     assert counters["inductor"]["async_compile_cache_hit"] == asked / 2 > 0
 
 
+@inductor_config.patch(compile_threads=4)
 def test_threads_compile_while_there_are_no_workers(inductor_cache, monkeypatch):
     from torch._inductor.async_compile import AsyncCompile
 
@@ -624,7 +627,15 @@ def test_turn_weight(dtype, n, m, b_out, b_in, chunk, poisoned):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("n", "m", "b", "chunk"),
-    [(520, 1040, 256, 8), (1040, 1536, 512, 16), (2080, 1024, 1024, 16), (999, 515, 77, 1)],
+    [
+        (520, 1040, 256, 8),
+        (1040, 1536, 512, 16),
+        (1088, 2112, 512, 64),
+        (704, 1344, 320, 64),
+        (2080, 1024, 1024, 16),
+        (2112, 3136, 1024, 64),
+        (999, 515, 77, 1),
+    ],
 )
 @pytest.mark.parametrize("side", ["in", "out", "both"])
 def test_turn_weights(dtype, n, m, b, chunk, side, poisoned):

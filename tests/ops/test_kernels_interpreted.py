@@ -446,6 +446,8 @@ for sides in ("in", "out"):
     together(300, 160, 136, 72, (8, 4), sides)
     together(80, 66, 33, 30, (2, 1), sides)
     together(600, 640, 300, 320, (16, 4), sides)
+    together(650, 700, 320, 320, (10, 10), sides)
+    together(640, 704, 320, 320, (64, 64), sides)  # a step of a sum in a chunk
     together(290, 10, 280, 5, (1, 1), sides)
     together(10, 290, 5, 280, (1, 1), sides)
 

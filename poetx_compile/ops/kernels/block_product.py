@@ -111,7 +111,6 @@ def block_product_kernel(
     split = program // (tiles_m * tiles_n * blocks)
     rows = (tile // tiles_n) * TILE_M + tl.arange(0, TILE_M)
     columns = (tile % tiles_n) * TILE_N + tl.arange(0, TILE_N)
-    first = split.to(tl.int64) * tokens_a_split
     # A program chooses its operands here and has one loop: two would be twice the code.
     if STACKED and block >= blocks_of_first:
         x, y, stride = x2, y2, width2
@@ -125,15 +124,19 @@ def block_product_kernel(
     if STACKED and RUN > 1:
         source_x = in_runs(source_x, rows, RUN)
         source_y = in_runs(source_y, columns, RUN)
-    x += source_x[None, :]
-    y += source_y[None, :]
+    # Places of 32 bits, the same in every step, beside one address that moves on: addresses of
+    # every row in every step took a fifth of the time.
+    step = tl.arange(0, TILE_T)
+    at_row = (step * stride)[:, None]
+    in_x = at_row + source_x[None, :]
+    in_y = at_row + source_y[None, :]
+    first = split * tokens_a_split
     total = tl.zeros((TILE_M, TILE_N), tl.float32)
     for start in range(0, tokens_a_split, TILE_T):
-        ts = first + start + tl.arange(0, TILE_T)
-        there = (ts < tokens)[:, None]
-        at_row = (ts * stride)[:, None]
-        left = tl.load(x + at_row, mask=there & (rows < B)[None, :], other=0.0)
-        right = tl.load(y + at_row, mask=there & (columns < B)[None, :], other=0.0)
+        there = (step < tokens - first - start)[:, None]
+        moved = (first + start).to(tl.int64) * stride
+        left = tl.load(x + moved + in_x, mask=there & (rows < B)[None, :], other=0.0)
+        right = tl.load(y + moved + in_y, mask=there & (columns < B)[None, :], other=0.0)
         if WIDEN:
             left = left.to(tl.float32)
             right = right.to(tl.float32)

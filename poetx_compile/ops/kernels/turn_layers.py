@@ -43,17 +43,31 @@ from poetx_compile.ops.turn_weight import Turn, scale_rotation_
 RESIDENT_TILE = 64
 """Rows (columns) of a step of the resident kernels, as in `rotate` and `fold`."""
 
-NARROW = (64, 256, 64, 4), (128, 128, 64, 4)
-"""Of the tiled kernels on bf16: a tile along the side that stays, along the blocks; a step of a
-sum; warps. The first read fewer bytes, the others pad blocks less."""
-UNALIGNED = 64, 128, 64, 8
+
+class Tiles(NamedTuple):
+    """Of the tiled kernels."""
+
+    along: int
+    """A tile along the side that stays."""
+    across: int
+    """Along the blocks, at most."""
+    tile_k: int
+    """A step of a sum, at most."""
+    warps: int
+    stages: int = 2
+    """Steps in flight, beside the one that waits for what a gather finds, where one does."""
+    programs: int = 2
+    """Of a multiprocessor: one computes while the other loads, draws bits or writes."""
+
+
+NARROW = Tiles(64, 256, 64, 4), Tiles(128, 128, 64, 4)
+"""On bf16. The first read fewer bytes, the others pad blocks less."""
+LARGE = Tiles(128, 256, 64, 8, stages=4, programs=1)
+"""On bf16, of larger blocks than 512 whose steps lie in chunks: half of what `NARROW` reads."""
+UNALIGNED = Tiles(64, 128, 64, 8)
 """On bf16 whose blocks begin anywhere: addresses and bits of single elements take registers."""
-WIDE = 64, 64, 32, 4
+WIDE = Tiles(64, 64, 32, 4)
 """On fp32."""
-TILED_STAGES = 3
-"""Of the sums: one of them waits for what a gather finds."""
-TILED_PROGRAMS = 2
-"""Of a multiprocessor: one computes while the other loads, draws bits or writes."""
 
 
 class Side(NamedTuple):
@@ -244,33 +258,41 @@ def _turn_side(
             num_stages=resident_stages(),
         )
         return
-    along, across, tile_k, warps = _tiles(b, width) if narrow else WIDE
-    tile = power_of_two(b, 16, across)
+    chunk = fixed["CHUNK" if columns else "ROW_CHUNK"]
+    chosen = _tiles(b, width, chunk) if narrow else WIDE
+    tile, tile_k = power_of_two(b, 16, chosen.across), power_of_two(b, 16, chosen.tile_k)
     tiles = -(-b // tile)
-    items = -(-length // along) * side.blocks * len(group)
-    programs = items if tiles == 1 else min(items, TILED_PROGRAMS * MULTIPROCESSORS)
-    saved = weight.new_empty(programs, tiles, along, tile) if tiles > 1 else weight
+    items = -(-length // chosen.along) * side.blocks * len(group)
+    programs = items if tiles == 1 else min(items, chosen.programs * MULTIPROCESSORS)
+    in_chunks = chunk % tile_k == b % tile_k == 0
+    saved = weight.new_empty(programs, tiles, chosen.along, tile) if tiles > 1 else weight
     launch(
         turn_columns_tiled_kernel if columns else turn_rows_tiled_kernel,
         programs,
         *(*pointers, apply, saved, *sizes, programs, *counters),
         **fixed,
         TILES=tiles,
-        TILE_M=along if columns else tile,
-        TILE_N=tile if columns else along,
-        TILE_K=power_of_two(b, 16, tile_k),
-        STAGES=TILED_STAGES,
+        TILE_M=chosen.along if columns else tile,
+        TILE_N=tile if columns else chosen.along,
+        TILE_K=tile_k,
+        STAGES=chosen.stages + (not in_chunks),
+        STEPS=power_of_two(-(-b // tile_k), 1, 1 << 20),
+        IN_CHUNKS=in_chunks,
         PRECISION=input_precision(),
-        num_warps=8 if operands_in_registers() else warps,
+        num_warps=8 if operands_in_registers() else chosen.warps,
         num_stages=3,
     )
 
 
-def _tiles(b: int, width: int) -> tuple[int, int, int, int]:
-    """Those for bf16 that suit blocks of b of rows of `width`."""
+def _tiles(b: int, width: int, chunk: int) -> Tiles:
+    """Those for bf16 that suit blocks of b of rows of `width`, gathered by chunks."""
     if not _aligned(b, width):
         return UNALIGNED
-    large, small = (-(-b // across) * across for _, across, *_ in NARROW)
+    streaming = 2 * LARGE.stages * (LARGE.along + LARGE.across) * LARGE.tile_k
+    fits = streaming <= shared_memory() and not operands_in_registers()
+    if fits and b > 512 and chunk % LARGE.tile_k == b % LARGE.tile_k == 0:
+        return LARGE
+    large, small = (-(-b // tiles.across) * tiles.across for tiles in NARROW)
     return NARROW[0] if 4 * large <= 5 * small else NARROW[1]
 
 

@@ -40,6 +40,22 @@ def bits_of_natural_columns(
     return bits
 
 
+@triton.jit
+def places_of_steps(
+    index, first, B: tl.constexpr, CHUNK: tl.constexpr, TILE_K: tl.constexpr, STEPS: tl.constexpr
+):
+    """Where the steps of a sum over a block begin in natural order; each lies in one chunk."""
+    at = first + TILE_K * tl.arange(0, STEPS)
+    chunk = tl.load(index + at // CHUNK, mask=at < first + B, other=0)
+    return chunk.to(tl.int32) * (CHUNK // TILE_K) + at % CHUNK // TILE_K
+
+
+@triton.jit
+def place_of_step(places, start, TILE_K: tl.constexpr, STEPS: tl.constexpr):
+    """One of them, from registers: memory would keep the loads of a step waiting."""
+    return tl.sum(tl.where(tl.arange(0, STEPS) == start // TILE_K, places, 0)) * TILE_K
+
+
 @triton.jit(do_not_specialize=["blocks", "layers", "splits", *COUNTERS])
 def turn_columns_resident_kernel(
     weight,  # [rows, width], 2-byte elements; of the first layer
@@ -188,6 +204,8 @@ def turn_columns_tiled_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
+    STEPS: tl.constexpr,  # of a sum, in a power of two
+    IN_CHUNKS: tl.constexpr,  # whether each lies in one chunk of the permutation
     HAS_APPLY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -198,7 +216,11 @@ def turn_columns_tiled_kernel(
     program = tl.program_id(0)
     local = tl.arange(0, TILE_M)
     within = tl.arange(0, TILE_N)
+    within_step = tl.arange(0, TILE_K)
     in_tile = local[:, None] * TILE_N + within[None, :]
+    # Places of 32 bits that are the same in every step, as in `block_product_kernel`.
+    at_row = (local * width)[:, None]
+    streamed = at_row + within_step[None, :]
     saved += program.to(tl.int64) * (TILES * TILE_M * TILE_N)
     panels = tl.cdiv(rows, TILE_M)
     # Neighbouring programs share rows: what they read of a row is one piece of memory.
@@ -210,24 +232,37 @@ def turn_columns_tiled_kernel(
         )
         first_block = first_block_of(table, layers, index, 0)
         matrix = delta + (first_block + block) * (B * B)
-        row = item // blocks % panels * TILE_M + local
+        first_row = item // blocks % panels * TILE_M
+        row = first_row + local
         row_there = row < rows
-        out += (row.to(tl.int64) * width)[:, None]
+        out += first_row.to(tl.int64) * width
+        if IN_CHUNKS:
+            places = places_of_steps(own_columns, block * B, B, CHUNK, TILE_K, STEPS)
         for tile in range(TILES):
             ns = tile * TILE_N + within
             there = ns < B
             columns = block * B + ns
             source = source_columns(own_columns, columns, there, CHUNK, RUN)
             inside = row_there[:, None] & there[None, :]
-            total = tl.load(out + source[None, :], mask=inside, other=0.0).to(tl.float32)
-            for start in tl.range(0, B, TILE_K, num_stages=STAGES):
-                ks = start + tl.arange(0, TILE_K)
-                read = row_there[:, None] & (ks < B)[None, :]
-                stream = source_columns(own_columns, block * B + ks, ks < B, CHUNK, RUN)
-                left = tl.load(out + stream[None, :], mask=read, other=0.0)
-                stored = there[:, None] & (ks < B)[None, :]
-                right = tl.load(matrix + ns[:, None] * B + ks[None, :], mask=stored, other=0.0)
-                total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+            at = at_row + source[None, :]
+            total = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
+            if IN_CHUNKS:
+                for start in tl.range(0, B, TILE_K, num_stages=STAGES):
+                    first = place_of_step(places, start, TILE_K, STEPS)
+                    left = tl.load(out + first + streamed, mask=row_there[:, None], other=0.0)
+                    right = matrix + start + (ns[:, None] * B + within_step[None, :])
+                    right = tl.load(right, mask=there[:, None], other=0.0)
+                    total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+            else:
+                for start in tl.range(0, B, TILE_K, num_stages=STAGES):
+                    ks = start + within_step
+                    read = row_there[:, None] & (ks < B)[None, :]
+                    stream = source_columns(own_columns, block * B + ks, ks < B, CHUNK, RUN)
+                    left = tl.load(out + (at_row + stream[None, :]), mask=read, other=0.0)
+                    stored = there[:, None] & (ks < B)[None, :]
+                    right = matrix + (ns[:, None] * B + ks[None, :])
+                    right = tl.load(right, mask=stored, other=0.0)
+                    total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
             if STOCHASTIC:
                 permuted = natural_rows(own_rows + rows // ROW_CHUNK, row, row_there, ROW_CHUNK)
                 bits = matrix_bits(
@@ -238,7 +273,7 @@ def turn_columns_tiled_kernel(
                 result = total.to(weight.dtype.element_ty)
             if TILES == 1:
                 tl.debug_barrier()  # all have read the block
-                tl.store(out + source[None, :], result, mask=inside)
+                tl.store(out + at, result, mask=inside)
             else:
                 tl.store(saved + tile * (TILE_M * TILE_N) + in_tile, result)
         if TILES > 1:
@@ -249,7 +284,7 @@ def turn_columns_tiled_kernel(
                 source = source_columns(own_columns, block * B + ns, there, CHUNK, RUN)
                 inside = row_there[:, None] & there[None, :]
                 result = tl.load(saved + tile * (TILE_M * TILE_N) + in_tile)
-                tl.store(out + source[None, :], result, mask=inside)
+                tl.store(out + (at_row + source[None, :]), result, mask=inside)
             tl.debug_barrier()
 
 
@@ -279,6 +314,8 @@ def turn_rows_tiled_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     STAGES: tl.constexpr,
+    STEPS: tl.constexpr,  # of a sum, in a power of two
+    IN_CHUNKS: tl.constexpr,  # whether each lies in one chunk of the permutation
     HAS_APPLY: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -289,7 +326,9 @@ def turn_rows_tiled_kernel(
     program = tl.program_id(0)
     local = tl.arange(0, TILE_M)
     within = tl.arange(0, TILE_N)
+    within_step = tl.arange(0, TILE_K)
     in_tile = local[:, None] * TILE_N + within[None, :]
+    streamed = (within_step * width)[:, None] + within[None, :]
     saved += program.to(tl.int64) * (TILES * TILE_M * TILE_N)
     panels = tl.cdiv(width, TILE_N)
     for item in range(program, layers * panels * blocks, programs):
@@ -301,24 +340,36 @@ def turn_rows_tiled_kernel(
         )
         first_block = first_block_of(table, layers, index, 1)
         matrix = delta + (first_block + block) * (B * B)
-        columns = first_column + within
-        column_there = columns < width
-        out += columns[None, :]
+        column_there = first_column + within < width
+        out += first_column
+        if IN_CHUNKS:
+            places = places_of_steps(own_rows, block * B, B, ROW_CHUNK, TILE_K, STEPS)
         for tile in range(TILES):
             ms = tile * TILE_M + local
             there = ms < B
             row = block * B + ms
-            at = out + (natural_rows(own_rows, row, there, ROW_CHUNK) * width)[:, None]
+            at = (natural_rows(own_rows, row, there, ROW_CHUNK) * width)[:, None]
+            at = out + at + within[None, :]
             inside = there[:, None] & column_there[None, :]
             total = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            for start in tl.range(0, B, TILE_K, num_stages=STAGES):
-                ks = start + tl.arange(0, TILE_K)
-                stored = there[:, None] & (ks < B)[None, :]
-                left = tl.load(matrix + ms[:, None] * B + ks[None, :], mask=stored, other=0.0)
-                stream = natural_rows(own_rows, block * B + ks, ks < B, ROW_CHUNK) * width
-                read = (ks < B)[:, None] & column_there[None, :]
-                right = tl.load(out + stream[:, None], mask=read, other=0.0)
-                total = tl.dot(left, right, total, input_precision=PRECISION)
+            if IN_CHUNKS:
+                for start in tl.range(0, B, TILE_K, num_stages=STAGES):
+                    first = place_of_step(places, start, TILE_K, STEPS)
+                    left = matrix + start + (ms[:, None] * B + within_step[None, :])
+                    left = tl.load(left, mask=there[:, None], other=0.0)
+                    right = out + first.to(tl.int64) * width + streamed
+                    right = tl.load(right, mask=column_there[None, :], other=0.0)
+                    total = tl.dot(left, right, total, input_precision=PRECISION)
+            else:
+                for start in tl.range(0, B, TILE_K, num_stages=STAGES):
+                    ks = start + within_step
+                    stored = there[:, None] & (ks < B)[None, :]
+                    left = matrix + (ms[:, None] * B + ks[None, :])
+                    left = tl.load(left, mask=stored, other=0.0)
+                    stream = natural_rows(own_rows, block * B + ks, ks < B, ROW_CHUNK) * width
+                    read = (ks < B)[:, None] & column_there[None, :]
+                    right = tl.load(out + stream[:, None] + within[None, :], mask=read, other=0.0)
+                    total = tl.dot(left, right, total, input_precision=PRECISION)
             if STOCHASTIC:
                 bits = bits_of_natural_columns(
                     row, first_column, width, own_columns + width // CHUNK, seed_low, seed_high,
@@ -340,5 +391,5 @@ def turn_rows_tiled_kernel(
                 at = natural_rows(own_rows, block * B + ms, there, ROW_CHUNK) * width
                 inside = there[:, None] & column_there[None, :]
                 result = tl.load(saved + tile * (TILE_M * TILE_N) + in_tile)
-                tl.store(out + at[:, None], result, mask=inside)
+                tl.store(out + at[:, None] + within[None, :], result, mask=inside)
             tl.debug_barrier()

@@ -169,7 +169,8 @@ class Tiling(NamedTuple):
 NARROW = Tiling(128, 128, 64, 8, 5), Tiling(128, 128, 64, 8, 3)
 """Of bf16, for rows and columns."""
 UNALIGNED = Tiling(64, 128, 64, 8, 3), Tiling(64, 128, 64, 8, 3)
-"""Of bf16 whose blocks begin anywhere: addresses and bits of single elements take registers."""
+"""Of bf16 whose blocks begin at no multiple of 4: addresses and bits of single elements take
+registers."""
 WIDE = Tiling(64, 64, 32, 4, 3), Tiling(64, 64, 32, 4, 3)
 """Of fp32."""
 
@@ -197,7 +198,7 @@ def turn_by_deltas(
     high = torch.empty_like(weight)
     low = torch.empty_like(weight) if narrow else high
     index = perm_out.select(0, 0)
-    aligned = b_in % 8 == b_out % 8 == width % 16 == 0
+    aligned = b_in % 4 == b_out % 4 == width % 16 == 0
     of_rows, of_columns = (NARROW if aligned else UNALIGNED) if narrow else WIDE
     shared = {
         "ROW_CHUNK": chunk_length(perm_out, rows),
