@@ -99,13 +99,9 @@ CHECKPOINTED = [
     LEANEST,
     *at([merged(1024), ADAMW], checkpointing=True),
 ]
-SWEPT = [
-    ADAMW,
-    merged(256, **IN_TURN),
-    stored(256, "mem", **XQ),
-    merged(1024, **RARELY),
-    stored(256, "mem", **LEAN),
-]
+COMPARED = [ADAMW, merged(256, **IN_TURN), stored(256, "mem", **XQ)]
+"""At other sizes and lengths."""
+SWEPT = [*COMPARED, merged(1024, **RARELY), stored(256, "mem", **LEAN)]
 PLANS: dict[str, list[Case]] = {
     "targets": TARGETS,
     "rivals": RIVALS,
@@ -119,9 +115,13 @@ PLANS: dict[str, list[Case]] = {
         *at([ADAMW], seq=8192, checkpointing=True),
         *at([ADAMW], seq=32768, checkpointing=True, loss_chunk=2048),
     ],
-    "sequences": [*at(SWEPT, seq=2048), *at(SWEPT, seq=512)],
-    "3b": [c for seq in (1024, 512, 2048) for c in at(SWEPT, model="3b", seq=seq)],
-    "13b-sequences": [c for seq in (1024, 512) for c in at(SWEPT, model="13b", seq=seq)],
+    "sequences": [c for seq in (2048, 512) for c in at(COMPARED, seq=seq)],
+    "3b": [
+        c
+        for seq in (1024, 512, 2048)
+        for c in at(COMPARED, model="3b", seq=seq, compile="graphs")  # they wait for the host
+    ],
+    "13b-sequences": [c for seq in (1024, 512) for c in at(COMPARED, model="13b", seq=seq)],
     "turns": [merged(b, turn_every=k) for b in (256, 512, 1024) for k in (2, 4, 8)],
     "graphs": GRAPHS,
     "whole": at([ADAMW, merged(256), stored(256, "fast", **LEAN)], compile="whole"),
