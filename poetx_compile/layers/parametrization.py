@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -57,6 +58,18 @@ CAST = (
 def norm_of(weight: Tensor) -> Tensor:
     """The Frobenius norm of a weight, summed in fp32 at least."""
     return torch.linalg.vector_norm(weight.detach(), dtype=rotation_dtype(weight.dtype))
+
+
+def mark_interrupted(layers: Iterable[OrthogonalEquivalence], interrupted: bool) -> None:
+    """Set `interrupted` of many layers."""
+    more = 0
+    try:
+        for e in layers:
+            aside = vars(e)["_aside"]
+            more += interrupted - aside["_interrupted"]
+            aside["_interrupted"] = interrupted
+    finally:
+        registry.note_interrupted(more)
 
 
 class OrthogonalEquivalence(nn.Module):
@@ -171,11 +184,11 @@ class OrthogonalEquivalence(nn.Module):
         self.register_buffer("reference_norm", unknown)
         self._has_norm = False
 
-    @torch.no_grad()
     def note_norm(self, stored: Tensor) -> None:
         """Note the norm of the stored weight where it drifts, unless it is noted already."""
         if not self._has_norm and self.drifts and readable(stored):
-            self.reference_norm.copy_(self.norm(stored))
+            with torch.no_grad():
+                self.reference_norm.copy_(self.norm(stored))
             self._has_norm = True
 
     @property
@@ -185,8 +198,7 @@ class OrthogonalEquivalence(nn.Module):
 
     @interrupted.setter
     def interrupted(self, interrupted: bool) -> None:
-        registry.note_interrupted(interrupted - self._interrupted)
-        self._interrupted = interrupted
+        mark_interrupted([self], interrupted)
 
     @property
     def drifts(self) -> bool:
@@ -311,7 +323,14 @@ class OrthogonalEquivalence(nn.Module):
     @property
     def skews(self) -> tuple[nn.Parameter, nn.Parameter]:
         """The packed skew parameters of the input and of the output side."""
-        return self.skew_in, self.skew_out
+        own = self._parameters  # as in `stored_weight`
+        return own["skew_in"], own["skew_out"]  # type: ignore[return-value]
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The permutation pairs of the input and of the output side, as they are now."""
+        perms = self._modules  # as in `stored_weight`
+        return perms["perm_in"]._buffers["pair"], perms["perm_out"]._buffers["pair"]  # type: ignore[union-attr, return-value]
 
     @property
     def gains(self) -> dict[str, nn.Parameter]:

@@ -77,7 +77,9 @@ class PreparedLayers(nn.ModuleList):
 
 def stored_weight(module: nn.Module) -> nn.Parameter:
     """S: the frozen parameter of a prepared linear."""
-    return module.parametrizations["weight"].original  # type: ignore[index, union-attr, return-value]
+    # Where it is: a step asks for those of all layers, and a module's own look-ups take long.
+    chain = module._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    return chain._parameters["original"]  # type: ignore[union-attr, return-value]
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:

@@ -36,12 +36,17 @@ def _kernel() -> Kernel:
 
 def fused(parts: Sequence[Part], block_size: int) -> bool:
     """Whether the kernels of `muon_steps` run for these parts of fp32 rotations."""
-    kinds = {(p.gradient.dtype, p.momentum.dtype, p.gradient.device) for p in parts}
-    return (
-        len(kinds) == 1
-        and block_size >= 2
-        and all(p.gradient.is_contiguous() and p.momentum.is_contiguous() for p in parts)
-        and _kernel().applies(parts[0].gradient, parts[0].momentum)
+    first, stored, _ = parts[0]
+    if block_size < 2 or not _kernel().applies(first, stored):
+        return False
+    dtype, stored_dtype, device = first.dtype, stored.dtype, first.device
+    return all(
+        gradient.dtype == dtype
+        and momentum.dtype == stored_dtype
+        and gradient.device == device
+        and gradient.is_contiguous()
+        and momentum.is_contiguous()
+        for gradient, momentum, _ in parts
     )
 
 

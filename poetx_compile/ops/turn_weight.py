@@ -176,23 +176,30 @@ class Turn(NamedTuple):
     @property
     def steps(self) -> tuple[tuple[Tensor | None, int], tuple[Tensor | None, int]]:
         """(packed step, b) of the input and of the output side; ``None`` of no block."""
-        skew_in = self.skew_in if self.skew_in is not None and len(self.skew_in) else None
-        skew_out = self.skew_out if self.skew_out is not None and len(self.skew_out) else None
+        skew_in, skew_out = self.skew_in, self.skew_out
+        if skew_in is not None and not skew_in.shape[0]:
+            skew_in = None
+        if skew_out is not None and not skew_out.shape[0]:
+            skew_out = None
         return (skew_in, self.block_in), (skew_out, self.block_out)
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What weights must share to be turned by the same launch."""
-        weight = self.weight
-        return (
-            weight.shape,
-            weight.stride(),
-            weight.dtype,
-            *(
-                (None if step is None else step.shape[0], b, pair.shape[1])
-                for (step, b), pair in zip(self.steps, (self.perm_in, self.perm_out), strict=True)
-            ),
-        )
+        weight, ((skew_in, b_in), (skew_out, b_out)) = self.weight, self.steps
+        of_weight = weight.shape, weight.stride(), weight.dtype, self.order
+        of_in = skew_in is not None and (skew_in.shape[0], skew_in.dtype)
+        of_out = skew_out is not None and (skew_out.shape[0], skew_out.dtype)
+        of_pairs = self.perm_in.shape[1], self.perm_out.shape[1]
+        return *of_weight, of_in, of_out, b_in, b_out, *of_pairs
+
+    def fits(self, kernel: Kernel, seed: int, step: int, apply: Tensor | None) -> bool:
+        """Whether the kernels of layers take it; unlike the op's, they take a side that stays."""
+        steps = [skew for skew, _ in self.steps if skew is not None]
+        if not steps or min(self.weight.shape) < 2:
+            return False
+        given = *self._replace(skew_in=steps[0], skew_out=steps[-1])[:8], seed, step
+        return kernel.applies(*given, self.layer, apply, self.scale)
 
 
 def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | None = None) -> None:
@@ -206,23 +213,17 @@ def turn_weights_(turns: Sequence[Turn], seed: int, step: int, apply: Tensor | N
     """
     kernel = OPS["turn_weight_"].kernel
     assert kernel is not None
-    together: list[tuple[Turn, tuple[Any, ...]]] = []
-    applies: dict[Any, bool] = {}
+    together: list[tuple[Turn, int]] = []
+    numbers: dict[Any, int] = {}  # of the kinds that the kernels of layers take; −1: they do not
     for turn in turns:
-        steps = [skew for skew, _ in turn.steps if skew is not None]
-        if not steps:
-            continue
         kind = turn.kind
-        asked = *kind, turn.order, steps[0].dtype
-        if asked not in applies:
-            # The kernels of layers, unlike the op's, take a side that stays; of a size of one none
-            # do.
-            given = *turn._replace(skew_in=steps[0], skew_out=steps[-1])[:8], seed, step
-            two = min(turn.weight.shape) > 1
-            applies[asked] = two and kernel.applies(*given, turn.layer, apply, turn.scale)
-        if applies[asked]:
-            together.append((turn, kind))
-        else:
+        number = numbers.get(kind)
+        if number is None:
+            number = len(numbers) if turn.fits(kernel, seed, step, apply) else -1
+            numbers[kind] = number
+        if number >= 0:
+            together.append((turn, number))
+        elif steps := [skew for skew, _ in turn.steps if skew is not None]:
             weight = turn.weight
             whole = [
                 weight.new_empty(0, packed_size(b), dtype=steps[0].dtype) if skew is None else skew

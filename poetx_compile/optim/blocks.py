@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,10 +55,10 @@ class BlockKind(NamedTuple):
 
 def by_kind(pairs: Sequence[tuple[Tensor, int]]) -> dict[BlockKind, list[Tensor]]:
     """The packed tensors [blocks, b(b−1)/2] of each kind, in their order."""
-    kinds: dict[BlockKind, list[Tensor]] = {}
+    kinds: dict[Any, list[Tensor]] = {}
     for skew, b in pairs:
-        kinds.setdefault(BlockKind(b, skew.device, skew.dtype), []).append(skew)
-    return kinds
+        kinds.setdefault((b, skew.device, skew.dtype), []).append(skew)
+    return {BlockKind(*kind): tensors for kind, tensors in kinds.items()}
 
 
 def chunks(

@@ -31,7 +31,7 @@ from poetx_compile.distributed.wrappers import reshard
 from poetx_compile.errors import DivergedError, InterruptedMergeError
 from poetx_compile.layers.eligibility import unwrap_compiled
 from poetx_compile.layers.integrity import INTERRUPTED, check_layouts, check_stored_weights
-from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.parametrization import OrthogonalEquivalence, mark_interrupted
 from poetx_compile.layers.permutation import Moves, redraw_all
 from poetx_compile.layers.prepared import (
     Layer,
@@ -40,6 +40,7 @@ from poetx_compile.layers.prepared import (
     redrawn,
     stored_weight,
 )
+from poetx_compile.layers.registry import registry
 from poetx_compile.ops import rotations
 from poetx_compile.ops.precision import ieee_fp32, without_autocast
 from poetx_compile.ops.rotation_delta import minus_identity
@@ -135,20 +136,18 @@ def _transaction(model: nn.Module) -> Iterator[list[Layer]]:
     check_layouts([e for _, e in layers])
     check_stored_weights([(e, stored_weight(m)) for m, e in layers])
     _check_finite([skew for _, e in layers for skew in e.skews if not e.merged])
-    for _, equivalence in layers:
-        equivalence.interrupted = True
+    mark_interrupted((e for _, e in layers), True)
     try:
         yield layers
     except BaseException as error:
         error.add_note(f"poetx: {INTERRUPTED}")
         raise
-    for _, equivalence in layers:
-        equivalence.interrupted = False
+    mark_interrupted((e for _, e in layers), False)
 
 
 def check_whole(equivalences: Iterable[OrthogonalEquivalence]) -> None:
     """Raise `InterruptedMergeError` where a layer belongs to a merge that was cut off."""
-    if any(e.interrupted for e in equivalences):
+    if registry.some_interrupted and any(e.interrupted for e in equivalences):
         raise InterruptedMergeError(INTERRUPTED)
 
 

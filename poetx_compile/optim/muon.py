@@ -166,8 +166,8 @@ class POETXMuon(torch.optim.Optimizer):
         """The steps of these rotations from zero, by the groups that have them."""
         of_group: dict[int, list[nn.Parameter]] = {}
         for skew in _trained(skews):
-            if skew in owners:
-                of_group.setdefault(id(owners[skew]), []).append(skew)
+            if (owner := owners.get(skew)) is not None:
+                of_group.setdefault(id(owner), []).append(skew)
         several = of_group.values()
         return [s for some in several for s in self._of_group(owners[some[0]], resting, some)]
 
@@ -189,16 +189,19 @@ class POETXMuon(torch.optim.Optimizer):
         skews: Sequence[nn.Parameter],
     ) -> Iterator[tuple[Tensor, int, Sequence[Tensor]]]:
         """Bring momenta up to date; the steps of what turns, as `Steps`."""
+        sharded = is_sharded(*skews)
+        b, rate = group[BLOCK], self._rate(group)
+        here = []
         for skew in skews:
             state = self.state[skew]
             if not state:
                 stored.create(state, skew, self.momentum_dtype)
-        here = [skew for skew in skews if len(_local(skew)) > 0]  # uneven shards may be empty
-        b, rate = group[BLOCK], self._rate(group)
-        for kind, alike in by_kind([(skew, b) for skew in here]).items():
+            if not sharded or len(local(skew)):  # uneven shards may be empty
+                here.append((skew, b))
+        for kind, alike in by_kind(here).items():
             turning = [skew for skew in alike if skew not in resting]
-            others = [skew for skew in alike if skew in resting]
-            parts = [_part(skew, self.state[skew]) for skew in (*turning, *others)]
+            others = [skew for skew in alike if skew in resting] if resting else []
+            parts = [_part(skew, self.state[skew], sharded) for skew in (*turning, *others)]
             given = group["momentum"], rate
             if kind.dtype == torch.float32 and fused(parts, b):
                 steps = muon_steps(parts, len(turning), b, *given, *self._counters())
@@ -278,16 +281,14 @@ def _trained(skews: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     return [p for p in skews if p.grad is not None and p.numel() > 0]
 
 
-def _part(skew: Tensor, state: stored.State) -> Part:
+def _part(skew: Tensor, state: stored.State, sharded: bool) -> Part:
     """What this process has of a rotation."""
-    assert skew.grad is not None
-    scale = _local(state[stored.SCALE]) if stored.SCALE in state else None
-    return Part(_local(skew.grad).contiguous(), _local(state[stored.BUFFER]), scale)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """`local` to look at, of hundreds of tensors: the tensor itself where it is whole."""
-    return local(tensor) if is_sharded(tensor) else tensor
+    gradient, momentum, scale = skew.grad, state[stored.BUFFER], state.get(stored.SCALE)
+    assert gradient is not None
+    if sharded:
+        gradient, momentum = local(gradient), local(momentum)
+        scale = None if scale is None else local(scale)
+    return Part(gradient.contiguous(), momentum, scale)
 
 
 def _fit_momentum(optimizer: torch.optim.Optimizer) -> None:

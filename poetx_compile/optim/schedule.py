@@ -313,16 +313,16 @@ class MergeSchedule:
         self._check_layers()
         self._tidy_groups(optimizer)
         follow_all(optimizer)
+        if self.turner is not None:
+            self.turner.check()
+            return None if _by_batches(optimizer) else self.turner.before_step(args, kwargs)
         if self._guard_restarts:
             self._ledger = self._restarted()
         loads = self._count_loads()
         if loads != self._loads or not self._stepped:  # what DDP or a checkpoint has put there
             check_stored_weights([(e, stored_weight(m)) for m, e in self._layers])
         self._loads, self._restored, self._stepped = loads, False, True
-        if self.turner is None:
-            return None
-        self.turner.check()
-        return None if _by_batches(optimizer) else self.turner.before_step(args, kwargs)
+        return None
 
     @_disable_dynamo  # where Dynamo compiles `optimizer.step`, this stays out of its graphs
     def turn_by_batches(self, optimizer: Optimizer, update: Callable[[], Any]) -> None:
@@ -355,12 +355,11 @@ class MergeSchedule:
         """
         if period == 1:
             return set()
-        resting = set()
-        for n, (_, e) in enumerate(self._layers):
-            for skew, ahead in zip(e.skews, (0, period // 2), strict=True):
-                if (self.step + 1 + n + ahead) % period:
-                    resting.add(skew)
-        return resting
+        turning: set[nn.Parameter] = set()
+        for side, ahead in enumerate((0, period // 2)):
+            first = -(self.step + 1 + ahead) % period
+            turning.update(e.skews[side] for _, e in self._layers[first::period])
+        return self._skews - turning
 
     def _moving(self, optimizer: Optimizer) -> set[Tensor]:
         """The parameters that the step under way can move."""

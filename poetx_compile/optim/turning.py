@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from poetx_compile.errors import AdoptionError, DivergedError
 from poetx_compile.layers.integrity import INTERRUPTED
-from poetx_compile.layers.parametrization import OrthogonalEquivalence
+from poetx_compile.layers.parametrization import OrthogonalEquivalence, mark_interrupted
 from poetx_compile.layers.prepared import Layer, stored_weight
 from poetx_compile.ops.packing import packed_size
 from poetx_compile.ops.turn_weight import Turn, turn_weights_
@@ -69,14 +69,15 @@ Steps = Sequence[tuple[Tensor, int, Sequence[Tensor]]]
 """Packed steps [blocks, b(b−1)/2], b, and the rotations whose they are, one after another."""
 
 Make = Callable[[Sequence[nn.Parameter]], Steps]
-"""Makes the steps of rotations from zero; of those that stay it makes none."""
+"""Makes the steps of rotations from zero; of those that stay, without a gradient, it makes none."""
 
 
 def by_rotation(steps: Steps) -> dict[Tensor, Tensor]:
     """The step of each rotation."""
     made: dict[Tensor, Tensor] = {}
     for stack, _, skews in steps:
-        made.update(zip(skews, stack.split([len(skew) for skew in skews]), strict=True))
+        several = stack.split([s.shape[0] for s in skews]) if len(skews) > 1 else [stack]
+        made.update(zip(skews, several, strict=True))
     return made
 
 
@@ -86,10 +87,11 @@ def turn_of(
     step_in: Tensor | None,
     step_out: Tensor | None,
     number: int,
+    scale: Tensor | None = None,
 ) -> Turn:
     """What turns a stored weight by its steps."""
-    of_sides = e.perm_in.pair, e.perm_out.pair, e.block_in, e.block_out
-    return Turn(weight, step_in, step_out, *of_sides, e.order, number)
+    of_sides = *e.pairs, e.block_in, e.block_out
+    return Turn(weight, step_in, step_out, *of_sides, e.order, number, scale)
 
 
 class Turner:
@@ -108,7 +110,7 @@ class Turner:
         self._layers = list(layers)
         self._skews = {e: e.skews for _, e in layers}  # the same as long as there is this object
         self._batches = list(layer_batches(layers))
-        self._of_steps: dict[int, list[list[Layer]]] = {}
+        self._of_steps: dict[int, list[tuple[list[Layer], list[nn.Parameter]]]] = {}
         self._open: list[Layer] = []
         self._finite: dict[torch.device, Tensor] = {}
         self._angles: list[Tensor] = []
@@ -132,7 +134,7 @@ class Turner:
             if not self._open:
                 continue
             try:
-                update({skew for _, e in self._open for skew in e.skews})
+                update({skew for _, e in self._open for skew in self._skews[e]})
                 self._turn_open(number, moving)
             finally:
                 self.close()
@@ -147,15 +149,15 @@ class Turner:
             period: it makes the steps of about one of so many.
         """
         if period not in self._of_steps:
-            limit = STEPS_BYTES * period
-            self._of_steps[period] = list(bounded(self._layers, _bytes_of_steps, limit))
-        for batch in self._of_steps[period]:
-            layers = self._with_gradients(batch)
-            if layers:
-                of_sides = zip(*(self._skews[e] for _, e in layers), strict=True)
-                steps = make([s for side in of_sides for s in side])
-                self._turn(layers, number, moving, steps, period)
+            batches = bounded(self._layers, _bytes_of_steps, STEPS_BYTES * period)
+            self._of_steps[period] = [(batch, self._by_sides(batch)) for batch in batches]
+        for layers, skews in self._of_steps[period]:
+            self._turn(layers, number, moving, make(skews), period)
         self._finish()
+
+    def _by_sides(self, layers: Sequence[Layer]) -> list[nn.Parameter]:
+        of_sides = zip(*(self._skews[e] for _, e in layers), strict=True)
+        return [skew for side in of_sides for skew in side]
 
     # --- what is done around the step of any other ------------------------------------------------
 
@@ -191,16 +193,16 @@ class Turner:
         self._finish()
 
     def _with_gradients(self, layers: Sequence[Layer]) -> list[Layer]:
-        def has(e: OrthogonalEquivalence) -> bool:
-            return any(skew.grad is not None for skew in self._skews[e])
+        def has(skew_in: Tensor, skew_out: Tensor) -> bool:
+            return skew_in.grad is not None or skew_out.grad is not None
 
-        return [(m, e) for m, e in layers if has(e)]
+        return [layer for layer in layers if has(*self._skews[layer[1]])]
 
     def open(self, layers: Sequence[Layer]) -> None:
         """Give the skew parameters of `layers` memory of their own, zeros."""
         self.close()
         self._open = list(layers)
-        skews: list[Tensor] = [s for _, e in layers for s in e.skews]
+        skews: list[Tensor] = [s for _, e in layers for s in self._skews[e]]
         with torch.no_grad():
             for skew in skews:
                 skew.data = torch.empty_like(skew)
@@ -229,7 +231,7 @@ class Turner:
         steps: Steps,
         period: int = 1,
     ) -> None:
-        """Turn the layers that move: what has a rate of zero keeps its bits.
+        """Turn the layers that have steps that move: what has a rate of zero keeps its bits.
 
         They are marked as interrupted until `_finish`. A side without a step is none of a turn, and
         has one within `period` steps.
@@ -240,17 +242,18 @@ class Turner:
             self._angles += largest_norms([(made, b) for made, b, _ in steps])
         of_skew = by_rotation(steps)
         turns: dict[torch.device, list[Turn]] = defaultdict(list)
+        scaled, turning = _is_scaled(number, period), []
         for module, e in layers:
-            skews = self._skews[e]
-            if moving.isdisjoint(skews):
+            step_in, step_out = map(of_skew.get, self._skews[e])
+            if step_in is None and step_out is None:
                 continue
             weight = stored_weight(module)
             e.note_norm(weight)
-            step_in, step_out = map(of_skew.get, skews)
-            scale = _to_its_norm(e, weight) if _is_scaled(number, period) else None
-            turn = turn_of(weight, e, step_in, step_out, self._numbers[e])
-            turns[weight.device].append(turn._replace(scale=scale))
-            e.interrupted = True
+            scale = _to_its_norm(e, weight) if scaled else None
+            turn = turn_of(weight, e, step_in, step_out, self._numbers[e], scale)
+            turns[weight.device].append(turn)
+            turning.append(e)
+        mark_interrupted(turning, True)
         try:
             for device, several in turns.items():
                 seed = layers[0][1].config.seed
@@ -272,8 +275,7 @@ class Turner:
 
     def _finish(self) -> None:
         """Every layer is whole again; the flags go to the host."""
-        for _, e in self._layers:
-            e.interrupted = False
+        mark_interrupted(self._skews, False)
         flags = [flag for flag in self._finite.values() if not flag.is_meta]
         angles = [angle for angle in self._angles if not angle.is_meta]
         self._told += [_Told(flag, False) for flag in flags] + [_Told(a, True) for a in angles]

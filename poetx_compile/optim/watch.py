@@ -180,7 +180,7 @@ def _with_two_gradients() -> list[weakref.ref[nn.Linear]]:
     """The layers that no optimiser holds and that have had gradients at two steps."""
     idle = []
     for e, record in ownership.records():
-        if record.told or record.linear is None:
+        if record.told or not record.unheld or record.linear is None:
             continue
         for side in e.sides:
             gradient = side.skew.grad

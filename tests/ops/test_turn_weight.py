@@ -143,6 +143,40 @@ def test_layers_of_one_shape_share_their_launches(side: str, monkeypatch) -> Non
     assert launched == deltas + (["turn_panels_kernel"] if side == "both" else sides)
 
 
+@needs_triton
+def test_every_layer_has_the_deltas_of_its_own_steps(monkeypatch) -> None:
+    """Layers of several block sizes and dtypes, in any order, with one side or both."""
+    from poetx_compile.ops.kernels import turn_layers
+
+    made: list[tuple[int, int]] = []
+
+    def delta(packed, b, dtype, transposed):
+        made.append((b, transposed))
+        return packed.to(dtype, copy=True)  # the steps themselves, in their order
+
+    monkeypatch.setattr(turn_layers, "delta", delta)
+    turns, ordered = [], iter(torch.arange(1.0, 100))
+    for number, (b_in, b_out, sides) in enumerate(
+        [(5, 5, "both"), (7, 5, "out"), (5, 7, "in"), (5, 5, "in"), (7, 7, "both")]
+    ):
+        weight = torch.zeros(35, 35, dtype=torch.bfloat16 if number % 3 else torch.float32)
+        skew_in, skew_out = (
+            torch.stack([next(ordered).expand(b * (b - 1) // 2) for _ in range(35 // b)])
+            for b in (b_in, b_out)
+        )
+        steps = None if sides == "out" else skew_in, None if sides == "in" else skew_out
+        scale = torch.tensor(2.0) if number == 4 else None
+        turns.append(Turn(weight, *steps, *(of_width(16),) * 2, b_in, b_out, 3, number, scale))
+    monkeypatch.setattr(turn_layers, "scale_rotation_", lambda deltas, scale: deltas.mul_(scale))
+    for turn, (same, *sides) in zip(turns, turn_layers.with_deltas(turns), strict=True):
+        assert same is turn
+        for (skew, _), side, factor in zip(turn.steps, sides, (turn.scale, None), strict=True):
+            assert (skew is None) == (side is None)
+            if side is not None:
+                assert torch.equal(side.deltas.float(), skew if factor is None else skew * factor)
+    assert made == [(5, 7), (5, 7), (7, 5)]
+
+
 def test_philox_gives_the_published_words() -> None:
     """Random123's known answers."""
     for fill, seed, expected in (

@@ -81,6 +81,36 @@ def test_what_does_not_move_keeps_its_bits(name: str) -> None:
     assert same(signs, [w.signbit() for w in weights(model)])
 
 
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_step_sees_what_has_changed_since_the_last(name: str) -> None:
+    """A weight elsewhere in memory, another parameter in its place, a layer frozen for a while."""
+    model, other = net(torch.bfloat16), net(torch.bfloat16)
+    optimizers = [(m, OPTIMISERS[name](m)) for m in (model, other)]
+
+    def steps() -> None:
+        for it in optimizers:
+            for _ in range(3):  # each side has its turn
+                step(*it)
+        assert same(weights(model), weights(other))
+
+    steps()
+    moved, chain = stored_weight(model.q), model.k.parametrizations["weight"]
+    left = moved.data, stored_weight(model.k)
+    moved.data = moved.data.clone()
+    chain.original = nn.Parameter(left[1].detach().clone(), requires_grad=False)
+    before = [w.clone() for w in left]
+    steps()
+    assert same(before, [*left])
+    before = weights(model)
+    for frozen in (True, False):
+        for m in (model, other):
+            for skew in equivalence_of(m.out).skews:
+                skew.requires_grad_(not frozen and len(skew) > 0)
+        steps()
+        changed = [not torch.equal(a, b) for a, b in zip(before, weights(model), strict=True)]
+        assert changed == [True, True, not frozen]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scaler_skips_steps(fused: bool) -> None:
     model = net(torch.float32)

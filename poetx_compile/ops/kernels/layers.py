@@ -46,7 +46,7 @@ def table_of(
     first_out: Sequence[int],
 ) -> Tensor:
     """The table of a launch: int64 [6 · layers], of places behind the first layer's."""
-    places = tuple(place // ALIGNED for place in apart(weights))
+    places = [place // ALIGNED for place in apart(weights)]
     pairs = apart(row_pairs) + apart(column_pairs)
     return on_device((*places, *pairs, *numbers, *first_in, *first_out), weights[0].device)
 
@@ -55,7 +55,7 @@ def apart(tensors: Sequence[Tensor], of: Tensor | None = None) -> tuple[int, ...
     """How many elements lie between the begin of `of`, the first tensor, and those of all."""
     of = tensors[0] if of is None else of
     first, size = of.data_ptr(), of.element_size()
-    return tuple((tensor.data_ptr() - first) // size for tensor in tensors)
+    return tuple([(tensor.data_ptr() - first) // size for tensor in tensors])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -7,7 +7,7 @@ makes the steps of the directions. Bandwidth-bound.
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -140,16 +140,16 @@ def _update_momenta(parts: Sequence[Part], direction: Tensor, mu: float, key: in
     # Which part is the first differs from step to step, but not whether one is aligned.
     gradient = next((g for g in gradients if g.data_ptr() % 16 == 0), gradients[0])
     offsets = apart(gradients, gradient), apart(momenta), apart(scales) if has_scale else ()
-    unit = ALIGNED if not any(o % ALIGNED for o in itertools.chain(*offsets[:2])) else 1
-    rows = *(tuple(o // unit for o in row) for row in offsets[:2]), offsets[2]
-    counts = tuple(gradient.shape[0] for gradient in gradients)
+    unit = ALIGNED if math.gcd(ALIGNED, *offsets[0], *offsets[1]) == ALIGNED else 1
+    table = *[o // unit for row in offsets[:2] for o in row], *offsets[2]
+    counts = tuple([gradient.shape[0] for gradient in gradients])
     device = direction.device
     norms = direction.new_empty(turning, chunks, dtype=torch.float32)
     launch(
         momentum_kernel,
         sum(counts) * chunks,
         *(gradient, momenta[0], scales[0] if has_scale else momenta[0]),
-        *(on_device(sum(rows, ()), device), _places(counts, device)),
+        *(on_device(table, device), _places(counts, device)),
         *(direction, norms, len(parts), turning),
         *(float(mu), float(1 - mu), signed(key), signed(key >> 32)),
         P=packed,

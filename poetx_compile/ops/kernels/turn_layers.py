@@ -8,7 +8,7 @@ up to b = 256. Beyond, each weight takes two launches of `turn_weight`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,12 +112,12 @@ def turn_weight_(
 
 
 def turn_layers(
-    turns: Sequence[tuple[Turn, tuple[Any, ...]]], seed: int, step: int, apply: Tensor | None
+    turns: Sequence[tuple[Turn, Hashable]], seed: int, step: int, apply: Tensor | None
 ) -> None:
     """`turn_weights_` of bf16 and fp32 weights, order 3, contiguous.
 
     Args:
-        turns: with their kinds.
+        turns: with their kinds, or what stands for these.
         seed, step, apply: those of `turn_weights_`.
     """
     groups: dict[Any, list[list[Layer]]] = defaultdict(list)
@@ -138,32 +138,36 @@ def with_deltas(turns: Sequence[Turn]) -> list[Layer]:
     """The layers with their R − I, made of all steps of one block size and dtype at once."""
     stacks: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for turn in turns:
-        dtype = turn.weight.dtype
-        for flipped, (skew, b) in enumerate(turn.steps):
-            if skew is not None:
-                stacks[b, dtype][flipped].append(skew)
-    made, counts = {}, {}
+        dtype, ((skew_in, b_in), (skew_out, b_out)) = turn.weight.dtype, turn.steps
+        if skew_in is not None:
+            stacks[b_in, dtype][0].append(skew_in)
+        if skew_out is not None:
+            stacks[b_out, dtype][1].append(skew_out)
+    sides: dict[Any, tuple[Iterator[Side], Iterator[Side]]] = {}
     for (b, dtype), (plain, transposed) in stacks.items():
         packed = _joined([*plain, *transposed])
-        last = sum(skew.shape[0] for skew in transposed)
-        made[b, dtype] = delta(packed, b, dtype, last)
-        counts[b, dtype] = [0, packed.shape[0] - last]
+        last = sum([skew.shape[0] for skew in transposed])
+        made = delta(packed, b, dtype, last)
+        first = packed.shape[0] - last
+        sides[b, dtype] = _sides(made, 0, plain), _sides(made, first, transposed)
     layers = []
     for turn in turns:
-        dtype = turn.weight.dtype
-        sides: list[Side | None] = []
-        for flipped, (skew, b) in enumerate(turn.steps):
-            if skew is None:
-                sides.append(None)
-                continue
-            count, blocks = counts[b, dtype], skew.shape[0]
-            sides.append(Side(made[b, dtype], count[flipped], blocks))
-            count[flipped] += blocks
-        if turn.scale is not None:
-            scaled = next(side for side in sides if side is not None)
+        dtype, ((skew_in, b_in), (skew_out, b_out)) = turn.weight.dtype, turn.steps
+        side_in = None if skew_in is None else next(sides[b_in, dtype][0])
+        side_out = None if skew_out is None else next(sides[b_out, dtype][1])
+        scaled = side_in or side_out
+        if turn.scale is not None and scaled is not None:
             scale_rotation_(scaled.deltas, turn.scale)
-        layers.append(Layer(turn, *sides))
+        layers.append(Layer(turn, side_in, side_out))
     return layers
+
+
+def _sides(stack: Tensor, first: int, skews: Sequence[Tensor]) -> Iterator[Side]:
+    """The sides whose deltas are in the stack, one after another."""
+    for skew in skews:
+        blocks = skew.shape[0]
+        yield Side(stack, first, blocks)
+        first += blocks
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -175,7 +179,8 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
         end += tensor.nbytes
     if end > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
         return torch.cat(list(tensors))  # neighbours by chance
-    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
+    blocks = sum([tensor.shape[0] for tensor in tensors])
+    return first.as_strided((blocks, *first.shape[1:]), first.stride())
 
 
 def _turn_alike(group: Sequence[Layer], seed: int, step: int, apply: Tensor | None) -> None:
