@@ -194,7 +194,10 @@ class Turn(NamedTuple):
         return *of_weight, of_in, of_out, b_in, b_out, *of_pairs
 
     def fits(self, kernel: Kernel, seed: int, step: int, apply: Tensor | None) -> bool:
-        """Whether the kernels of layers take it; unlike the op's, they take a side that stays."""
+        """Whether the kernels of layers take it: unlike the op's, they do with a side that stays.
+
+        Of a size of one none do.
+        """
         steps = [skew for skew, _ in self.steps if skew is not None]
         if not steps or min(self.weight.shape) < 2:
             return False

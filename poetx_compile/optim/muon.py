@@ -199,8 +199,10 @@ class POETXMuon(torch.optim.Optimizer):
             if not sharded or len(local(skew)):  # uneven shards may be empty
                 here.append((skew, b))
         for kind, alike in by_kind(here).items():
-            turning = [skew for skew in alike if skew not in resting]
-            others = [skew for skew in alike if skew in resting] if resting else []
+            turning: list[Tensor] = []
+            others: list[Tensor] = []
+            for one in alike:
+                (others if one in resting else turning).append(one)
             parts = [_part(skew, self.state[skew], sharded) for skew in (*turning, *others)]
             given = group["momentum"], rate
             if kind.dtype == torch.float32 and fused(parts, b):

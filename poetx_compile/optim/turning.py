@@ -218,8 +218,11 @@ class Turner:
     # --- the weights ------------------------------------------------------------------------------
 
     def _turn_open(self, number: int, moving: set[Tensor]) -> None:
-        sides = [side for _, e in self._open for side in e.sides if side.blocks]
-        steps = [(side.skew.detach(), side.block, [side.skew]) for side in sides]
+        steps = []
+        for _, e in self._open:
+            for skew, b in zip(self._skews[e], (e.block_in, e.block_out), strict=True):
+                if skew.shape[0]:
+                    steps.append((skew.detach(), b, [skew]))
         self._turn(self._open, number, moving, steps)
 
     @torch.no_grad()
