@@ -112,7 +112,7 @@ def test_the_drawing_is_of_these_levels() -> None:
 
 
 CONTAINERS = {"dict", "list", "set", "defaultdict", "deque", "cache"}
-CONSTANTS = {"TypeVar", "Symbol", "Library"}
+CONSTANTS = {"TypeVar", "Symbol", "Library", "Tiles"}
 WRITES = {"add", "append", "clear", "discard", "extend", "insert", "pop", "setdefault", "update"}
 
 
