@@ -68,7 +68,8 @@ LATE = {
     "CompiledTritonKernels": "torch._inductor.async_compile",
     "get_compile_threads": "torch._inductor.async_compile",
     "_load_triton_kernel_from_source": "torch._inductor.codecache",
-    "_set_triton_ptxas_path": "torch._inductor.runtime.compile_tasks",
+    "compile_tasks": "torch._inductor.runtime",  # where Triton finds its tools
+    "TritonBundler": "torch._inductor.triton_bundler",
     "PythonWrapperCodegen": "torch._inductor.codegen.wrapper",
 }
 """Names of what is loaded only when something is compiled, and their modules: importing this

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch._inductor import async_compile, codecache
+from torch._inductor import async_compile, codecache, config
 from torch._inductor.async_compile import AsyncCompile, CompiledTritonKernels
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.runtime import compile_tasks
+from torch._inductor.triton_bundler import TritonBundler
 
-from poetx_compile.compile.lowerings.early import compiled_early
+from poetx_compile.compile.lowerings.early import _FINDS_TOOLS, compiled_early
+from poetx_compile.ops.kernels.early import THREADS
 
 SOURCE = "\nimport triton\n\n@triton.jit\ndef rotate(x):\n    pass\n"
 BODY = f"async_compile.triton('rotate', '''{SOURCE}''', device_str='cuda')\n"
@@ -25,16 +31,19 @@ class Inductor:
         self.asked: list[tuple[str, bool]] = []
         self.defined: list[tuple[Any, ...]] = []
         self.compiled: list[str] = []
-        self.go_on = threading.Event()
+        self.started, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
 
-        def triton(compiler: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> str:
-            self.asked.append((source, AsyncCompile.use_process_pool()))
+        def triton(
+            compiler: AsyncCompile, kernel_name: str, source_code: str, device_str: str = "cuda"
+        ) -> str:
+            self.asked.append((source_code, AsyncCompile.use_process_pool()))
             if AsyncCompile.use_process_pool():
-                CompiledTritonKernels.save(source, None)  # type: ignore[arg-type]
-            return name
+                CompiledTritonKernels.save(source_code, None)  # type: ignore[arg-type]
+            return kernel_name
 
         def load(name: str, source: str) -> Inductor:
+            self.started.set()
             assert self.go_on.wait(60)
             if "broken" in source:
                 raise SyntaxError(source)
@@ -56,6 +65,7 @@ class Inductor:
 
     def precompile(self, warm_cache_only: bool) -> None:
         assert warm_cache_only
+        TritonBundler.put("hash", 0)
 
     def define(self, name: str, body: str = BODY) -> None:
         self.wrapper.define_kernel(name, body, "# metadata", gpu=True)
@@ -104,6 +114,17 @@ def test_without_workers_a_thread_compiles_and_the_module_waits(inductor) -> Non
     assert found.asked == [(SOURCE, False)]
 
 
+def test_a_thread_finds_the_tools_that_inductor_does(inductor, monkeypatch) -> None:
+    found = inductor(workers=False)
+    for name in _FINDS_TOOLS:  # torch 2.11 has one of them
+        note = functools.partial(found.compiled.append, name)
+        monkeypatch.setattr(compile_tasks, name, note, raising=False)
+    with compiled_early():
+        found.define("rotate_0")
+        found.load()
+    assert found.compiled[:-1] == list(_FINDS_TOOLS)
+
+
 def test_what_a_thread_has_compiled_is_not_sent_to_workers_that_come_later(
     inductor, monkeypatch
 ) -> None:
@@ -126,12 +147,53 @@ def test_what_a_thread_cannot_compile_the_module_compiles(inductor) -> None:
     assert len(found.asked) == 1
 
 
-@pytest.mark.parametrize("why", ["one thread", "the interpreter", "C++"])
+@pytest.mark.parametrize("workers", [True, False])
+def test_kernels_are_asked_for_by_keywords_as_well(inductor, workers) -> None:
+    """As Inductor does where it chooses between templates, or measures a fusion."""
+    found = inductor(workers)
+    with compiled_early():
+        for source in ("another", SOURCE):
+            found.define("rotate_0")
+            given = {"kernel_name": "rotate", "source_code": source, "device_str": "cuda"}
+            assert AsyncCompile().triton(**given) == "rotate"
+
+
+def test_nothing_goes_on_behind_an_error(inductor) -> None:
+    """Not what waits in line; and what has begun is waited for."""
+    found = inductor(workers=False)
+    found.go_on.clear()
+    bodies = [BODY.replace("pass", f"x = {number}") for number in range(20)]
+    with contextlib.suppress(KeyboardInterrupt), compiled_early():
+        for body in bodies:
+            found.define("rotate", body)
+        assert found.started.wait(60)
+        threading.Timer(0.2, found.go_on.set).start()
+        raise KeyboardInterrupt
+    compiled = len(found.compiled)
+    assert 1 <= compiled <= THREADS
+    time.sleep(0.1)
+    assert len(found.compiled) == compiled
+    assert not [t for t in threading.enumerate() if t.name.startswith("poetx-early_")]
+
+
+def test_the_cache_of_graphs_gets_a_kernel_once(inductor, monkeypatch) -> None:
+    found, put = inductor(workers=False), []
+    monkeypatch.setattr(TritonBundler, "put", classmethod(lambda cls, *kernel: put.append(kernel)))
+    with compiled_early():
+        found.define("rotate_0")
+        found.load()
+        TritonBundler.put("hash", 0)  # as the one that takes the kernel does
+        TritonBundler.put("hash", 1)
+    assert put == [("hash", 0), ("hash", 1)]
+
+
+@pytest.mark.parametrize("why", ["one thread", "the interpreter", "a profiler", "C++"])
 def test_what_is_not_compiled_by_threads(inductor, monkeypatch, why) -> None:
     found = inductor(workers=False, threads=1 if why == "one thread" else 4)
     if why == "the interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with compiled_early():
+    profiling = config.patch({"triton.proton_profiling": why == "a profiler"})
+    with profiling, compiled_early():
         found.define("kernel", CPP if why == "C++" else BODY)
         if why != "C++":
             assert found.load() == "rotate"

@@ -23,14 +23,52 @@ from poetx_compile.ops.kernels.early import threads
 
 _DEFINE = "define_kernel"
 
+_FINDS_TOOLS = "_set_triton_ptxas_path", "_set_triton_libdevice_path"
+"""What Inductor calls before it compiles in its own process; the second from torch 2.13 on."""
+
 
 @contextlib.contextmanager
 def compiled_early() -> Iterator[None]:
     """Inside, the kernels of a graph are compiled from when they are written."""
-    running: dict[str, Future[None]] = {}
-    sending = replaced(_codegen, _DEFINE, functools.partial(_sending, running))
-    with sending, replaced(_compiler, "triton", functools.partial(_waiting, running)):
-        yield
+    own = _Threads()
+    try:
+        with (
+            replaced(_codegen, _DEFINE, functools.partial(_sending, own)),
+            replaced(_compiler, "triton", functools.partial(_waiting, own)),
+            replaced(_bundler, "put", _once),
+        ):
+            yield
+    finally:
+        own.end()
+
+
+class _Threads:
+    """The kernels of one graph that threads compile, by their sources."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Future[None]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def compile(self, name: str, source: str) -> None:
+        """Start a compilation, if the kernel has none yet."""
+        if source in self._running:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(threads(), "poetx-early")
+        context = contextvars.copy_context()  # it may have options of Inductor
+        self._running[source] = self._pool.submit(context.run, _in_a_thread, name, source)
+
+    def take(self, source: str) -> bool:
+        """Whether the kernel was given to a thread, which has ended then."""
+        task = self._running.pop(source, None)
+        if task is not None:
+            wait([task])
+        return task is not None
+
+    def end(self) -> None:
+        """Wait for what has begun, so that nothing goes on behind an error; drop the rest."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
 
 def _codegen() -> Any:
@@ -45,69 +83,88 @@ def _compiler() -> Any:
     return AsyncCompile
 
 
-def _sending(running: dict[str, Future[None]], define_kernel: Callable[..., Any]) -> Any:
-    """Has a kernel compiled that is defined; `running` are those that threads compile."""
+def _bundler() -> Any:
+    from poetx_compile._torch import TritonBundler
 
-    def define(wrapper: Any, name: str, body: str, *args: Any, **kwargs: Any) -> Any:
+    return TritonBundler
+
+
+def _sending(own: _Threads, define_kernel: Callable[..., Any]) -> Any:
+    """Has a kernel compiled that is defined."""
+
+    def define(wrapper: Any, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
         try:
-            _compile(body, running)
+            _compile(kernel_body, own)
         except Exception:  # not needed: the module compiles it, and raises what there is to raise
             goes_on_without(_DEFINE)
-        return define_kernel(wrapper, name, body, *args, **kwargs)
+        return define_kernel(wrapper, kernel_name, kernel_body, *args, **kwargs)
 
     return define
 
 
-def _compile(body: str, running: dict[str, Future[None]]) -> None:
+def _compile(body: str, own: _Threads) -> None:
     """Start the compilation that the module will ask for by ``async_compile.triton(…)``."""
-    from poetx_compile._torch import (
-        AsyncCompile,
-        CompiledTritonKernels,
-        _set_triton_ptxas_path,
-        get_compile_threads,
-    )
+    from poetx_compile._torch import AsyncCompile, CompiledTritonKernels
 
     if not body.lstrip().startswith("async_compile.triton("):
         return  # C++
     call = ast.parse(body.strip(), mode="eval").body
     assert isinstance(call, ast.Call)
     name, source = map(ast.literal_eval, call.args)
-    if source in running or CompiledTritonKernels.get(source) is not None:
+    if CompiledTritonKernels.get(source) is not None:
         return
     if AsyncCompile.use_process_pool():
         keywords = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
         AsyncCompile().triton(name, source, **keywords)  # the module finds it by its source
-    elif get_compile_threads() > 1 and os.environ.get("TRITON_INTERPRET", "0") != "1":
-        _set_triton_ptxas_path()
-        context = contextvars.copy_context()  # it may have options of Inductor
-        running[source] = _pool().submit(context.run, _in_a_thread, name, source)
+    elif _allowed():
+        own.compile(name, source)
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads(), "poetx-early")
+def _allowed() -> bool:
+    """Whether there are no workers because they have not started, and for no other reason."""
+    from torch._inductor import config
+
+    from poetx_compile._torch import get_compile_threads
+
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return get_compile_threads() > 1 and not interpreted and not config.triton.proton_profiling
 
 
 def _in_a_thread(name: str, source: str) -> None:
     """Compile a kernel. It is kept by its source: whoever loads it later has it compiled."""
-    from poetx_compile._torch import _load_triton_kernel_from_source
+    from poetx_compile._torch import _load_triton_kernel_from_source, compile_tasks
 
+    for function in _FINDS_TOOLS:
+        getattr(compile_tasks, function, lambda: None)()
     _load_triton_kernel_from_source(name, source).precompile(warm_cache_only=True)
 
 
-def _waiting(running: dict[str, Future[None]], triton: Callable[..., Any]) -> Any:
-    """Waits for a thread that compiles what is asked for, and takes it from there."""
+def _waiting(own: _Threads, triton: Callable[..., Any]) -> Any:
+    """Waits for a thread that compiles what is asked for, and takes it from there.
 
-    def get(compiler: Any, name: str, source: str, *args: Any, **kwargs: Any) -> Any:
-        task = running.pop(source, None)
-        if task is None:
-            return triton(compiler, name, source, *args, **kwargs)
-        wait([task])  # what fails there is compiled again here, and raises what there is to raise
+    What fails in a thread is compiled again, and raises what there is to raise.
+    """
+
+    def get(compiler: Any, kernel_name: str, source_code: str, *args: Any, **kwargs: Any) -> Any:
+        if not own.take(source_code):
+            return triton(compiler, kernel_name, source_code, *args, **kwargs)
         with replaced(_compiler, "use_process_pool", lambda _: staticmethod(_no_workers)):
-            return triton(compiler, name, source, *args, **kwargs)
+            return triton(compiler, kernel_name, source_code, *args, **kwargs)
 
     return get
 
 
 def _no_workers() -> bool:
     return False
+
+
+def _once(put: Callable[[str, int], None]) -> Any:
+    """Notes what goes into the cache of graphs once: a thread does so, and who takes its kernel."""
+    noted: set[tuple[str, int]] = set()
+
+    def note(kernel_hash: str, device: int) -> None:
+        if (kernel_hash, device) not in noted:
+            noted.add((kernel_hash, device))
+            put(kernel_hash, device)
+
+    return staticmethod(note)
