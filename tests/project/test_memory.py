@@ -292,6 +292,7 @@ def test_estimates_are_held_to_the_measured_peaks(monkeypatch: pytest.MonkeyPatc
     assert "POET-X merged" in estimates.table(lines)
     assert not estimates.estimable(dataclasses.replace(ADAMW, method=IN_BACKWARD))
     assert estimates.estimable(stored(256, **LEAN))
+    assert not estimates.estimable(dataclasses.replace(ADAMW, compile="graphs"))
 
 
 def test_the_page_of_memory_has_the_tables_of_the_rows() -> None:
