@@ -28,6 +28,18 @@ _NOT_QUANTISED = (
     "poetx_compile.merge_and_unload(model) first"
 )
 
+
+class Written(property):
+    """A property that Dynamo sees written.
+
+    That of torch 2.11 takes the ``__set__`` of a plain one for free of effects, and calls it behind
+    the graph: what reads the property in between would get what it was.
+    """
+
+    def __set__(self, module: Any, value: Any) -> None:
+        super().__set__(module, value)
+
+
 _shared: dict[type, type] = {}  # the user's class → that of its prepared modules
 
 
@@ -38,6 +50,9 @@ def share_class(module: nn.Module) -> None:
     """
     made = type(module)
     (plain,) = made.__bases__
+    for name in module.parametrizations:  # type: ignore[union-attr]
+        of_torch = vars(made)[name]
+        setattr(made, name, Written(of_torch.fget, of_torch.fset))
     made.register_parameter = _register_parameter  # type: ignore[method-assign, assignment]
     made.qconfig = property(_no_qconfig, _set_qconfig)  # type: ignore[attr-defined]
     copier = vars(made).get("__deepcopy__")
@@ -48,7 +63,7 @@ def share_class(module: nn.Module) -> None:
         return
     if plain not in _shared:
         body = _body(made)
-        body |= {"weight": property(_weight, _set_weight), "__delattr__": _delete}
+        body |= {"weight": Written(_weight, _set_weight), "__delattr__": _delete}
         if issubclass(plain, nn.Linear) and plain.forward is nn.Linear.forward:
             body["forward"] = _forward
         _shared[plain] = _SharedClass(made.__name__, (plain,), body)

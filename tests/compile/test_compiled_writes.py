@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import poetx_compile as poetx
@@ -119,6 +121,18 @@ def test_assigned_it_arrives():
         y = run(X)
         assert_close(model.inner.weight, before * 0.5**power)
         assert_close(y, F.linear(X, before * 0.5**power, model.inner.bias))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_property_is_written_by_code_that_dynamo_traces(alone: bool):
+    """That of torch 2.11 calls what C has of a property behind the graph, which reads it before."""
+    linear = nn.Linear(12, 12)
+    if not alone:
+        parametrize.register_parametrization(linear, "bias", nn.Identity())
+    poetx.prepare(linear, poetx.POETXConfig(block_size=4))
+    for name in linear.parametrizations:
+        descriptor = inspect.getattr_static(type(linear), name)
+        assert inspect.isfunction(inspect.getattr_static(type(descriptor), "__set__"))
 
 
 def test_excluded_it_trains_densely():
