@@ -69,13 +69,13 @@ def test_the_device_of_the_tensors_decides_and_not_what_is_installed(op, monkeyp
 
 
 def test_the_device_of_the_tensors_is_asked_what_fits(monkeypatch) -> None:
+    with FakeTensorMode():  # looks whether there is a GPU
+        x = torch.empty(2, device="cuda:1")
     asked: list[Any] = []
     monkeypatch.setattr(kernels, "_triton_runs_on", lambda index: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     given = asked.append
     monkeypatch.setattr(torch.cuda, "device", lambda one: given(one) or contextlib.nullcontext())
-    with FakeTensorMode():
-        x = torch.empty(2, device="cuda:1")
     assert kernels.Kernel("", lambda x: asked == [x.device]).applies(x)
 
 
