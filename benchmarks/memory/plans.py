@@ -119,7 +119,7 @@ PLANS: dict[str, list[Case]] = {
     "3b": [
         c
         for seq in (1024, 512, 2048)
-        for c in at(COMPARED, model="3b", seq=seq, compile="graphs")  # they wait for the host
+        for c in at(COMPARED, model="3b", seq=seq, compile="graphs")  # the host counts
     ],
     "13b-sequences": [c for seq in (1024, 512) for c in at(COMPARED, model="13b", seq=seq)],
     "turns": [merged(b, turn_every=k) for b in (256, 512, 1024) for k in (2, 4, 8)],

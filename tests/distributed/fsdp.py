@@ -318,7 +318,7 @@ def check_other_layouts_are_refused() -> None:
         ParallelismError,
         "base='int8' is not supported under FSDP2",
     )
-    if torch.__version__ < "2.12":  # type: ignore[operator]  # torch itself refuses it before
+    if torch.__version__ < "2.12":  # torch itself refuses it before
         refusal = RuntimeError, "only Tensors of floating point dtype can require gradients"
     with raises(*refusal):
         muon(shard(build(base="int8")))

@@ -63,7 +63,7 @@ class Tiles(NamedTuple):
 NARROW = Tiles(64, 256, 64, 4), Tiles(128, 128, 64, 4)
 """On bf16. The first read fewer bytes, the others pad blocks less."""
 LARGE = Tiles(128, 256, 64, 8, stages=4, programs=1)
-"""On bf16, of larger blocks than 512 whose steps lie in chunks: half of what `NARROW` reads."""
+"""On bf16, of blocks above 512 whose steps lie in chunks: three fifths of what `NARROW` reads."""
 UNALIGNED = Tiles(64, 128, 64, 8)
 """On bf16 whose blocks begin anywhere: addresses and bits of single elements take registers."""
 WIDE = Tiles(64, 64, 32, 4)
